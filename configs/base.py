@@ -1,0 +1,95 @@
+"""Every field that all detector families share, with DETR's published values (arXiv:2005.12872) as defaults.
+
+A family's file starts from `base()`, adds `config.model`, and changes what its paper changes. Any field can be set on
+the command line: `--config.data.batch_size=32`. A field that is not here does not exist.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """The shared fields. Sizes are pixels, rates are per optimiser step unless they say epoch."""
+    config = ConfigDict()
+    config.seed = 42
+    config.precision = "float32"  # float32 | bfloat16: the compute type; parameters stay float32
+    config.init_from = ""  # start from these parameters: a workdir, a checkpoint step or an import_weights output
+
+    config.data = ConfigDict()
+    config.data.name = "coco_directory"  # shapes | coco_directory | tfds
+    config.data.directory = ""  # COCO's layout, or a prepared TFDS directory; unused by shapes
+    config.data.train_annotations = "annotations/instances_train2017.json"
+    config.data.train_images = "train2017"
+    config.data.val_annotations = "annotations/instances_val2017.json"
+    config.data.val_images = "val2017"
+    config.data.train_split = "train"
+    config.data.eval_split = "validation"
+    config.data.prepared_directory = "~/.cache/deperceiver_jax"  # where TFDS keeps what it prepared, once
+    config.data.skip_corrupt = False  # True: leave out images that cannot be read, and count them
+    config.data.batch_size = 16  # global: over all devices of all hosts
+    config.data.num_workers = 4  # loader processes per host; 0 loads in the training process
+    config.data.max_boxes = 0  # box slots per image; 0 takes as many as the fullest image needs
+    config.data.buckets = 8  # padded sizes that batches come in; each one is compiled once
+    config.data.flip_probability = 0.5
+    config.data.scales = tuple(range(480, 801, 32))  # short side, drawn uniformly
+    config.data.max_size = 1333  # long side at most
+    config.data.crop_probability = 0.5
+    config.data.crop_scales = (400, 500, 600)  # short side before the crop
+    config.data.crop_min = 384
+    config.data.crop_max = 600
+    config.data.eval_scale = 800
+    config.data.eval_max_size = 1333
+
+    config.loss = ConfigDict()
+    config.loss.classification = "softmax_no_object"  # softmax_no_object | sigmoid_focal
+    config.loss.no_object_weight = 0.1
+    config.loss.focal_alpha = 0.25
+    config.loss.focal_gamma = 2.0
+    config.loss.weight_class = 1.0
+    config.loss.weight_bbox = 5.0
+    config.loss.weight_giou = 2.0
+    config.loss.auxiliary = True  # every decoder layer is trained, not only the last
+
+    config.matcher = ConfigDict()
+    config.matcher.backend = "scipy"  # scipy (on each host) | device
+    config.matcher.cost_class = 1.0
+    config.matcher.cost_bbox = 5.0
+    config.matcher.cost_giou = 2.0
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 0.1  # global L2 norm of the gradient
+    config.optimizer.schedule = "step"  # step | cosine
+    config.optimizer.drop_epochs = (200,)  # the rate is multiplied by drop_factor after each of these epochs
+    config.optimizer.drop_factor = 0.1
+    config.optimizer.warmup_steps = 0
+    config.optimizer.accumulate_steps = 1  # a batch is split into so many parts whose gradients are averaged
+    config.optimizer.ema_decay = 0.0  # 0 keeps no moving average; evaluation uses the average where there is one
+    # Parameters by path: every one must match exactly one group, whose multiplier scales its learning rate.
+    config.optimizer.groups = ConfigDict(
+        {
+            "backbone": {"pattern": r"^backbone/", "multiplier": 0.1},
+            "rest": {"pattern": r"^(?!backbone/)", "multiplier": 1.0},
+        }
+    )
+
+    config.train = ConfigDict()
+    config.train.num_epochs = 300
+    config.train.num_steps = 0  # 0: num_epochs decides
+    config.train.log_every = 50  # steps
+    config.train.eval_every = 0  # steps; 0: after every epoch; -1: only after the last step
+    config.train.checkpoint_every = 0  # steps; 0: after every epoch; -1: only after the last step
+    config.train.keep_checkpoints = 2  # the newest ones; the best by AP is kept beside them
+    config.train.compilation_cache = "~/.cache/deperceiver_jax/compiled"  # empty: none
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 8  # global
+    config.eval.max_detections = 100  # per image
+    config.eval.score_threshold = 0.0
+
+    config.mesh = ConfigDict()
+    config.mesh.model = 1  # devices along the `model` axis; all others are along `data`
+    return config

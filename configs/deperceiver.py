@@ -1,0 +1,89 @@
+"""DePerceiver: DETR with its transformer replaced by Perceiver IO.
+
+Edward Li and Aditya Kannan, "DePerceiver: Improving Small Object Detection in DeTR" (2021), the published recipe:
+
+    python train.py --config=configs/deperceiver.py:r50_16 --workdir=runs/r50_16 --config.data.directory=/data/coco
+
+50 epochs of COCO, learning rate dropped after 33. The paper reports (COCO val2017, AP / APs) 10.5 / 4.3 at stride 32,
+15.3 / 7.1 at 16 and 11.4 / 3.6 at 8; those figures are the paper's, not measured with this code.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+_STRIDES = {"32": (32,), "16": (16,), "8": (8,), "4": (4,), "multiscale": (8, 16, 32)}
+VARIANTS = tuple(f"{net}_{scale}" for net in ("r50", "r101") for scale in _STRIDES)
+
+
+def get_config(variant: str = "r50_16") -> ConfigDict:
+    """One of VARIANTS: a backbone and the strides whose features Perceiver IO reads."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/deperceiver.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
+    net, scale = variant.split("_")
+
+    config = base()
+    config.model = model()
+    config.model.backbone.depth = int(net[1:])
+    config.model.strides = _STRIDES[scale]
+    config.loss.auxiliary = False
+    config.train.num_epochs = 50
+    config.optimizer.drop_epochs = (33,)
+    return config
+
+
+def model() -> ConfigDict:
+    """The published DePerceiver. Each field below is one effect; the remedies its paper asks for are other values."""
+    m = ConfigDict()
+    m.name = "deperceiver"
+    m.num_classes = 91  # class slots; train.py sets it from the data set
+    m.no_object_logit = True  # one more logit after the class slots
+    m.num_queries = 100
+    m.embed_dim = 256  # width of tokens, queries and decoder
+    m.dropout = 0.0
+    m.strides = (16,)  # one level, or several concatenated
+
+    m.backbone = ConfigDict()
+    m.backbone.depth = 50  # 18 | 34 | 50 | 101
+    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
+    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
+    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
+    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
+    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+
+    m.position = ConfigDict()
+    m.position.encoding = "sine"  # sine | learned | fourier
+    m.position.use = "add"  # add (once, to keys and values) | keys (at every cross-attention) | concat
+    m.position.fourier_bands = 64
+
+    m.levels = ConfigDict()  # how several strides are told apart; unused with one stride
+    m.levels.embedding = "concat"  # concat (embed_dim channels in all) | add
+    m.levels.embed_dim = 4  # channels of the concatenated embedding
+    m.levels.group_norm = False  # GroupNorm(32) after each level's projection
+
+    m.encoder = ConfigDict()
+    m.encoder.num_latents = 2048  # the paper's text; its code and its figure 2 used 1024
+    m.encoder.latent_dim = 256
+    m.encoder.latent_init = "normal"  # normal | truncated_normal (cut at 2 standard deviations)
+    m.encoder.latent_scale = 1.0  # standard deviation
+    m.encoder.num_blocks = 3
+    m.encoder.layers_per_block = 6
+    m.encoder.share_blocks = True  # the same layers in every block
+    m.encoder.num_cross_attentions = 1  # of the image tokens: before the first so many blocks
+    m.encoder.share_cross_attentions = False  # the same weights in each of them
+    m.encoder.cross_heads = 1
+    m.encoder.self_heads = 8
+    m.encoder.mlp_ratio = 1.0
+
+    m.decoder = ConfigDict()
+    m.decoder.num_layers = 1
+    m.decoder.self_attention = False  # among queries, before each cross-attention
+    m.decoder.self_attention_value = "query"  # query (content + query position) | content
+    m.decoder.residual = "none"  # around the cross-attention: none | content | query (content + query position)
+    m.decoder.final_norm = False  # one LayerNorm shared by the outputs of all layers
+    m.decoder.cross_heads = 1
+    m.decoder.self_heads = 1
+    m.decoder.mlp_ratio = 1.0
+    m.decoder.dropout = 0.0  # self-attention probabilities, attention output and MLP output
+    m.decoder.query_scale = 1.0  # standard deviation of the query positions at the start
+    return m
