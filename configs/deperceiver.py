@@ -53,8 +53,9 @@ def model() -> ConfigDict:
 
     m.position = ConfigDict()
     m.position.encoding = "sine"  # sine | learned | fourier
-    m.position.use = "add"  # add (once, to keys and values) | keys (at every cross-attention) | concat
+    m.position.use = "add"  # add (to the tokens, once) | keys (alone, at every cross-attention) | concat
     m.position.fourier_bands = 64
+    m.position.learned_size = 50  # cells along a side that learned tables hold
 
     m.levels = ConfigDict()  # how several strides are told apart; unused with one stride
     m.levels.embedding = "concat"  # concat (embed_dim channels in all) | add

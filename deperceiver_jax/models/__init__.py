@@ -1,0 +1,33 @@
+"""The detectors, by name, and how a config becomes one."""
+
+import inspect
+
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.deperceiver import DePerceiver
+
+DETECTORS = {"deperceiver": DePerceiver}
+_COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The detector that `config.model` describes, with new parameters (`backbone.weights` is not read here).
+
+    Called as `detector(image, pixel_valid, dropout_key=None) -> Predictions`; see DePerceiver. Raises UserError for a
+    name, a precision or a field that does not exist.
+    """
+    model = config.model.to_dict()
+    name = model.pop("name")
+    if name not in DETECTORS:
+        raise UserError(f"config.model.name is {name!r}; the detectors are {', '.join(DETECTORS)}.")
+    if config.precision not in _COMPUTE_TYPES:
+        raise UserError(f"config.precision is {config.precision!r}; it can be {' or '.join(_COMPUTE_TYPES)}.")
+    fields = set(inspect.signature(DETECTORS[name].__init__).parameters) - {"self", "dtype", "rngs"}
+    if fields != set(model):
+        different = ", ".join(sorted(fields ^ set(model)))
+        raise UserError(f"config.model does not fit {name}: {different} is missing or unknown.")
+    model["backbone"].pop("weights")
+    return DETECTORS[name](**model, dtype=_COMPUTE_TYPES[config.precision], rngs=rngs)

@@ -1,0 +1,94 @@
+"""Multi-head attention, the only dense attention of every detector here."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.models.linear import dropout, linear
+
+
+def dense_attention(
+    query: Float[Array, "B H Q D"],
+    key: Float[Array, "B H K D"],
+    value: Float[Array, "B H K E"],
+    key_valid: Bool[Array, "B K"] | None = None,
+    bias: Float[Array, "B Hb Qb K"] | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B H Q E"]:
+    """softmax(q k^T / sqrt(D) + bias) v, over the keys where `key_valid` is True.
+
+    `bias` broadcasts over heads and queries where its axis is 1. The softmax is in float32. A query without any valid
+    key gets zeros, as in Perceiver IO, and never NaN.
+    """
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
+    logits = logits.astype(jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    if key_valid is None:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+    else:
+        mask = key_valid[:, None, None, :]
+        probabilities = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1), 0.0)
+    probabilities = dropout(probabilities.astype(value.dtype), dropout_rate, dropout_key)
+    return jnp.einsum("bhqk,bhke->bhqe", probabilities, value)
+
+
+class MultiHeadAttention(nnx.Module):
+    """Attention of `query_in` to `key_in` and `value_in`, with a linear layer before each and after the result.
+
+    Heads are contiguous blocks of channels. The width of queries and keys (`qk_dim`) and of the result (`out_dim`)
+    are the query's own, and the values' width is `qk_dim`, unless they are given.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        num_heads: int,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        qk_dim: int | None = None,
+        out_dim: int | None = None,
+        dropout: float = 0.0,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        qk_dim = qk_dim or query_dim
+        if qk_dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide an attention of width {qk_dim}.")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = linear(query_dim, qk_dim, dtype=dtype, rngs=rngs)
+        self.key = linear(key_dim or query_dim, qk_dim, dtype=dtype, rngs=rngs)
+        self.value = linear(value_dim or key_dim or query_dim, qk_dim, dtype=dtype, rngs=rngs)
+        self.out = linear(qk_dim, out_dim or query_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        query_in: Float[Array, "B Q C"],
+        key_in: Float[Array, "B K C2"],
+        value_in: Float[Array, "B K C3"],
+        *,
+        key_valid: Bool[Array, "B K"] | None = None,
+        bias: Float[Array, "B Hb Qb K"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B Q out_dim"]:
+        """`key_valid` is False on padding; `bias` is added to the scaled logits. Dropout is on the probabilities."""
+        attended = dense_attention(
+            self._split_heads(self.query(query_in)),
+            self._split_heads(self.key(key_in)),
+            self._split_heads(self.value(value_in)),
+            key_valid,
+            bias,
+            dropout_rate=self.dropout,
+            dropout_key=dropout_key,
+        )
+        batch, _, length, _ = attended.shape
+        return self.out(attended.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _split_heads(self, x):
+        batch, length, width = x.shape
+        return x.reshape(batch, length, self.num_heads, width // self.num_heads).transpose(0, 2, 1, 3)

@@ -1,0 +1,142 @@
+"""DePerceiver: a ResNet, Perceiver IO in place of DETR's transformer, and DETR's heads.
+
+Source: the paper (Li and Kannan, 2021) and its released code, whose quirks are values of the config's fields.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.heads import PredictionHeads
+from deperceiver_jax.models.linear import linear, split_key
+from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
+from deperceiver_jax.models.position_encoding import PositionEncoding
+from deperceiver_jax.models.resnet import ResNet
+from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map
+from deperceiver_jax.structures import Predictions
+
+
+class TokenLevels(nnx.Module):
+    """Feature maps of one or more strides -> one row of tokens with positions.
+
+    Each map is projected by a 1x1 convolution and gets its position encoding. With several levels, a learned vector
+    tells them apart: `concat` gives its channels a place of their own, `add` adds it to the position.
+    """
+
+    def __init__(
+        self,
+        channels: dict[int, int],
+        *,
+        strides: tuple[int, ...],
+        embed_dim: int,
+        position: dict,
+        levels: dict,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        if levels["embedding"] not in ("concat", "add"):
+            raise UserError(f"config.model.levels.embedding is {levels['embedding']!r}; it can be concat or add.")
+        if position["use"] not in ("add", "keys", "concat"):
+            raise UserError(f"config.model.position.use is {position['use']!r}; it can be add, keys or concat.")
+        several = len(strides) > 1
+        level_dim = levels["embed_dim"] if several and levels["embedding"] == "concat" else 0
+        self.strides = tuple(strides)
+        self.use = position["use"]
+        self.level_dim = level_dim
+        dim = embed_dim - level_dim
+        self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in strides])
+        if levels["group_norm"] and dim % 32:
+            raise UserError(f"config.model.levels.group_norm needs a width that 32 divides; the levels have {dim}.")
+        norms = [nnx.GroupNorm(dim, 32, epsilon=1e-5, dtype=dtype, rngs=rngs) for _ in strides if levels["group_norm"]]
+        self.norms = nnx.List(norms)
+        self.position = PositionEncoding(
+            position["encoding"],
+            dim,
+            fourier_bands=position["fourier_bands"],
+            learned_size=position["learned_size"],
+            project_fourier=self.use != "concat",
+            dtype=dtype,
+            rngs=rngs,
+        )
+        tags = (len(strides), level_dim or self.position.dim)
+        self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), tags)) if several else None
+        self.token_dim = embed_dim + (self.position.dim if self.use == "concat" else 0)
+
+    def __call__(self, features: dict[int, Array], pixel_valid: Bool[Array, "B H W"]):
+        """(tokens [B,M,token_dim], token_valid [B,M], key_position [B,M,token_dim] or None: it is in the tokens)."""
+        tokens, valid, key_position = [], [], []
+        for level, stride in enumerate(self.strides):
+            x = self.projections[level](features[stride])
+            if self.norms:
+                x = self.norms[level](x)
+            map_valid = feature_valid(pixel_valid, *x.shape[1:3])
+            position = self.position(map_valid)
+            tag = None if self.level_embedding is None else self.level_embedding[level]
+            if tag is not None and not self.level_dim:
+                position = position + tag[None, None, None, :]
+            position = position.astype(x.dtype)
+            if self.use == "add":
+                x = x + position
+            elif self.use == "concat":
+                x = jnp.concatenate([x, position], axis=-1)
+            if self.level_dim:
+                shape = (*x.shape[:-1], self.level_dim)
+                x = jnp.concatenate([x, jnp.broadcast_to(tag.astype(x.dtype), shape)], axis=-1)
+                position = jnp.concatenate([position, jnp.zeros(shape, x.dtype)], axis=-1)
+            tokens.append(flatten_map(x))
+            valid.append(map_valid.reshape(map_valid.shape[0], -1))
+            key_position.append(flatten_map(position))
+        position = concatenate_levels(key_position) if self.use == "keys" else None
+        return concatenate_levels(tokens), concatenate_levels(valid), position
+
+
+class DePerceiver(nnx.Module):
+    """image -> ResNet features -> tokens -> latents -> decoded queries -> Predictions."""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        no_object_logit: bool,
+        num_queries: int,
+        embed_dim: int,
+        dropout: float,
+        strides: tuple[int, ...],
+        backbone: dict,
+        position: dict,
+        levels: dict,
+        encoder: dict,
+        decoder: dict,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.backbone = ResNet(**backbone, strides=tuple(strides), dtype=dtype, rngs=rngs)
+        self.levels = TokenLevels(
+            self.backbone.channels,
+            strides=strides,
+            embed_dim=embed_dim,
+            position=position,
+            levels=levels,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.encoder = PerceiverEncoder(self.levels.token_dim, **encoder, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.decoder = PerceiverDecoder(
+            embed_dim, encoder["latent_dim"], num_queries, **decoder, dtype=dtype, rngs=rngs
+        )
+        self.heads = PredictionHeads(embed_dim, num_classes + int(no_object_logit), rngs=rngs)
+
+    def __call__(
+        self,
+        image: Float[Array, "B H W 3"],
+        pixel_valid: Bool[Array, "B H W"],
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Predictions:
+        """`image` has ImageNet's mean and standard deviation removed and zeros on padding; see images.py."""
+        key_encoder, key_decoder = split_key(dropout_key, 2)
+        tokens, token_valid, key_position = self.levels(self.backbone(image), pixel_valid)
+        latents = self.encoder(tokens, token_valid, key_position, dropout_key=key_encoder)
+        return self.heads(self.decoder(latents, dropout_key=key_decoder))

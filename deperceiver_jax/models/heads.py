@@ -1,0 +1,41 @@
+"""Decoded queries -> class logits and boxes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deperceiver_jax.models.linear import linear
+from deperceiver_jax.models.mlp import MLP
+from deperceiver_jax.structures import Predictions
+
+
+class ClassHead(nnx.Module):
+    """One linear layer; in float32 whatever the rest computes in."""
+
+    def __init__(self, dim: int, num_logits: int, *, rngs: nnx.Rngs):
+        self.linear = linear(dim, num_logits, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, decoded: Float[Array, "... D"]) -> Float[Array, "... C"]:
+        return self.linear(decoded)
+
+
+class BoxHead(nnx.Module):
+    """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.mlp = MLP([dim, dim, dim, 4], activation=jax.nn.relu, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, decoded: Float[Array, "... D"]) -> Float[Array, "... 4"]:
+        return jax.nn.sigmoid(self.mlp(decoded))
+
+
+class PredictionHeads(nnx.Module):
+    """The class head and the box head, shared by all decoder layers."""
+
+    def __init__(self, dim: int, num_logits: int, *, rngs: nnx.Rngs):
+        self.class_head = ClassHead(dim, num_logits, rngs=rngs)
+        self.box_head = BoxHead(dim, rngs=rngs)
+
+    def __call__(self, decoded: Float[Array, "L B Q D"]) -> Predictions:
+        return Predictions(logits=self.class_head(decoded), boxes=self.box_head(decoded))

@@ -1,0 +1,47 @@
+"""A row of identical layers whose parameters share arrays with a leading layer axis, so that XLA compiles one body."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+
+class LayerStack(nnx.Module):
+    """`num_layers` layers of one kind; every parameter has a leading axis [num_layers].
+
+    Each layer is called as `layer(x, *args, dropout_key=key)` and must return the next x, of the same shape.
+    """
+
+    def __init__(self, make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, rngs: nnx.Rngs):
+        self.num_layers = num_layers
+
+        @nnx.split_rngs(splits=num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make_layers(rngs):
+            return make_layer(rngs)
+
+        self.layers = make_layers(rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *args,
+        start: int = 0,
+        stop: int | None = None,
+        dropout_key: jax.Array | None = None,
+        collect: bool = False,
+    ) -> jax.Array:
+        """Applies layers start..stop-1 in order; `collect` returns every layer's output, stacked on a leading axis."""
+        graphdef, stacked = nnx.split(self.layers)
+        stop = self.num_layers if stop is None else stop
+        if (start, stop) != (0, self.num_layers):
+            stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, stop - start)
+
+        def apply_layer(x, state_and_key):
+            state, key = state_and_key
+            y = nnx.merge(graphdef, state)(x, *args, dropout_key=key)
+            return y, (y if collect else None)
+
+        last, outputs = jax.lax.scan(apply_layer, x, (stacked, keys))
+        return outputs if collect else last

@@ -1,0 +1,52 @@
+"""Linear layers and norms with the defaults of the published models, which are PyTorch's, not Flax's."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch.nn.Linear and Conv2d start here (kaiming_uniform with a = sqrt 5).
+torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int):
+    """The bias that goes with `torch_kernel_init`: the same uniform range."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that starts as torch.nn.Linear does; float32 parameters, computing in `dtype`.
+
+    Applied to [B, H, W, C] features it is the 1x1 convolution of the published models, with the same start.
+    """
+    return nnx.Linear(
+        in_dim,
+        out_dim,
+        kernel_init=torch_kernel_init,
+        bias_init=torch_bias_init(in_dim),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with epsilon 1e-5 and the two-pass variance, as torch.nn.LayerNorm."""
+    return nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1/(1 - rate); no key, no dropout."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:
+    """`num` independent keys, or `num` times None where there is none (evaluation)."""
+    return [None] * num if key is None else list(jax.random.split(key, num))

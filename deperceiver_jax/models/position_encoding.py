@@ -1,0 +1,101 @@
+"""Position encodings of a feature map: sine and learned as in DETR, Fourier features as in Perceiver IO."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.linear import linear
+
+
+def sine_encoding(
+    token_valid: Bool[Array, "B h w"], dim: int, *, temperature: float = 10000.0, offset: float = 0.0
+) -> Float[Array, "B h w dim"]:
+    """DETR's sine encoding: dim/2 channels of y, then dim/2 of x; sines and cosines interleaved.
+
+    Positions count valid cells from 1 (plus `offset`) and are scaled to 2 pi at the last row and column of the map.
+    Source: DETR's position_encoding.py; Deformable DETR passes offset -0.5.
+    """
+    half = dim // 2
+    exponents = 2 * (jnp.arange(half) // 2) / half
+    wavelengths = temperature**exponents
+
+    def encode(count, axis):
+        last = jax.lax.slice_in_dim(count, count.shape[axis] - 1, count.shape[axis], axis=axis)
+        angle = 2 * jnp.pi * (count + offset) / (last + 1e-6)
+        angle = angle[..., None] / wavelengths[None, None, None, :]
+        return jnp.where(jnp.arange(half) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+
+    valid = token_valid.astype(jnp.float32)
+    y, x = jnp.cumsum(valid, axis=1), jnp.cumsum(valid, axis=2)
+    return jnp.concatenate([encode(y, 1), encode(x, 2)], axis=-1)
+
+
+def fourier_encoding(token_valid: Bool[Array, "B h w"], num_bands: int) -> Float[Array, "B h w 4*num_bands+2"]:
+    """Perceiver IO's Fourier features of the valid area: sin y, cos y, sin x, cos x (num_bands each), y, x.
+
+    Positions run from -1 to 1 over the valid cells of each image, and the bands from 1 to half their number (Nyquist),
+    so the encoding does not depend on the padding. Source: arXiv:2107.14795, appendix; axis order (row, column).
+    """
+
+    def encode(axis):
+        count = jnp.max(jnp.sum(token_valid, axis=axis), axis=1).astype(jnp.float32)  # [B]
+        index = jnp.arange(token_valid.shape[axis], dtype=jnp.float32)
+        position = 2 * index[None] / jnp.maximum(count - 1, 1)[:, None] - 1  # [B, n]
+        bands = 1 + (count[:, None] / 2 - 1) * jnp.linspace(0.0, 1.0, num_bands)[None]  # [B, K]
+        angle = jnp.pi * position[:, :, None] * bands[:, None, :]
+        return position[..., None], jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+    batch, height, width = token_valid.shape
+    (y, waves_y), (x, waves_x) = encode(1), encode(2)
+    rows = [jnp.broadcast_to(a[:, :, None], (batch, height, width, a.shape[-1])) for a in (waves_y, y)]
+    columns = [jnp.broadcast_to(a[:, None, :], (batch, height, width, a.shape[-1])) for a in (waves_x, x)]
+    return jnp.concatenate([rows[0], columns[0], rows[1], columns[1]], axis=-1)
+
+
+class PositionEncoding(nnx.Module):
+    """The encoding that a config names, with `dim` channels (`fourier` without projection: 4 * bands + 2)."""
+
+    def __init__(
+        self,
+        encoding: str,
+        dim: int,
+        *,
+        fourier_bands: int,
+        learned_size: int,
+        project_fourier: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        if encoding not in ("sine", "learned", "fourier"):
+            raise UserError(f"config.model.position.encoding is {encoding!r}; it can be sine, learned or fourier.")
+        self.encoding = encoding
+        self.dim = dim
+        self.fourier_bands = fourier_bands
+        self.learned_size = learned_size
+        if encoding == "learned":
+            table = nnx.initializers.uniform(1.0)
+            self.column = nnx.Param(table(rngs.params(), (learned_size, dim // 2)))
+            self.row = nnx.Param(table(rngs.params(), (learned_size, dim // 2)))
+        if encoding == "fourier" and project_fourier:
+            self.projection = linear(4 * fourier_bands + 2, dim, dtype=dtype, rngs=rngs)
+        elif encoding == "fourier":
+            self.dim = 4 * fourier_bands + 2
+
+    def __call__(self, token_valid: Bool[Array, "B h w"]) -> Float[Array, "B h w dim"]:
+        """float32. Learned tables hold column (x) channels first, the opposite of sine, as in DETR."""
+        batch, height, width = token_valid.shape
+        if self.encoding == "sine":
+            return sine_encoding(token_valid, self.dim)
+        if self.encoding == "fourier":
+            features = fourier_encoding(token_valid, self.fourier_bands)
+            return self.projection(features) if hasattr(self, "projection") else features
+        if max(height, width) > self.learned_size:
+            raise UserError(
+                f"A feature map of {height} x {width} cells needs config.model.position.learned_size >= "
+                f"{max(height, width)}; it is {self.learned_size}."
+            )
+        x = jnp.broadcast_to(self.column[None, :width], (height, width, self.dim // 2))
+        y = jnp.broadcast_to(self.row[:height, None], (height, width, self.dim // 2))
+        return jnp.broadcast_to(jnp.concatenate([x, y], axis=-1), (batch, height, width, self.dim))
