@@ -1,0 +1,1 @@
+"""Evaluation: predictions -> detections -> COCO's statistics."""
