@@ -6,7 +6,9 @@
 Every mistake a person can make here becomes a `UserError`; `run` prints its sentence and gives exit status 1.
 """
 
+import copy
 import difflib
+import importlib.util
 import json
 import re
 import sys
@@ -45,7 +47,7 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
     try:
         rest = values(list(argv), known_only=True)
     except flags.Error as error:
-        raise UserError(_sentence(error)) from None
+        raise UserError(str(error).rstrip(".") + ".") from None
     for argument in rest[1:]:
         if not (_CONFIG_FILE.match(argument) or _OVERRIDE.match(argument)):
             names = [f"--{name}" for name in values] + ["--config"]
@@ -76,7 +78,7 @@ def parse_config(rest: Sequence[str], stored: ConfigDict | None = None) -> Confi
             raise UserError(f"The config has no field {field}{_nearest(field, fields)}.")
     arguments = [rest[0], *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=arguments)
+    config_flags.DEFINE_config_dict("config", copy.deepcopy(base), flag_values=values, sys_argv=arguments)
     return _parse(values, arguments).config
 
 
@@ -91,21 +93,27 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def _config_file(rest: Sequence[str]) -> ConfigDict:
-    """The config file of the last `--config=FILE:VARIANT`, without overrides."""
+    """What `get_config` of the last `--config=FILE:VARIANT` returns; it refuses a variant with a ValueError."""
     argument = [argument for argument in rest if _CONFIG_FILE.match(argument)][-1]
-    file = argument.split("=", 1)[1].split(":")[0]
+    file, colon, variant = argument.split("=", 1)[1].partition(":")
     if not Path(file).is_file():
         raise UserError(f"--config: {file} does not exist.")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[rest[0], argument])
-    return _parse(values, [rest[0], argument]).config
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    if spec is None:
+        raise UserError(f"--config: {file} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return module.get_config(*[variant] if colon else []).lock()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> flags.FlagValues:
     try:
         values(list(arguments))
     except flags.Error as error:
-        raise UserError(_sentence(error)) from None
+        raise UserError(str(error).rstrip(".") + ".") from None
     return values
 
 
@@ -127,13 +135,3 @@ def _tuples(value):
     if isinstance(value, dict):
         return {name: _tuples(entry) for name, entry in value.items()}
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
-
-
-def _sentence(error: Exception) -> str:
-    """One line. A config file refuses a variant with a ValueError, which arrives here as the end of a traceback."""
-    text = str(error)
-    if "Traceback" in text:
-        before, found, text = text.rpartition("\nValueError: ")
-        if not found:
-            raise error
-    return " ".join(text.split()).rstrip(".") + "."
