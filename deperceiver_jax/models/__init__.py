@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deperceiver import DePerceiver
+from deperceiver_jax.models.detr import DETR
 
-DETECTORS = {"deperceiver": DePerceiver}
+DETECTORS = {"deperceiver": DePerceiver, "detr": DETR}
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deperceiver_jax.models.linear import dropout, linear
+from deperceiver_jax.models.linear import dropout, linear, xavier_uniform_init
 
 
 def dense_attention(
@@ -40,7 +40,9 @@ class MultiHeadAttention(nnx.Module):
     """Attention of `query_in` to `key_in` and `value_in`, with a linear layer before each and after the result.
 
     Heads are contiguous blocks of channels. The width of queries and keys (`qk_dim`) and of the result (`out_dim`)
-    are the query's own, and the values' width is `qk_dim`, unless they are given.
+    are the query's own, and the values' width is `qk_dim`, unless they are given. The layers start as torch.nn.Linear
+    does; with `xavier` as DETR's: biases zero, kernels Xavier-uniform, where the three input kernels are drawn as the
+    parts of one matrix (so their range is sqrt(6 / (in + 3 out)), not sqrt(6 / (in + out))).
     """
 
     def __init__(
@@ -53,18 +55,23 @@ class MultiHeadAttention(nnx.Module):
         qk_dim: int | None = None,
         out_dim: int | None = None,
         dropout: float = 0.0,
+        xavier: bool = False,
         dtype,
         rngs: nnx.Rngs,
     ):
+        def layer(in_dim, dim, parts=1):
+            init = dict(kernel_init=xavier_uniform_init(in_dim, parts * dim), bias_init=nnx.initializers.zeros)
+            return linear(in_dim, dim, **(init if xavier else {}), dtype=dtype, rngs=rngs)
+
         qk_dim = qk_dim or query_dim
         if qk_dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide an attention of width {qk_dim}.")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query = linear(query_dim, qk_dim, dtype=dtype, rngs=rngs)
-        self.key = linear(key_dim or query_dim, qk_dim, dtype=dtype, rngs=rngs)
-        self.value = linear(value_dim or key_dim or query_dim, qk_dim, dtype=dtype, rngs=rngs)
-        self.out = linear(qk_dim, out_dim or query_dim, dtype=dtype, rngs=rngs)
+        self.query = layer(query_dim, qk_dim, parts=3)
+        self.key = layer(key_dim or query_dim, qk_dim, parts=3)
+        self.value = layer(value_dim or key_dim or query_dim, qk_dim, parts=3)
+        self.out = layer(qk_dim, out_dim or query_dim)
 
     def __call__(
         self,

@@ -19,16 +19,27 @@ def torch_bias_init(fan_in: int):
     return init
 
 
-def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer that starts as torch.nn.Linear does; float32 parameters, computing in `dtype`.
+def xavier_uniform_init(fan_in: int, fan_out: int):
+    """U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), for matrices that are parts of a larger one of these fans."""
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(in_dim: int, out_dim: int, *, kernel_init=None, bias_init=None, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that starts as torch.nn.Linear does unless told; float32 parameters, computing in `dtype`.
 
     Applied to [B, H, W, C] features it is the 1x1 convolution of the published models, with the same start.
     """
     return nnx.Linear(
         in_dim,
         out_dim,
-        kernel_init=torch_kernel_init,
-        bias_init=torch_bias_init(in_dim),
+        kernel_init=kernel_init or torch_kernel_init,
+        bias_init=bias_init or torch_bias_init(in_dim),
         dtype=dtype,
         rngs=rngs,
     )

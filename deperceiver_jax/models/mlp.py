@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
-from deperceiver_jax.models.linear import dropout, linear
+from deperceiver_jax.models.linear import dropout, linear, split_key, xavier_uniform_init
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
@@ -14,7 +14,10 @@ def exact_gelu(x: jax.Array) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """Linear layers with an activation between them: widths dims[0] -> dims[1] -> ... -> dims[-1]."""
+    """Linear layers with an activation between them: widths dims[0] -> dims[1] -> ... -> dims[-1].
+
+    Layers start as torch.nn.Linear does; `xavier` draws their kernels Xavier-uniformly and leaves the biases so.
+    """
 
     def __init__(
         self,
@@ -22,15 +25,23 @@ class MLP(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array],
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        xavier: bool = False,
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.layers = nnx.List([linear(a, b, dtype=dtype, rngs=rngs) for a, b in zip(dims, dims[1:], strict=False)])
+        def layer(a, b):
+            kernel_init = xavier_uniform_init(a, b) if xavier else None
+            return linear(a, b, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+
+        self.layers = nnx.List([layer(a, b) for a, b in zip(dims, dims[1:], strict=False)])
         self.activation = activation
         self.dropout = dropout
+        self.hidden_dropout = hidden_dropout
 
     def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """[..., dims[0]] -> [..., dims[-1]]; dropout only on the result."""
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return dropout(self.layers[-1](x), self.dropout, dropout_key)
+        """[..., dims[0]] -> [..., dims[-1]]; `dropout` on the result, `hidden_dropout` after each activation."""
+        keys = split_key(dropout_key, len(self.layers)) if self.hidden_dropout else [dropout_key] * len(self.layers)
+        for layer, key in zip(self.layers[:-1], keys[:-1], strict=True):
+            x = dropout(self.activation(layer(x)), self.hidden_dropout, key)
+        return dropout(self.layers[-1](x), self.dropout, keys[-1])

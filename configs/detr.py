@@ -1,0 +1,74 @@
+"""DETR: end-to-end detection with a transformer.
+
+Carion et al., "End-to-End Object Detection with Transformers" (arXiv:2005.12872), the recipe of its released code:
+
+    python train.py --config=configs/detr.py:r50 --workdir=runs/detr_r50 --config.data.directory=/data/coco
+
+300 epochs of COCO, learning rate dropped after 200. The released models (500 epochs, COCO val2017) have AP 42.0 (r50),
+43.3 (r50_dc5), 43.5 (r101) and 44.9 (r101_dc5). The variants with _50ep drop the rate after 33 of 50 epochs: the
+baseline of the DePerceiver paper, which reports AP 34.1 for r50_50ep. All figures are the papers', not measured with
+this code.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+_BACKBONES = tuple(f"{net}{dilation}" for net in ("r50", "r101") for dilation in ("", "_dc5"))
+VARIANTS = _BACKBONES + tuple(f"{backbone}_50ep" for backbone in _BACKBONES)
+
+
+def get_config(variant: str = "r50") -> ConfigDict:
+    """One of VARIANTS: a backbone, dilated or not, and the long or the short schedule."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/detr.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
+    config = base()
+    config.model = model()
+    config.model.backbone.depth = 101 if variant.startswith("r101") else 50
+    if "_dc5" in variant:
+        config.model.backbone.dilation = True
+        config.model.stride = 16
+    if variant.endswith("_50ep"):
+        config.train.num_epochs = 50
+        config.optimizer.drop_epochs = (33,)
+    return config
+
+
+def model() -> ConfigDict:
+    """The published DETR; the ablations of its paper are other values of these fields (and of `config.loss`)."""
+    m = ConfigDict()
+    m.name = "detr"
+    m.num_classes = 91  # class slots; train.py sets it from the data set
+    m.no_object_logit = True  # one more logit after the class slots
+    m.num_queries = 100
+    m.embed_dim = 256  # width of tokens and queries
+    m.dropout = 0.1  # attention probabilities, sublayer outputs, inside the MLP
+    m.pre_norm = False  # norms before each sublayer rather than after each residual sum
+    m.stride = 32  # of the feature map that becomes tokens; 16 with dilation
+
+    m.backbone = ConfigDict()
+    m.backbone.depth = 50  # 18 | 34 | 50 | 101
+    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
+    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
+    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
+    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
+    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+
+    m.position = ConfigDict()
+    m.position.encoding = "sine"  # sine | learned | fourier
+    m.position.encoder = "attention"  # attention (queries and keys of every layer) | input (once, to the tokens) | none
+    m.position.decoder = "attention"  # attention (keys of every layer) | input (once, to the memory) | none
+    m.position.fourier_bands = 64
+    m.position.learned_size = 50  # cells along a side that learned tables hold
+
+    m.encoder = ConfigDict()
+    m.encoder.num_layers = 6  # 0: the decoder looks at the projected features
+    m.encoder.num_heads = 8
+    m.encoder.mlp_dim = 2048  # 0: no MLP
+
+    m.decoder = ConfigDict()
+    m.decoder.num_layers = 6
+    m.decoder.num_heads = 8
+    m.decoder.mlp_dim = 2048  # 0: no MLP
+    m.decoder.query_position = "attention"  # attention (queries and keys of every layer) | input (once, at the start)
+    return m
