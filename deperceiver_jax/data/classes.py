@@ -87,6 +87,6 @@ def require_same_classes(expected: ClassMap, expected_of: str, found: ClassMap, 
     slot, category, name = min(ours ^ theirs)
     owner, other = (expected_of, found_of) if (slot, category, name) in ours else (found_of, expected_of)
     raise UserError(
-        f"The classes of {expected_of} and {found_of} differ: {owner} has category {category} ({name!r}) in slot {slot}, "
-        f"{other} has not."
+        f"The classes of {expected_of} and {found_of} differ: {owner} has category {category} ({name!r}) "
+        f"in slot {slot}, {other} has not."
     )

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,7 +24,7 @@ INDEX_VERSION = 1
 
 @dataclass(frozen=True)
 class Index:
-    """Flat arrays over N images in ascending order of id and their M annotations; image i has offsets[i]:offsets[i+1]."""
+    """Flat arrays over N images, ascending by id, and their M annotations: image i has offsets[i] to offsets[i + 1]."""
 
     sizes: Int32[np.ndarray, "N 2"]  # (height, width) of the stored image
     image_ids: Int64[np.ndarray, " N"]
@@ -39,21 +40,28 @@ class Index:
     skipped: np.ndarray  # unicode [K], the names of corrupt images that were passed over
 
 
-def load_or_build(prepared, split, *, label_ids, skip_corrupt, fallback_directory):
+def load_or_build(
+    prepared: Path,
+    split: str,
+    *,
+    label_ids: Int64[np.ndarray, " labels"],
+    skip_corrupt: bool,
+    fallback_directory: Path,
+) -> Index:
     """The split's Index: from the file beside the prepared data, or made by one pass over all records.
 
     The file carries a fingerprint of the prepared data and of the settings, so a stale one is made anew. It lies in
-    `fallback_directory` when the prepared directory cannot be written.
+    `fallback_directory` when the prepared directory cannot be written. label_ids: see read_record.
     """
     fingerprint = _fingerprint(prepared, split, label_ids, skip_corrupt)
-    homes = [prepared, fallback_directory / "index" / fingerprint[:16]]
-    for home in homes:
-        stored = _load(home / f"index_{split}.npz", fingerprint)
+    place = hashlib.sha256(os.fspath(prepared).encode()).hexdigest()[:16]
+    files = [home / f"index_{split}.npz" for home in (prepared, fallback_directory / "index" / place)]
+    for file in files:
+        stored = _load(file, fingerprint)
         if stored is not None:
             return stored
     index = build(prepared, split, label_ids=label_ids, skip_corrupt=skip_corrupt)
-    home = homes[0] if os.access(prepared, os.W_OK) else homes[1]
-    _save(home / f"index_{split}.npz", index, fingerprint)
+    _save(files[0] if os.access(prepared, os.W_OK) else files[1], index, fingerprint)
     return index
 
 
@@ -64,12 +72,12 @@ def open_records(prepared: Path, split: str):
 
 
 def build(prepared: Path, split: str, *, label_ids: Int64[np.ndarray, " labels"], skip_corrupt: bool) -> Index:
-    """Reads every record once. Raises UserError for a corrupt image unless skip_corrupt, and for a repeated image id."""
+    """Reads every record once. Refuses a corrupt image unless skip_corrupt, and a repeated image id."""
     records = open_records(prepared, split)
     kept, skipped = [], []
     print(f"Indexing {len(records)} images of {prepared}, split {split} (once).", file=sys.stderr, flush=True)
     for position in tqdm(range(len(records)), desc=f"Indexing {split}", unit=" images", disable=None):
-        record = read_record(records[position], label_ids)
+        record = read_record(_read(records, position, prepared), label_ids)
         try:
             size = image_size(record.image)
         except CorruptImage as error:
@@ -87,6 +95,13 @@ def build(prepared: Path, split: str, *, label_ids: Int64[np.ndarray, " labels"]
     kept.sort(key=lambda row: row[0])
     _require_unique([row[0] for row in kept], prepared, split)
     return _flatten(kept, skipped)
+
+
+def _read(records, position, prepared):
+    try:
+        return records[position]
+    except RuntimeError as error:  # array_record's only kind
+        raise UserError(f"{prepared} is damaged: record {position} cannot be read ({error}).") from error
 
 
 def _require_unique(image_ids, prepared, split):
@@ -123,18 +138,21 @@ def _flatten(kept, skipped):
 def _fingerprint(prepared, split, label_ids, skip_corrupt):
     """Changes with the prepared data: dataset_info.json holds every shard's length and the number of bytes."""
     described = (prepared / "dataset_info.json").read_bytes() + (prepared / "features.json").read_bytes()
-    settings = json.dumps([INDEX_VERSION, split, [int(id) for id in label_ids], bool(skip_corrupt), str(prepared)])
+    settings = json.dumps([INDEX_VERSION, split, [int(id) for id in label_ids], bool(skip_corrupt)])
     return hashlib.sha256(described + settings.encode()).hexdigest()
 
 
 def _load(path, fingerprint):
+    """The stored Index, or None where there is none for this data."""
     if not path.is_file():
         return None
-    with np.load(path) as stored:
-        if str(stored["fingerprint"]) != fingerprint:
-            logging.info("%s describes other data and is made anew.", path)
-            return None
-        return Index(**{field.name: stored[field.name] for field in fields(Index)})
+    try:
+        with np.load(path) as stored:
+            if str(stored["fingerprint"]) == fingerprint:
+                return Index(**{field.name: stored[field.name] for field in fields(Index)})
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logging.warning("%s cannot be read (%s) and is made anew.", path, error)
+    return None
 
 
 def _save(path, index, fingerprint):

@@ -11,17 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from deperceiver_jax.errors import UserError
 
 
-def prepare(builder: tfds.core.DatasetBuilder, directory: Path, what: str) -> Path:
-    """The prepared directory of a builder whose data_dir is `directory`; writes it first if it is not there yet.
+def prepare(
+    builder_class: type[tfds.core.DatasetBuilder], directory: Path, config: str | tfds.core.BuilderConfig, what: str
+) -> Path:
+    """The directory where a builder's data lies under `directory`; writes it first if it is not there yet.
 
+    config: the name of one of the class's configs, or a new one. `what` says in words what is prepared.
     TFDS writes into a directory called `incomplete.*` and renames it at the end, so a killed preparation leaves nothing
-    that looks finished; what it left is removed by the next one. `what` describes the work in one line.
+    that looks finished; what it left is removed by the next one.
     """
-    prepared = Path(builder.data_dir)
+    name = config if isinstance(config, str) else config.name
+    prepared = directory / builder_class.name / name / str(builder_class.VERSION)
     if prepared.is_dir():
         return prepared
     try:
@@ -30,7 +35,9 @@ def prepare(builder: tfds.core.DatasetBuilder, directory: Path, what: str) -> Pa
                 for leftover in prepared.parent.glob("incomplete.*"):
                     shutil.rmtree(leftover)
                 print(f"Preparing {what} in {prepared} (once).", file=sys.stderr, flush=True)
-                _download_and_prepare(builder)
+                with _quiet(), tempfile.TemporaryDirectory() as unused:
+                    builder = builder_class(config=config, data_dir=os.fspath(directory), file_format="array_record")
+                    builder.download_and_prepare(download_dir=os.path.join(unused, "downloads"))
     except OSError as error:
         raise UserError(f"Cannot prepare {what} in {prepared}: {error}.") from error
     return prepared
@@ -49,11 +56,15 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def _download_and_prepare(builder):
-    """TFDS's own bars and prints speak of downloads; the builders of this package show a bar of their own."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS's bars, prints and log speak of downloads; the builders of this package show a bar of their own."""
+    verbosity = logging.get_verbosity()
     tfds.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_dir=os.path.join(unused, "downloads"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
+        logging.set_verbosity(verbosity)
         tfds.enable_progress_bar()

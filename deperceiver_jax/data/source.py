@@ -4,17 +4,25 @@ import os
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf.json_format import ParseError
 from jaxtyping import Float32, Int32, Int64
 from ml_collections import ConfigDict
 
-from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
+from deperceiver_jax.data.coco.builder import CocoDirectory, coco_config
 from deperceiver_jax.data.index import Index, load_or_build, open_records
 from deperceiver_jax.data.prepare import prepare
 from deperceiver_jax.data.record import Annotations
 from deperceiver_jax.data.shapes.builder import Shapes
 from deperceiver_jax.errors import UserError
 
+SPLIT_FIELDS = {"train": "train", "validation": "val"}  # split -> how config.data calls its files
+CATALOGUE_FEATURES = {
+    "": ("image", "image/filename", "image/id", "objects"),
+    "objects": ("area", "bbox", "id", "is_crowd", "label"),
+}
 CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their image are counted
 
 
@@ -25,8 +33,8 @@ class Source:
         self.classes = classes
         self._prepared, self._split, self._index = prepared, split, index
         self._records, self._opened_by = None, None
-        self._box_image, self._boxes, self._labels = _targets(index, classes)
-        self._target_offsets = np.searchsorted(self._box_image, np.arange(len(self) + 1))
+        image, self._boxes, self._labels = _targets(index, classes)
+        self._target_offsets = np.searchsorted(image, np.arange(len(self) + 1))
 
     def __len__(self) -> int:
         return len(self._index.image_ids)
@@ -76,12 +84,20 @@ class Source:
 def open_source(config_data: ConfigDict, split: str) -> Source:
     """Opens a split of the data set that config.data names, preparing it first if need be.
 
-    Raises UserError, in one sentence that names the file and the item, for anything wrong with the data.
+    `shapes` and `coco_directory` have the splits train and validation, `tfds` has those that were prepared;
+    `shapes/small` is the built-in data set with many small shapes. Raises UserError, in one sentence that names the
+    file and the item, for anything wrong with the data.
     """
     name, _, variant = config_data.name.partition("/")
-    if name not in _OPENERS:
-        raise UserError(f"config.data.name is {config_data.name!r}; it may be {', '.join(_OPENERS)}.")
-    prepared, classes, label_ids = _OPENERS[name](config_data, split, variant)
+    if name == "shapes":
+        prepared = _prepare_shapes(config_data, split, variant or "standard")
+    elif name == "coco_directory" and not variant:
+        prepared = _prepare_coco(config_data, split)
+    elif name == "tfds" and not variant:
+        prepared = _existing_directory(config_data)
+    else:
+        raise UserError(f"config.data.name is {config_data.name!r}; it may be shapes, coco_directory or tfds.")
+    classes, label_ids, notes = _describe(prepared, split)
     index = load_or_build(
         prepared,
         split,
@@ -89,7 +105,9 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
         skip_corrupt=config_data.skip_corrupt,
         fallback_directory=_prepared_directory(config_data),
     )
-    _warn(index, prepared, split)
+    found = notes + _oddities(index)
+    if found:
+        logging.warning("%s, split %s: %s.", config_data.directory or config_data.name, split, "; ".join(found))
     return Source(prepared, split, classes, index)
 
 
@@ -97,21 +115,73 @@ def _prepared_directory(config_data):
     return Path(config_data.prepared_directory).expanduser().absolute()
 
 
-def _open_shapes(config_data, split, variant):
-    variant = variant or "standard"
+def _existing_directory(config_data):
+    if not config_data.directory:
+        raise UserError(f"config.data.directory is empty, and data set {config_data.name} needs one.")
+    directory = Path(config_data.directory).expanduser().absolute()
+    if not directory.is_dir():
+        raise UserError(f"There is no directory {directory} (config.data.directory).")
+    return directory
+
+
+def _require_split(config_data, split):
+    if split not in SPLIT_FIELDS:
+        raise UserError(f"Data set {config_data.name} has no split {split!r}; it has {', '.join(SPLIT_FIELDS)}.")
+
+
+def _prepare_shapes(config_data, split, variant):
+    _require_split(config_data, split)
     if variant not in Shapes.builder_configs:
         raise UserError(f"There is no data set shapes/{variant}; there are {', '.join(Shapes.builder_configs)}.")
-    directory = _prepared_directory(config_data)
-    builder = Shapes(config=variant, data_dir=os.fspath(directory), file_format="array_record")
-    prepared = prepare(builder, directory, f"shapes/{variant}")
-    return prepared, _stored_classes(builder), np.zeros(0, np.int64)
+    return prepare(Shapes, _prepared_directory(config_data), variant, f"shapes/{variant}")
 
 
-def _stored_classes(builder):
-    return ClassMap.from_categories(builder.info.metadata["categories"])
+def _prepare_coco(config_data, split):
+    _require_split(config_data, split)
+    root, field = _existing_directory(config_data), SPLIT_FIELDS[split]
+    annotation_file = root / config_data[f"{field}_annotations"]
+    image_directory = root / config_data[f"{field}_images"]
+    if not annotation_file.is_file():
+        raise UserError(f"Split {split} needs {annotation_file} (config.data.{field}_annotations), which is not there.")
+    if not image_directory.is_dir():
+        raise UserError(f"Split {split} needs {image_directory} (config.data.{field}_images), which is not there.")
+    config = coco_config(annotation_file, image_directory, split, config_data.skip_corrupt)
+    return prepare(CocoDirectory, _prepared_directory(config_data), config, f"split {split} of {root}")
 
 
-_OPENERS = {"shapes": _open_shapes}
+def _describe(prepared, split):
+    """(class map, category id of every label, notes) of a prepared directory; refuses one that is not to be used."""
+    if not (prepared / "dataset_info.json").is_file():
+        raise UserError(
+            f"{prepared} is no prepared TFDS data set: it has no dataset_info.json, as coco/2017/1.1.0 would have."
+        )
+    try:
+        info = tfds.builder_from_directory(os.fspath(prepared)).info
+    except (OSError, ValueError, ParseError) as error:
+        raise UserError(f"{prepared} cannot be read as a TFDS data set: {str(error).rstrip('.')}.") from error
+    if split not in info.splits:
+        raise UserError(f"{prepared} has no split {split!r}; it has {', '.join(info.splits)}.")
+    if info.file_format.value != "array_record":
+        raise UserError(
+            f"{prepared} is stored as {info.file_format.value}, which has no random access; "
+            "prepare it with --file_format=array_record."
+        )
+    for shard in info.splits[split].filepaths:
+        if not os.path.isfile(shard):
+            raise UserError(f"{prepared} is not complete: {os.path.basename(shard)} is missing.")
+    if info.metadata and "categories" in info.metadata:  # one that this package prepared
+        return ClassMap.from_categories(info.metadata["categories"]), np.zeros(0, np.int64), info.metadata["notes"]
+    features = info.features.np_dtype
+    for place, wanted in CATALOGUE_FEATURES.items():
+        present = features.get(place) if place else features
+        missing = [key for key in wanted if not isinstance(present, dict) or key not in present]
+        if missing:
+            raise UserError(
+                f"{prepared} is not like coco/2017: it lacks the feature {(place + '/').lstrip('/')}{missing[0]}."
+            )
+    names = info.features["objects"]["label"].names
+    ids = list(COCO_CATEGORIES) if names == list(COCO_CATEGORIES.values()) else range(len(names))
+    return ClassMap.from_categories(zip(ids, names, strict=True)), np.array(ids, np.int64), []
 
 
 def _targets(index, classes):
@@ -128,8 +198,8 @@ def _targets(index, classes):
     return image[keep], boxes[keep], classes.category_to_slot(index.category_id[keep]).astype(np.int32)
 
 
-def _warn(index, prepared, split):
-    """One line that counts what is odd in the data, whenever it is opened."""
+def _oddities(index):
+    """What is odd in the annotations, counted, in words."""
     image = np.repeat(np.arange(len(index.image_ids)), np.diff(index.offsets))
     low, size = index.boxes[:, :2], index.boxes[:, 2:]
     limit = index.sizes[image][:, ::-1]
@@ -138,12 +208,10 @@ def _warn(index, prepared, split):
     outside = ((low < -CLIP_TOLERANCE) | (low + size > limit + CLIP_TOLERANCE)).any(axis=1) & ~empty
     counts = {
         "boxes reach outside their image and are clipped": outside.sum(),
-        "boxes are empty inside their image and are left out of the targets": empty.sum(),
+        "boxes are empty inside their image and are left out": empty.sum(),
         "boxes are not finite and are left out": index.non_finite,
-        "corrupt images are left out": len(index.skipped),
     }
     found = [f"{count} {what}" for what, count in counts.items() if count]
     if len(index.skipped):
-        found[-1] += f" (the first is {index.skipped[0]})"
-    if found:
-        logging.warning("%s, split %s: %s.", prepared, split, "; ".join(found))
+        found.append(f"{len(index.skipped)} corrupt images are left out (the first is {index.skipped[0]})")
+    return found

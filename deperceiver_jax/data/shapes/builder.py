@@ -26,7 +26,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.builder_config.description,
             features=record_features(),
-            metadata=tfds.core.MetadataDict(categories=categories),
+            metadata=tfds.core.MetadataDict(categories=categories, notes=[]),
             disable_shuffling=True,
         )
 
