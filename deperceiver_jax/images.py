@@ -18,6 +18,6 @@ def normalize_images(
     rows = jnp.arange(height)[None, :, None] < size[:, 0, None, None]
     columns = jnp.arange(width)[None, None, :] < size[:, 1, None, None]
     pixel_valid = rows & columns
-    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
+    mean, std = (jnp.asarray(x).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))
     normalized = (image.astype(jnp.float32) / 255.0 - mean) / std
     return jnp.where(pixel_valid[..., None], normalized, 0.0), pixel_valid
