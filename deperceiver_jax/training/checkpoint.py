@@ -1,0 +1,240 @@
+"""Checkpoints of a run, kept by Orbax, and parameters by themselves.
+
+checkpoints/<step>/ has four items:
+
+    weights    every array of the detector by path: all that inference needs
+    ema        the moving average of the trained ones, which inference prefers; absent without one
+    training   {"step", "opt_state"}
+    progress   JSON of the host's side of a run
+
+A save writes into a directory with another name, which gets its own when it is complete; what a killed process leaves
+behind is never taken for a checkpoint, and the next run removes it. The output of import_weights is a directory with
+`weights`, config.json and classes.json.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from jaxtyping import Array
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.train_state import TrainState
+from deperceiver_jax.training.workdir import CHECKPOINTS, CONFIG, METRICS
+
+WEIGHTS, EMA, TRAINING, PROGRESS = "weights", "ema", "training", "progress"
+
+
+class KeepNewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the `newest` latest checkpoints, and the best one wherever it is."""
+
+    def __init__(self, newest: int, best_step: Callable[[list[int]], int | None]):
+        self.newest = newest
+        self.best_step = best_step
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        keep = {*sorted(steps)[-self.newest :], self.best_step(steps)}
+        return [step in keep for step in steps]
+
+
+class Checkpoints:
+    """The checkpoints of a workdir. Saves in the background; every process of a run makes the same calls."""
+
+    def __init__(self, workdir: Path, *, keep: int):
+        if keep < 1:
+            raise UserError(f"config.train.keep_checkpoints is {keep}; it must be at least 1.")
+        self.directory = workdir / CHECKPOINTS
+        self.manager = ocp.CheckpointManager(
+            self.directory.absolute(),
+            item_handlers={
+                WEIGHTS: ocp.StandardCheckpointHandler(),
+                EMA: ocp.StandardCheckpointHandler(),
+                TRAINING: ocp.StandardCheckpointHandler(),
+                PROGRESS: ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=KeepNewestAndBest(keep, lambda steps: best_step(workdir, steps)),
+                cleanup_tmp_directories=True,
+                save_root_metadata=False,
+            ),
+        )
+
+    def save(self, state: TrainState, progress: dict) -> None:
+        """Starts to save `state` under its step, unless that step is there already; waits for an earlier save first."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        items = {
+            WEIGHTS: ocp.args.StandardSave({**state.params, **state.frozen}),
+            TRAINING: ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            PROGRESS: ocp.args.JsonSave(progress),
+        }
+        if state.ema:
+            items[EMA] = ocp.args.StandardSave(state.ema)
+        self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        """(state, progress) of a step, onto the shardings of `abstract`, whatever mesh they were saved from.
+
+        Raises UserError when the parameters differ from those of `abstract`, or the files are damaged.
+        """
+        directory = self.directory / str(step)
+        arrays = {**abstract.params, **abstract.frozen}
+        require_same_arrays(arrays, read_shapes(directory / WEIGHTS), directory)
+        items = {
+            WEIGHTS: ocp.args.StandardRestore(arrays),
+            TRAINING: ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            PROGRESS: ocp.args.JsonRestore(),
+        }
+        if abstract.ema:
+            items[EMA] = ocp.args.StandardRestore(abstract.ema)
+        for item in items.keys() - {PROGRESS}:
+            check_readable(directory / item)
+        with damage_is_a_user_error(directory):
+            restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        weights = restored[WEIGHTS]
+        state = TrainState(
+            step=restored[TRAINING]["step"],
+            params={path: weights[path] for path in abstract.params},
+            frozen={path: weights[path] for path in abstract.frozen},
+            opt_state=restored[TRAINING]["opt_state"],
+            ema=restored[EMA] if abstract.ema else {},
+        )
+        return state, restored[PROGRESS]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self.manager.close()
+
+
+def all_steps(workdir: Path) -> list[int]:
+    """The steps of a workdir's complete checkpoints, in ascending order."""
+    directory = workdir / CHECKPOINTS
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+
+
+def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
+    """The one of `steps` with the highest AP that metrics.jsonl knows, the earliest among equals; None if none has."""
+    try:
+        lines = [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+    except FileNotFoundError:
+        return None
+    scores = {line["step"]: line["AP"] for line in lines if "AP" in line and line["step"] in steps}
+    return max(sorted(scores), key=scores.get, default=None)
+
+
+class StoredDetector(NamedTuple):
+    """Where a detector's parameters lie, and the directory of the config.json and classes.json that describe it."""
+
+    items: Path
+    directory: Path
+    step: int | None  # None for parameters that no run here has trained
+
+
+def find_detector(directory: Path, checkpoint: str = "latest") -> StoredDetector:
+    """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
+    (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
+    if (directory / WEIGHTS).is_dir():
+        if directory.parent.name == CHECKPOINTS:
+            return StoredDetector(directory, directory.parent.parent, int(directory.name))
+        return StoredDetector(directory, directory, None)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory.")
+    steps = all_steps(directory)
+    if not steps:
+        raise UserError(f"{directory} has no checkpoint and no weights.")
+    if checkpoint == "latest":
+        step = steps[-1]
+    elif checkpoint == "best":
+        step = best_step(directory, steps)
+        if step is None:
+            raise UserError(f"{directory} has no best checkpoint: none of steps {steps} was evaluated.")
+    elif checkpoint.isdigit() and int(checkpoint) in steps:
+        step = int(checkpoint)
+    else:
+        raise UserError(f"{directory} has no checkpoint {checkpoint!r}; it has {steps}, latest and best.")
+    return StoredDetector(directory / CHECKPOINTS / str(step), directory, step)
+
+
+def load_params(items: Path) -> dict[str, np.ndarray]:
+    """Every array of a detector by path, from `StoredDetector.items`; the moving average where one was kept.
+
+    Raises UserError when the files are damaged.
+    """
+    arrays = _read_arrays(items / WEIGHTS)
+    if (items / EMA).is_dir():
+        arrays |= _read_arrays(items / EMA)
+    return arrays
+
+
+def save_params(directory: Path, arrays: Mapping[str, Array | np.ndarray], config: str, classes: str) -> None:
+    """Writes a directory that load_detector, init_from and eval.py read: weights, and the texts of the two JSON files.
+
+    Raises UserError when there is something at `directory` already.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists already.")
+    directory.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((directory / WEIGHTS).absolute(), dict(arrays))
+    (directory / "classes.json").write_text(classes)
+    (directory / CONFIG).write_text(config)
+
+
+def read_shapes(item: Path) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the arrays in an item of a checkpoint, without reading them."""
+    with damage_is_a_user_error(item):
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item.absolute())).tree
+        return {path: tuple(array.shape) for path, array in tree.items()}
+
+
+def require_same_arrays(expected: Mapping[str, Array], found: Mapping[str, tuple[int, ...]], origin: Path) -> None:
+    """Raises UserError when the arrays at `origin` are not those that the model has, by path and shape."""
+    lacks = [f"it lacks {path}" for path in sorted(expected.keys() - found.keys())]
+    extra = [f"the model lacks {path}" for path in sorted(found.keys() - expected.keys())]
+    other = [
+        f"{path} is {found[path]} there and {tuple(expected[path].shape)} in the model"
+        for path in sorted(expected.keys() & found.keys())
+        if found[path] != tuple(expected[path].shape)
+    ]
+    differences = other[:3] + lacks[:2] + extra[:2]
+    if differences:
+        more = len(other) + len(lacks) + len(extra) - len(differences)
+        rest = f", and {more} more" if more else ""
+        raise UserError(f"{origin} holds another model: {', '.join(differences)}{rest}.")
+
+
+def _read_arrays(item: Path) -> dict[str, np.ndarray]:
+    shapes = read_shapes(item)
+    check_readable(item)
+    restore_args = dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray))
+    with damage_is_a_user_error(item):
+        return ocp.PyTreeCheckpointHandler().restore(
+            epath.Path(item.absolute()), args=ocp.args.PyTreeRestore(restore_args=restore_args)
+        )
+
+
+def check_readable(item: Path) -> None:
+    """Reads every record of an item once, one after the other. Orbax reads them all at once, so that a broken file
+    ends in as many tracebacks, from other threads, as there are arrays; it gets only what passes here."""
+    with damage_is_a_user_error(item):
+        records = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item.absolute()}/"}).result()
+        for key in records.list().result():
+            records.read(key).result()
+
+
+@contextlib.contextmanager
+def damage_is_a_user_error(path: Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise for incomplete or broken files into one sentence."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).split("[")[0].split("\n")[0].strip()
+        raise UserError(f"{path} is damaged or incomplete: {reason[:300]}") from None

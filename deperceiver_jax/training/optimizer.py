@@ -1,0 +1,80 @@
+"""AdamW with DETR's parameter groups, clipping and schedules.
+
+Source: DETR (arXiv:2005.12872). The update is PyTorch's AdamW: decay decoupled from the gradient, scaled by the
+learning rate, and on every trained parameter, biases and norms included. Parameters are dicts keyed by "/"-joined path.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from deperceiver_jax.errors import UserError
+
+
+def group_multipliers(paths: Iterable[str], groups: ConfigDict) -> dict[str, float]:
+    """The learning-rate multiplier of each parameter: that of the one group whose pattern its path matches.
+
+    Raises UserError that names the first parameter which no group or more than one matches.
+    """
+    multipliers = {}
+    for path in sorted(paths):
+        names = [name for name, group in groups.items() if re.search(group.pattern, path)]
+        if len(names) != 1:
+            found = f"both {' and '.join(names)} match" if names else f"none of {', '.join(groups)} matches"
+            raise UserError(f"config.optimizer.groups: every parameter needs exactly one group, but {found} {path}.")
+        multipliers[path] = float(groups[names[0]].multiplier)
+    return multipliers
+
+
+def learning_rate_schedule(config: ConfigDict, *, steps_per_epoch: int, num_steps: int) -> optax.Schedule:
+    """Step number (from 0) -> the learning rate of a group with multiplier 1. `config` is `config.optimizer`.
+
+    `step`: multiplied by drop_factor from the first step after each of drop_epochs. `cosine`: to 0 at `num_steps`.
+    Either rises linearly over the first warmup_steps, of which the first already moves.
+    """
+    if config.schedule == "step":
+        drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
+        decayed = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    elif config.schedule == "cosine":
+        rise = config.warmup_steps
+        cosine = optax.cosine_decay_schedule(config.learning_rate, max(num_steps - rise, 1))
+
+        def decayed(step):
+            return cosine(jnp.maximum(step - rise, 0))
+    else:
+        raise UserError(f"config.optimizer.schedule is {config.schedule!r}; it can be step or cosine.")
+    if not config.warmup_steps:
+        return decayed
+    return lambda step: decayed(step) * jnp.minimum((step + 1) / config.warmup_steps, 1.0)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """PyTorch's clip_grad_norm_: factor min(1, max_norm / (norm + 1e-6)), where Optax's own has no 1e-6."""
+
+    def clip(updates, params=None):
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def scale_by_group(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
+    """Each update times its parameter's multiplier; parameters that are not trained may be listed too."""
+    return optax.stateless(lambda updates, params: {path: multipliers[path] * u for path, u in updates.items()})
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, multipliers: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """clip -> Adam -> + weight_decay * parameter -> * multiplier -> * -schedule. `config` is `config.optimizer`."""
+    return optax.chain(
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay),
+        scale_by_group(multipliers),
+        optax.scale_by_learning_rate(schedule),
+    )

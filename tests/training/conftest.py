@@ -1,0 +1,108 @@
+"""A detector of two layers, a loss that is easy to differentiate by hand, and batches for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.base import base
+from deperceiver_jax.sharding import make_mesh
+from deperceiver_jax.structures import Batch, Predictions
+from deperceiver_jax.training.optimizer import learning_rate_schedule
+from deperceiver_jax.training.train_state import plan_train_state
+from deperceiver_jax.training.train_step import make_train_step
+
+
+class Fixed(nnx.Variable):
+    """Not an nnx.Param: never trained."""
+
+
+class TinyDetector(nnx.Module):
+    """Mean colour -> a hidden layer with dropout -> one query's two logits and box."""
+
+    def __init__(self, *, rngs: nnx.Rngs, width: int = 8, dropout: float = 0.5):
+        self.backbone = nnx.Linear(3, width, rngs=rngs)
+        self.head = nnx.Linear(width, 6, rngs=rngs)
+        self.scale = Fixed(jnp.full((3,), 2.0))
+        self.dropout = dropout
+
+    def __call__(self, image, pixel_valid, *, dropout_key=None):
+        x = (image * self.scale[...][None, None, None, :]).mean((1, 2))
+        x = jnp.tanh(self.backbone(x))
+        if dropout_key is not None:
+            x = jnp.where(jax.random.bernoulli(dropout_key, self.dropout, x.shape), 0.0, x)
+        answer = self.head(x)[None, :, None, :]
+        return Predictions(logits=answer[..., :2], boxes=jax.nn.sigmoid(answer[..., 2:]))
+
+
+def tiny_loss(predictions, batch, *, whole):
+    """Squared error of every query to the image's first box, over the number of boxes in `whole`."""
+    error = jnp.square(predictions.boxes - batch.boxes[None, :, :1]).sum((0, 2, 3))
+    bbox = jnp.where(batch.box_valid[:, 0], error, 0.0).sum() / jnp.maximum(whole.box_valid.sum(), 1)
+    logit = jnp.square(predictions.logits).sum() / whole.labels.shape[0]
+    return 5.0 * bbox + logit, {"loss_bbox": bbox, "loss_logit": logit}
+
+
+def tiny_batch(seed: int, size: int = 8, height: int = 6, width: int = 4) -> Batch:
+    rng = np.random.default_rng(seed)
+    count = rng.integers(0, 3, size)
+    return Batch(
+        image=rng.integers(0, 256, (size, height, width, 3), np.uint8),
+        size=np.full((size, 2), (height, width), np.int32),
+        original_size=np.full((size, 2), (height, width), np.int32),
+        example=np.arange(size, dtype=np.int32),
+        boxes=rng.random((size, 2, 4), np.float32),
+        labels=np.zeros((size, 2), np.int32),
+        box_valid=np.arange(2)[None] < count[:, None],
+    )
+
+
+class Tiny:
+    """The tiny detector, planned and with its step, on a mesh of `devices`."""
+
+    def __init__(self, devices: int = 1, *, loss=tiny_loss, width: int = 8, dropout: float = 0.5, **optimizer):
+        self.config = base()
+        for name, value in optimizer.items():
+            self.config.optimizer[name] = value
+        self.mesh = make_mesh(devices=jax.devices()[:devices])
+        schedule = learning_rate_schedule(self.config.optimizer, steps_per_epoch=10, num_steps=100)
+        self.plan = plan_train_state(
+            lambda: TinyDetector(rngs=nnx.Rngs(self.config.seed), width=width, dropout=dropout),
+            self.config.optimizer,
+            schedule,
+            self.mesh,
+        )
+        self.step = make_train_step(self.plan, self.config, loss=loss, schedule=schedule, mesh=self.mesh)
+
+    def train(self, state, first: int, last: int):
+        """Steps `first`..`last` - 1, each on its own batch -> (state, metrics of all)."""
+        rows = []
+        for i in range(first, last):
+            state, metrics = self.step(state, tiny_batch(i))
+            rows.append(jax.device_get(metrics))
+        return state, rows
+
+
+@pytest.fixture
+def tiny():
+    return Tiny
+
+
+@pytest.fixture
+def batch_of():
+    return tiny_batch
+
+
+@pytest.fixture
+def same():
+    """Holds two pytrees equal, bit by bit."""
+
+    def check(a, b):
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for path, (x, y) in zip(
+            jax.tree.leaves_with_path(a), zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True), strict=True
+        ):
+            np.testing.assert_array_equal(x, y, err_msg=str(path[0]))
+
+    return check
