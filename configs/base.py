@@ -36,6 +36,7 @@ def base() -> ConfigDict:
     config.data.crop_scales = (400, 500, 600)  # short side before the crop
     config.data.crop_min = 384
     config.data.crop_max = 600
+    config.data.eval_buckets = 4  # padded sizes of evaluation batches
     config.data.eval_scale = 800
     config.data.eval_max_size = 1333
 
