@@ -15,6 +15,7 @@ from deperceiver_jax.data.coco.builder import CocoDirectory, coco_config
 from deperceiver_jax.data.index import Index, load_or_build, open_records
 from deperceiver_jax.data.prepare import prepare
 from deperceiver_jax.data.record import Annotations
+from deperceiver_jax.data.shapes import drawing
 from deperceiver_jax.data.shapes.builder import Shapes
 from deperceiver_jax.errors import UserError
 
@@ -29,8 +30,9 @@ CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their ima
 class Source:
     """One split, its images in ascending order of id. Every process opens the files for itself, when it first reads."""
 
-    def __init__(self, prepared: Path, split: str, classes: ClassMap, index: Index):
+    def __init__(self, prepared: Path, split: str, classes: ClassMap, index: Index, area_scale: float):
         self.classes = classes
+        self.area_scale = area_scale  # of COCO's bounds between small, medium and large; 1 for photographs
         self._prepared, self._split, self._index = prepared, split, index
         self._records, self._opened_by = None, None
         image, self._boxes, self._labels = _targets(index, classes)
@@ -108,7 +110,7 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
     found = notes + _oddities(index)
     if found:
         logging.warning("%s, split %s: %s.", config_data.directory or config_data.name, split, "; ".join(found))
-    return Source(prepared, split, classes, index)
+    return Source(prepared, split, classes, index, area_scale=drawing.AREA_SCALE if name == "shapes" else 1.0)
 
 
 def _prepared_directory(config_data):

@@ -21,6 +21,7 @@ WIDTHS = (96, 144)
 # shares of our images tell small, medium and large apart here.
 SMALL_SHARE = 32**2 / (640 * 480)
 LARGE_SHARE = 96**2 / (640 * 480)
+AREA_SCALE = sum(HEIGHTS) / 2 * sum(WIDTHS) / 2 / (640 * 480)  # the same bounds in pixels of our mean image: 7^2, 21^2
 MIN_SHARE = 0.0015  # of a small shape: about 5 pixels across
 MAX_SHARE = 0.15  # of a large shape
 MIN_VISIBLE = 0.6  # share of every shape that the shapes drawn over it leave to be seen
