@@ -137,6 +137,6 @@ class DePerceiver(nnx.Module):
     ) -> Predictions:
         """`image` has ImageNet's mean and standard deviation removed and zeros on padding; see images.py."""
         key_encoder, key_decoder = split_key(dropout_key, 2)
-        tokens, token_valid, key_position = self.levels(self.backbone(image), pixel_valid)
+        tokens, token_valid, key_position = self.levels(self.backbone(image, pixel_valid), pixel_valid)
         latents = self.encoder(tokens, token_valid, key_position, dropout_key=key_encoder)
         return self.heads(self.decoder(latents, dropout_key=key_decoder))

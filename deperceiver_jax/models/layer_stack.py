@@ -1,5 +1,6 @@
 """A row of identical layers whose parameters share arrays with a leading layer axis, so that XLA compiles one body."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,10 +11,22 @@ class LayerStack(nnx.Module):
     """`num_layers` layers of one kind; every parameter has a leading axis [num_layers].
 
     Each layer is called as `layer(x, *args, dropout_key=key)` and must return the next x, of the same shape.
+
+    `unroll_on_cpu` is for convolutions: XLA's CPU backend runs their gradients inside a loop on its slowest path
+    (ResNet-50, forward and backward, 256 x 256 x 2 on two cores: 11 s in a loop, 0.4 s unrolled), while on a TPU the
+    loop compiles in half the time (v5e, 800 x 1088 x 8: 78 s against 161 s). The target platform decides.
     """
 
-    def __init__(self, make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        make_layer: Callable[[nnx.Rngs], nnx.Module],
+        num_layers: int,
+        *,
+        unroll_on_cpu: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.num_layers = num_layers
+        self.unroll_on_cpu = unroll_on_cpu
 
         @nnx.split_rngs(splits=num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -43,5 +56,12 @@ class LayerStack(nnx.Module):
             y = nnx.merge(graphdef, state)(x, *args, dropout_key=key)
             return y, (y if collect else None)
 
-        last, outputs = jax.lax.scan(apply_layer, x, (stacked, keys))
+        def apply_layers(x, stacked, keys, unroll=False):
+            return jax.lax.scan(apply_layer, x, (stacked, keys), unroll=unroll)
+
+        if self.unroll_on_cpu:
+            unrolled = functools.partial(apply_layers, unroll=True)
+            last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=unrolled, default=apply_layers)
+        else:
+            last, outputs = apply_layers(x, stacked, keys)
         return outputs if collect else last
