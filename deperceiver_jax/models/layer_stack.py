@@ -1,9 +1,9 @@
 """A row of identical layers whose parameters share arrays with a leading layer axis, so that XLA compiles one body."""
 
-import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -56,12 +56,18 @@ class LayerStack(nnx.Module):
             y = nnx.merge(graphdef, state)(x, *args, dropout_key=key)
             return y, (y if collect else None)
 
-        def apply_layers(x, stacked, keys, unroll=False):
-            return jax.lax.scan(apply_layer, x, (stacked, keys), unroll=unroll)
+        def scan_layers(x, stacked, keys):
+            return jax.lax.scan(apply_layer, x, (stacked, keys))
+
+        def loop_layers(x, stacked, keys):
+            outputs = []
+            for i in range(stop - start):
+                x, output = apply_layer(x, jax.tree.map(lambda leaf: leaf[i], (stacked, keys)))
+                outputs.append(output)
+            return x, (jnp.stack(outputs) if collect else None)
 
         if self.unroll_on_cpu:
-            unrolled = functools.partial(apply_layers, unroll=True)
-            last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=unrolled, default=apply_layers)
+            last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=loop_layers, default=scan_layers)
         else:
-            last, outputs = apply_layers(x, stacked, keys)
+            last, outputs = scan_layers(x, stacked, keys)
         return outputs if collect else last
