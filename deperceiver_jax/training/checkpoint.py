@@ -95,7 +95,7 @@ class Checkpoints:
         }
         if abstract.ema:
             items[EMA] = ocp.args.StandardRestore(abstract.ema)
-        for item in items.keys() - {PROGRESS}:
+        for item in items.keys() - {WEIGHTS, PROGRESS}:
             check_readable(directory / item)
         with damage_is_a_user_error(directory):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
@@ -189,7 +189,8 @@ def save_params(directory: Path, arrays: Mapping[str, Array | np.ndarray], confi
 
 
 def read_shapes(item: Path) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the arrays in an item of a checkpoint, without reading them."""
+    """{path: shape} of the arrays in an item of a checkpoint, all of which can be read."""
+    check_readable(item)
     with damage_is_a_user_error(item):
         tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item.absolute())).tree
         return {path: tuple(array.shape) for path, array in tree.items()}
@@ -213,7 +214,6 @@ def require_same_arrays(expected: Mapping[str, Array], found: Mapping[str, tuple
 
 def _read_arrays(item: Path) -> dict[str, np.ndarray]:
     shapes = read_shapes(item)
-    check_readable(item)
     restore_args = dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray))
     with damage_is_a_user_error(item):
         return ocp.PyTreeCheckpointHandler().restore(

@@ -1,0 +1,144 @@
+"""Saving, keeping, finding and restoring; what damaged and foreign checkpoints get."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.checkpoint import (
+    Checkpoints,
+    all_steps,
+    best_step,
+    find_detector,
+    load_params,
+    save_params,
+)
+from deperceiver_jax.training.train_state import inference_arrays
+
+
+def write_scores(workdir, scores):
+    lines = [{"step": 1, "split": "train", "loss": 3.0}]
+    lines += [{"step": step, "split": "validation", "AP": ap} for step, ap in scores.items()]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_steps(run, workdir, steps, *, keep=2):
+    checkpoints = Checkpoints(workdir, keep=keep)
+    state = run.plan.initialize()
+    for step in range(1, max(steps) + 1):
+        state, _ = run.train(state, step - 1, step)
+        if step in steps:
+            checkpoints.save(state, {"window": {"count": step, "sums": {"loss": 0.1}}})
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    run = tiny(2, ema_decay=0.5)
+    return run, tmp_path, save_steps(run, tmp_path, [3])
+
+
+def test_restores_the_same_bits_onto_any_mesh(tiny, saved, same):
+    _, workdir, state = saved
+    for devices in (2, 1, 8):
+        plan = tiny(devices, ema_decay=0.5).plan
+        checkpoints = Checkpoints(workdir, keep=2)
+        restored, progress = checkpoints.restore(3, plan.abstract)
+        checkpoints.close()
+        same(jax.device_get(restored), jax.device_get(state))
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, plan.abstract)
+        assert progress == {"window": {"count": 3, "sums": {"loss": 0.1}}}
+
+
+def test_keeps_the_newest_and_the_best(tiny, tmp_path):
+    write_scores(tmp_path, {2: 0.5, 3: 0.4})
+    save_steps(tiny(), tmp_path, [1, 2, 3, 4, 5], keep=2)
+    assert all_steps(tmp_path) == [2, 4, 5]
+    assert best_step(tmp_path, all_steps(tmp_path)) == 2
+    assert find_detector(tmp_path).step == 5
+    assert find_detector(tmp_path, "best").items == tmp_path / "checkpoints" / "2"
+    assert find_detector(tmp_path, "4").step == 4
+    assert find_detector(tmp_path / "checkpoints" / "4").directory == tmp_path
+    with pytest.raises(UserError, match=r"has no checkpoint '3'; it has \[2, 4, 5\], latest and best"):
+        find_detector(tmp_path, "3")
+
+
+def test_a_save_that_was_cut_off_is_ignored_and_removed(saved):
+    run, workdir, state = saved
+    partial = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "3", partial)
+    assert all_steps(workdir) == [3]
+    checkpoints = Checkpoints(workdir, keep=2)
+    state, _ = run.train(state, 3, 4)
+    checkpoints.save(state, {"window": {"count": 4, "sums": {}}})
+    checkpoints.close()
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_saving_a_step_twice_keeps_the_first(saved):
+    run, workdir, state = saved
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save(state, {"window": {"count": 0, "sums": {}}})
+    checkpoints.close()
+    checkpoints = Checkpoints(workdir, keep=2)
+    assert checkpoints.restore(3, run.plan.abstract)[1]["window"]["count"] == 3
+    checkpoints.close()
+
+
+def test_another_model_is_told_apart_by_its_parameters(tiny, saved):
+    _, workdir, _ = saved
+    checkpoints = Checkpoints(workdir, keep=2)
+    with pytest.raises(UserError, match=r"checkpoints/3 holds another model: backbone/bias is \(8,\) there and \(9,\)"):
+        checkpoints.restore(3, tiny(width=9, ema_decay=0.5).plan.abstract)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("part", ["weights/manifest.ocdbt", "weights/d", "weights/_METADATA", "training/d"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "missing"])
+def test_damage_is_one_sentence(saved, part, cut, capfd):
+    run, workdir, _ = saved
+    path = workdir / "checkpoints" / "3" / part
+    if not cut:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for file in [path] if path.is_file() else path.rglob("*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    checkpoints = Checkpoints(workdir, keep=2)
+    with pytest.raises(UserError, match="checkpoints/3/[a-z]* is damaged or incomplete: ."):
+        checkpoints.restore(3, run.plan.abstract)
+    checkpoints.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_load_params_takes_the_average(saved):
+    _, workdir, state = saved
+    arrays = load_params(find_detector(workdir).items)
+    expected = inference_arrays(state)
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(array, expected[path])
+
+
+def test_saved_params_are_found_and_loaded(tmp_path):
+    arrays = {"backbone/0/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "head/bias": np.zeros(2, np.float32)}
+    target = tmp_path / "imported" / "detr"
+    save_params(target, arrays, '{"a": 1}\n', '{"num_slots": 0}\n')
+    stored = find_detector(target)
+    assert (stored.directory, stored.step) == (target, None)
+    assert (target / "config.json").read_text() == '{"a": 1}\n'
+    loaded = load_params(stored.items)
+    assert loaded.keys() == arrays.keys()
+    np.testing.assert_array_equal(loaded["backbone/0/kernel"], arrays["backbone/0/kernel"])
+    with pytest.raises(UserError, match="exists already"):
+        save_params(target, arrays, "", "")
+
+
+def test_a_directory_without_a_detector(tmp_path):
+    with pytest.raises(UserError, match="has no checkpoint and no weights"):
+        find_detector(tmp_path)
+    with pytest.raises(UserError, match="nowhere is not a directory"):
+        find_detector(tmp_path / "nowhere")
