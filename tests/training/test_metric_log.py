@@ -1,0 +1,84 @@
+"""metrics.jsonl: means between lines, a resumed run's file, and who writes."""
+
+import json
+
+import pytest
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.metric_log import MetricLog, forget_after
+
+
+def open_log(workdir, start_step=0, progress=None, **changes):
+    settings = dict(num_steps=7, steps_per_epoch=4, batch_size=8, log_every=3, writes=True) | changes
+    return MetricLog(workdir, start_step=start_step, progress=progress, **settings)
+
+
+def lines_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("images_per_second", 1.0) > 0 for line in lines)
+    return lines
+
+
+def step_metrics(step):
+    return {"loss": float(step), "loss_bbox": 0.1 * step, "lr": 1.0 / step}
+
+
+def test_lines_are_means_since_the_line_before(tmp_path, capsys):
+    log = open_log(tmp_path)
+    for step in range(1, 8):
+        log.training(step, step_metrics(step))
+        if step == 4:
+            log.evaluation("validation", {"AP": 0.5})
+    log.close()
+    lines = lines_of(tmp_path)
+    assert [(line["step"], line["split"], line["epoch"]) for line in lines] == [
+        (3, "train", 0.75),
+        (4, "validation", 1.0),
+        (6, "train", 1.5),
+        (7, "train", 1.75),  # the last step is always told
+    ]
+    assert lines[0] | {"loss": 2.0, "loss_bbox": pytest.approx(0.2), "lr": 1 / 3} == lines[0]
+    assert (lines[2]["loss"], lines[3]["loss"], lines[1]["AP"]) == (5.0, 7.0, 0.5)
+    assert "step 3/7  loss 2 bbox 0.2  lr 0.333" in capsys.readouterr().out
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("saved_at", [2, 3, 5])
+def test_an_interrupted_file_reads_as_if_it_never_was(tmp_path, saved_at):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "resumed").mkdir()
+    log = open_log(tmp_path / "whole")
+    for step in range(1, 8):
+        log.training(step, step_metrics(step))
+    log.close()
+
+    log = open_log(tmp_path / "resumed")
+    for step in range(1, 7):
+        log.training(step, step_metrics(step))
+        if step == saved_at:
+            progress = json.loads(json.dumps(log.progress()))
+    log.close()
+    with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "spl')  # killed while writing
+    log = open_log(tmp_path / "resumed", saved_at, progress)
+    for step in range(saved_at + 1, 8):
+        log.training(step, step_metrics(step))
+    log.close()
+    assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "whole")
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = open_log(tmp_path, writes=False)
+    for step in range(1, 8):
+        log.training(step, step_metrics(step))
+    log.evaluation("validation", {"AP": 0.5})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("loss 3\nloss 2\n")
+    with pytest.raises(UserError, match="metrics.jsonl has a line that is not a JSON object with a step"):
+        forget_after(path, 3)
+    assert path.read_text() == "loss 3\nloss 2\n"
