@@ -1,5 +1,6 @@
 """A row of identical layers whose parameters share arrays with a leading layer axis, so that XLA compiles one body."""
 
+import operator
 from collections.abc import Callable
 
 import jax
@@ -62,7 +63,7 @@ class LayerStack(nnx.Module):
         def loop_layers(x, stacked, keys):
             outputs = []
             for i in range(stop - start):
-                x, output = apply_layer(x, jax.tree.map(lambda leaf: leaf[i], (stacked, keys)))
+                x, output = apply_layer(x, jax.tree.map(operator.itemgetter(i), (stacked, keys)))
                 outputs.append(output)
             return x, (jnp.stack(outputs) if collect else None)
 
