@@ -1,0 +1,264 @@
+"""Which official name is which of our parameters, and how their layouts differ: one table per family.
+
+Ours are paths like `encoder/blocks/layers/mlp/layers/0/kernel`, whose repeated layers share one array with a leading
+layer axis; theirs are PyTorch's, one array a layer. A table is used in both directions and never partly: a parameter
+without a name and a name without a parameter are errors.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.weights.torch_checkpoint import read_state_dict
+
+
+class Layout(NamedTuple):
+    """How an array of theirs becomes one of ours, and back."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda a: a, lambda a: a)
+LINEAR = Layout(lambda a: a.T, lambda a: a.T)  # [out, in] <-> [in, out]
+CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+POINTWISE = Layout(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])  # 1x1 convolution <-> linear layer
+ROW = Layout(lambda a: a[0], lambda a: a[None])  # a table of one row <-> a vector
+
+
+class Rule(NamedTuple):
+    """One line of a table: our path (a regular expression), their name, and how the arrays differ.
+
+    The name may use the expression's groups (\\1). With `first_layer` our array is a stack of theirs: {layer} in the
+    name counts from it (a name without {layer} belongs to a stack of one).
+    """
+
+    path: str
+    name: str
+    layout: Layout = SAME
+    first_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class NameRules:
+    """A family's table, and the official names that are nobody's parameter (regular expressions)."""
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+
+
+class LoadReport(NamedTuple):
+    """What became of the names in a state dict."""
+
+    loaded: list[str]
+    ignored: list[str]
+
+
+# ------------------------------------------------------------------------------------------------ both directions
+
+
+def from_torch(
+    state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], rules: NameRules, *, source: str | Path
+) -> tuple[dict[str, np.ndarray], LoadReport]:
+    """{our path: array} of a whole state dict, for a model whose paths have these `shapes`.
+
+    Raises UserError, naming `source` and the parameters, for names that are missing, left over or of another shape.
+    """
+    entries = _entries(shapes, rules)
+    known = {name for _, _, names in entries for name in names}
+    ignored = [name for name in state if name not in known and any(re.search(p, name) for p in rules.ignored)]
+    _refuse(source, "lacks", [name for name in sorted(known) if name not in state], "which this model needs")
+    leftovers = [name for name in state if name not in known and name not in set(ignored)]
+    _refuse(source, "holds", leftovers, "which this model does not have")
+
+    arrays = {}
+    for path, rule, names in entries:
+        ours = shapes[path] if rule.first_layer is None else shapes[path][1:]
+        theirs = rule.layout.to_theirs(np.broadcast_to(np.float32(0), ours)).shape
+        for name in names:
+            if state[name].shape != theirs:
+                raise UserError(
+                    f"{name} has the shape {list(state[name].shape)} in {source} and {list(theirs)} in this model."
+                )
+        layers = [rule.layout.to_ours(state[name]) for name in names]
+        arrays[path] = layers[0] if rule.first_layer is None else np.stack(layers)
+    return arrays, LoadReport(sorted(known), ignored)
+
+
+def to_torch(arrays: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:
+    """The official state dict of {our path: array}, from which `from_torch` gives the same arrays back."""
+    state = {}
+    for path, rule, names in _entries({path: np.shape(array) for path, array in arrays.items()}, rules):
+        layers = [arrays[path]] if rule.first_layer is None else arrays[path]
+        for name, layer in zip(names, layers, strict=True):
+            state[name] = np.ascontiguousarray(rule.layout.to_theirs(np.asarray(layer)))
+    return state
+
+
+def load_torch_state(
+    module: nnx.Module, state: Mapping[str, np.ndarray], rules: NameRules, *, source: str | Path = "the state dict"
+) -> LoadReport:
+    """Puts a whole state dict into `module`, in the types of its parameters; a UserError leaves it as it was."""
+    variables = _variables(module)
+    shapes = {path: variable.get_value().shape for path, variable in variables.items()}
+    arrays, report = from_torch(state, shapes, rules, source=source)
+    for path, variable in variables.items():
+        variable.set_value(jnp.asarray(arrays[path], variable.get_value().dtype))
+    return report
+
+
+def to_torch_state(module: nnx.Module, rules: NameRules) -> dict[str, np.ndarray]:
+    """The official state dict of `module`: what `load_torch_state` would load to get it."""
+    return to_torch({path: np.asarray(variable.get_value()) for path, variable in _variables(module).items()}, rules)
+
+
+def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    return {"/".join(map(str, path)): v for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)}
+
+
+def _entries(shapes: Mapping[str, tuple[int, ...]], rules: NameRules) -> list[tuple[str, Rule, list[str]]]:
+    """(path, rule, official names) of every path; a path without a name is an error."""
+    entries, homeless = [], []
+    for path, shape in shapes.items():
+        found = [(rule, match) for rule in rules.rules if (match := re.fullmatch(rule.path, path))]
+        if len(found) > 1:
+            raise ValueError(f"Several name rules fit {path}: {', '.join(rule.path for rule, _ in found)}.")
+        names = []
+        for rule, match in found:
+            layers = 1 if rule.first_layer is None else shape[0]
+            names = [match.expand(rule.name).format(layer=(rule.first_layer or 0) + i) for i in range(layers)]
+        if not names or len(set(names)) < len(names):
+            homeless.append(path)
+        else:
+            entries.append((path, found[0][0], names))
+    _refuse("This model", "has", homeless, "for which the published checkpoints have no name")
+    return entries
+
+
+def _refuse(source, verb: str, names: list[str], why: str) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(f"{source} {verb} {', '.join(names[:3])}{more}, {why}.")
+
+
+# --------------------------------------------------------------------------------------------------- the tables
+
+_NORM = (("scale", "weight"), ("bias", "bias"))
+_BATCH_NORM = (*_NORM, ("mean", "running_mean"), ("var", "running_var"))
+_LINEAR = (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
+_NOT_PARAMETERS = (r"(^|\.)num_batches_tracked$",)
+
+
+def resnet_rules(ours: str = "", theirs: str = "") -> list[Rule]:
+    """torchvision's and timm's names of a ResNet. `ours` and `theirs` come before every path and name."""
+    rules = [Rule(f"{ours}stem_conv/kernel", f"{theirs}conv1.weight", CONV)]
+    rules += [Rule(f"{ours}stem_norm/{a}", f"{theirs}bn1.{b}") for a, b in _BATCH_NORM]
+    for stage in range(4):
+        for blocks, number, first_layer in (("first", "0", None), ("rest/layers", "{layer}", 1)):
+            path, name = f"{ours}stages/{stage}/{blocks}/", f"{theirs}layer{stage + 1}.{number}."
+            rules.append(Rule(rf"{path}conv(\d)/kernel", rf"{name}conv\1.weight", CONV, first_layer))
+            rules += [Rule(rf"{path}norm(\d)/{a}", rf"{name}bn\1.{b}", SAME, first_layer) for a, b in _BATCH_NORM]
+        path, name = f"{ours}stages/{stage}/first/", f"{theirs}layer{stage + 1}.0.downsample."
+        rules.append(Rule(f"{path}shortcut_conv/kernel", f"{name}0.weight", CONV))
+        rules += [Rule(f"{path}shortcut_norm/{a}", f"{name}1.{b}") for a, b in _BATCH_NORM]
+    return rules
+
+
+def _linear_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
+    return [Rule(f"{ours}/{a}", f"{theirs}.{b}", layout, first_layer) for a, b, layout in _LINEAR]
+
+
+def _norm_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
+    return [Rule(f"{ours}/{a}", f"{theirs}.{b}", SAME, first_layer) for a, b in _NORM]
+
+
+def _perceiver_attention_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
+    names = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "projection"))
+    return [rule for a, b in names for rule in _linear_rules(f"{ours}/{a}", f"{theirs}.{b}", first_layer)]
+
+
+def _perceiver_layer_rules(ours: str, theirs: str, norms: dict[str, str], first_layer=None) -> list[Rule]:
+    """Attention, MLP and norms of one layer of Perceiver IO; `norms` maps our names of the norms to theirs."""
+    rules = _perceiver_attention_rules(f"{ours}/attention", f"{theirs}.attention", first_layer)
+    for i, j in ((0, 0), (1, 2)):
+        rules += _linear_rules(f"{ours}/mlp/layers/{i}", f"{theirs}.mlp.mlp.{j}", first_layer)
+    for a, b in {**norms, "mlp_norm": "qkv_layer_norm"}.items():
+        rules += _norm_rules(f"{ours}/{a}", f"{theirs}.{b}", first_layer)
+    return rules
+
+
+def deperceiver_rules(model: ConfigDict) -> NameRules:
+    """The released DePerceiver's names; `model` is config.model.
+
+    The published decoder (one cross-attention) and the multi-layer one are different classes there, and so are the
+    input projections of one and of several strides.
+    """
+    cross_norms = {"query_norm": "q_layer_norm", "token_norm": "kv_layer_norm"}
+    decoder = model.decoder
+    single = decoder.num_layers == 1 and not decoder.self_attention and not decoder.final_norm
+    their_decoder = "perceiver.decoder" if single else "perceiver.decoder.layers.{layer}"
+    level = "" if len(model.strides) == 1 else r".\1"
+    rules = [
+        *resnet_rules("backbone/", "backbone.backbone.body."),
+        Rule(r"levels/projections/(\d)/kernel", f"input_proj{level}.weight", POINTWISE),
+        Rule(r"levels/projections/(\d)/bias", f"input_proj{level}.bias"),
+        Rule("levels/level_embedding", "scale_embedding.{layer}.weight", ROW, 0),
+        Rule("encoder/latents", "perceiver.encoder.latents"),
+        *_perceiver_layer_rules("encoder/cross_attentions/0", "perceiver.encoder.cross_attn", cross_norms),
+        *_perceiver_layer_rules(
+            "encoder/blocks/layers", "perceiver.encoder.self_attention_block.{layer}", {"norm": "layer_norm"}, 0
+        ),
+        Rule("decoder/query_position", "query_embed.weight"),
+        *_perceiver_layer_rules(
+            "decoder/layers/layers/cross_attention", f"{their_decoder}.cross_attention", cross_norms, 0
+        ),
+        *_perceiver_attention_rules(
+            "decoder/layers/layers/self_attention", f"{their_decoder}.partial_self_attention", 0
+        ),
+        *_norm_rules("decoder/layers/layers/self_attention_norm", f"{their_decoder}.norm1", 0),
+        *_norm_rules("decoder/norm", "perceiver.decoder.norm"),
+        *_linear_rules("heads/class_head/linear", "class_embed"),
+        *_linear_rules(r"heads/box_head/mlp/layers/(\d)", r"bbox_embed.layers.\1"),
+    ]
+    return NameRules(tuple(rules), (*_NOT_PARAMETERS, r"^criterion\.empty_weight$"))
+
+
+# config.model.name -> the rules of the detector that config.model describes
+FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {"deperceiver": deperceiver_rules}
+
+
+# --------------------------------------------------------------------------------------------- pretrained backbones
+
+_BACKBONE_PREFIXES = (
+    "",  # torchvision, timm
+    "backbone.0.body.",  # DETR, Deformable DETR, SMCA
+    "backbone.backbone.body.",  # DePerceiver
+    "model.backbone.conv_encoder.model.",  # DETR in transformers
+    "module.",  # what DistributedDataParallel leaves
+)
+
+
+def load_backbone(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{our path: array} of the ResNet in a torchvision, timm or detector checkpoint.
+
+    `shapes` are those of a detector's parameters and frozen arrays, by path; those under `backbone/` are answered, all
+    of them. The classifier and the stages that they do without are passed over. Raises UserError as `from_torch` does.
+    """
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith("backbone/")}
+    state = read_state_dict(path)
+    prefix = next((p for p in _BACKBONE_PREFIXES if f"{p}conv1.weight" in state), None)
+    if prefix is None:
+        raise UserError(f"{path} holds no ResNet: conv1.weight is not in it.")
+    state = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+    stages = {stage for stage in range(4) if any(name.startswith(f"backbone/stages/{stage}/") for name in shapes)}
+    absent = tuple(rf"^layer{stage + 1}\." for stage in set(range(4)) - stages)
+    rules = NameRules(tuple(resnet_rules("backbone/")), (*_NOT_PARAMETERS, r"^fc\.(weight|bias)$", *absent))
+    return from_torch(state, shapes, rules, source=path)[0]
