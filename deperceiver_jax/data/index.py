@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int32, Int64
 from tqdm import tqdm
 
@@ -100,7 +101,7 @@ def build(prepared: Path, split: str, *, label_ids: Int64[np.ndarray, " labels"]
 def _read(records, position, prepared):
     try:
         return records[position]
-    except RuntimeError as error:  # array_record's only kind
+    except (RuntimeError, ValueError, DecodeError) as error:  # of array_record, TFDS and tf.Example
         raise UserError(f"{prepared} is damaged: record {position} cannot be read ({error}).") from error
 
 
@@ -147,7 +148,7 @@ def _load(path, fingerprint):
     if not path.is_file():
         return None
     try:
-        with np.load(path) as stored:
+        with open(path, "rb") as file, np.load(file) as stored:
             if str(stored["fingerprint"]) == fingerprint:
                 return Index(**{field.name: stored[field.name] for field in fields(Index)})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

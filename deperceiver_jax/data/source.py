@@ -4,26 +4,21 @@ import os
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
-from google.protobuf.json_format import ParseError
 from jaxtyping import Float32, Int32, Int64
 from ml_collections import ConfigDict
 
-from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
+from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.data.coco.builder import CocoDirectory, coco_config
 from deperceiver_jax.data.index import Index, load_or_build, open_records
 from deperceiver_jax.data.prepare import prepare
 from deperceiver_jax.data.record import Annotations
 from deperceiver_jax.data.shapes import drawing
 from deperceiver_jax.data.shapes.builder import Shapes
+from deperceiver_jax.data.tfds_directory import describe
 from deperceiver_jax.errors import UserError
 
 SPLIT_FIELDS = {"train": "train", "validation": "val"}  # split -> how config.data calls its files
-CATALOGUE_FEATURES = {
-    "": ("image", "image/filename", "image/id", "objects"),
-    "objects": ("area", "bbox", "id", "is_crowd", "label"),
-}
 CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their image are counted
 
 
@@ -99,7 +94,7 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
         prepared = _existing_directory(config_data)
     else:
         raise UserError(f"config.data.name is {config_data.name!r}; it may be shapes, coco_directory or tfds.")
-    classes, label_ids, notes = _describe(prepared, split)
+    classes, label_ids, notes = describe(prepared, split)
     index = load_or_build(
         prepared,
         split,
@@ -149,41 +144,6 @@ def _prepare_coco(config_data, split):
         raise UserError(f"Split {split} needs {image_directory} (config.data.{field}_images), which is not there.")
     config = coco_config(annotation_file, image_directory, split, config_data.skip_corrupt)
     return prepare(CocoDirectory, _prepared_directory(config_data), config, f"split {split} of {root}")
-
-
-def _describe(prepared, split):
-    """(class map, category id of every label, notes) of a prepared directory; refuses one that is not to be used."""
-    if not (prepared / "dataset_info.json").is_file():
-        raise UserError(
-            f"{prepared} is no prepared TFDS data set: it has no dataset_info.json, as coco/2017/1.1.0 would have."
-        )
-    try:
-        info = tfds.builder_from_directory(os.fspath(prepared)).info
-    except (OSError, ValueError, ParseError) as error:
-        raise UserError(f"{prepared} cannot be read as a TFDS data set: {str(error).rstrip('.')}.") from error
-    if split not in info.splits:
-        raise UserError(f"{prepared} has no split {split!r}; it has {', '.join(info.splits)}.")
-    if info.file_format.value != "array_record":
-        raise UserError(
-            f"{prepared} is stored as {info.file_format.value}, which has no random access; "
-            "prepare it with --file_format=array_record."
-        )
-    for shard in info.splits[split].filepaths:
-        if not os.path.isfile(shard):
-            raise UserError(f"{prepared} is not complete: {os.path.basename(shard)} is missing.")
-    if info.metadata and "categories" in info.metadata:  # one that this package prepared
-        return ClassMap.from_categories(info.metadata["categories"]), np.zeros(0, np.int64), info.metadata["notes"]
-    features = info.features.np_dtype
-    for place, wanted in CATALOGUE_FEATURES.items():
-        present = features.get(place) if place else features
-        missing = [key for key in wanted if not isinstance(present, dict) or key not in present]
-        if missing:
-            raise UserError(
-                f"{prepared} is not like coco/2017: it lacks the feature {(place + '/').lstrip('/')}{missing[0]}."
-            )
-    names = info.features["objects"]["label"].names
-    ids = list(COCO_CATEGORIES) if names == list(COCO_CATEGORIES.values()) else range(len(names))
-    return ClassMap.from_categories(zip(ids, names, strict=True)), np.array(ids, np.int64), []
 
 
 def _targets(index, classes):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from deperceiver_jax.data.coco.annotations import read_coco
 from deperceiver_jax.data.image_header import CorruptImage, image_size
+from deperceiver_jax.data.ordered_builder import OrderedBuilder
 from deperceiver_jax.data.record import example, record_features
 from deperceiver_jax.errors import UserError
 
@@ -43,7 +44,7 @@ def coco_config(annotation_file: Path, image_directory: Path, split: str, skip_c
     )
 
 
-class CocoDirectory(tfds.core.GeneratorBasedBuilder):
+class CocoDirectory(OrderedBuilder):
     """Every image that the annotation file lists, in ascending order of id, its file's bytes untouched.
 
     The metadata keeps `categories`, a list of [id, name], and `notes`, what is odd in the files, in words.
@@ -97,7 +98,7 @@ def _require_present(coco, config):
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(coco.filenames)} images that {config.annotation_file} lists are not in "
-            f"{config.image_directory}, the first is {missing[0]}; config.data.skip_corrupt=True passes over such images."
+            f"{config.image_directory}, the first is {missing[0]}; config.data.skip_corrupt=True passes over them."
         )
 
 

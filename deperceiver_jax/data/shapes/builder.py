@@ -5,13 +5,14 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from deperceiver_jax.data.ordered_builder import OrderedBuilder
 from deperceiver_jax.data.record import Annotations, example, record_features
 from deperceiver_jax.data.shapes import drawing
 
 JPEG_QUALITY = 92
 
 
-class Shapes(tfds.core.GeneratorBasedBuilder):
+class Shapes(OrderedBuilder):
     """Coloured shapes with boxes: `shapes/standard`, and `shapes/small` with many small shapes in an image."""
 
     VERSION = tfds.core.Version(drawing.VERSION)

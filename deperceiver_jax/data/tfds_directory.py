@@ -1,0 +1,58 @@
+"""What a directory says of itself that TFDS prepared: by this package's builders or by the catalogue's `coco/2017`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
+from jaxtyping import Int64
+
+from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
+from deperceiver_jax.errors import UserError
+
+CATALOGUE_FEATURES = {
+    "": ("image", "image/filename", "image/id", "objects"),
+    "objects": ("area", "bbox", "id", "is_crowd", "label"),
+}
+
+
+def describe(prepared: Path, split: str) -> tuple[ClassMap, Int64[np.ndarray, " labels"], list[str]]:
+    """(class map, category id of every label, notes in words) of a prepared directory.
+
+    Raises UserError if it cannot be used. The catalogue's labels 0 to 79 get COCO's ids if they carry COCO's names,
+    else they are ids themselves; a directory that this package prepared stores ids, and no labels.
+    """
+    if not (prepared / "dataset_info.json").is_file():
+        raise UserError(
+            f"{prepared} is no prepared TFDS data set: it has no dataset_info.json, as coco/2017/1.1.0 would have."
+        )
+    try:
+        info = tfds.builder_from_directory(os.fspath(prepared)).info
+    except (OSError, ValueError, ParseError) as error:
+        raise UserError(f"{prepared} cannot be read as a TFDS data set: {str(error).rstrip('.')}.") from error
+    if split not in info.splits:
+        raise UserError(f"{prepared} has no split {split!r}; it has {', '.join(info.splits)}.")
+    if info.file_format.value != "array_record":
+        raise UserError(
+            f"{prepared} is stored as {info.file_format.value}, which has no random access; "
+            "prepare it with --file_format=array_record."
+        )
+    for shard in info.splits[split].filepaths:
+        if not os.path.isfile(shard):
+            raise UserError(f"{prepared} is not complete: {os.path.basename(shard)} is missing.")
+    if info.metadata and "categories" in info.metadata:  # one that this package prepared
+        return ClassMap.from_categories(info.metadata["categories"]), np.zeros(0, np.int64), info.metadata["notes"]
+    features = info.features.np_dtype
+    for place, wanted in CATALOGUE_FEATURES.items():
+        present = features.get(place) if place else features
+        missing = [key for key in wanted if not isinstance(present, dict) or key not in present]
+        if missing:
+            feature = f"{place}/{missing[0]}" if place else missing[0]
+            raise UserError(f"{prepared} is not like coco/2017: it has no feature {feature}.")
+    label = info.features["objects"]["label"]
+    if not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(f"{prepared} is not like coco/2017: its feature objects/label has no class names.")
+    names = label.names
+    ids = list(COCO_CATEGORIES) if names == list(COCO_CATEGORIES.values()) else range(len(names))
+    return ClassMap.from_categories(zip(ids, names, strict=True)), np.array(ids, np.int64), []
