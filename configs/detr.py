@@ -28,6 +28,9 @@ def get_config(variant: str = "r50") -> ConfigDict:
     if "_dc5" in variant:
         config.model.backbone.dilation = True
         config.model.stride = 16
+    # The official rule asks for "backbone" in the name, and its learned position tables are called backbone.1.
+    config.optimizer.groups.backbone.pattern = r"^(backbone/|position/(row|column)$)"
+    config.optimizer.groups.rest.pattern = r"^(?!backbone/|position/(row|column)$)"
     if variant.endswith("_50ep"):
         config.train.num_epochs = 50
         config.optimizer.drop_epochs = (33,)

@@ -38,13 +38,25 @@ class Rule(NamedTuple):
     """One line of a table: our path (a regular expression), their name, and how the arrays differ.
 
     The name may use the expression's groups (\\1). With `first_layer` our array is a stack of theirs: {layer} in the
-    name counts from it (a name without {layer} belongs to a stack of one).
+    name counts from it (a name without {layer} belongs to a stack of one). With `third` ours is that third of theirs
+    along its first axis: PyTorch's attention keeps query, key and value (0, 1, 2) in one array.
     """
 
     path: str
     name: str
     layout: Layout = SAME
     first_layer: int | None = None
+    third: int | None = None
+
+    def shape_of_theirs(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape under one official name of our array of this shape."""
+        layer = ours if self.first_layer is None else ours[1:]
+        first, *rest = self.layout.to_theirs(np.broadcast_to(np.float32(0), layer)).shape
+        return (first if self.third is None else 3 * first, *rest)
+
+    def from_theirs(self, theirs: np.ndarray) -> np.ndarray:
+        """Our array, or our layer of it."""
+        return self.layout.to_ours(theirs if self.third is None else np.split(theirs, 3)[self.third])
 
 
 @dataclass(frozen=True)
@@ -81,26 +93,28 @@ def from_torch(
 
     arrays = {}
     for path, rule, names in entries:
-        ours = shapes[path] if rule.first_layer is None else shapes[path][1:]
-        theirs = rule.layout.to_theirs(np.broadcast_to(np.float32(0), ours)).shape
+        theirs = rule.shape_of_theirs(shapes[path])
         for name in names:
             if state[name].shape != theirs:
                 raise UserError(
                     f"{name} has the shape {list(state[name].shape)} in {source} and {list(theirs)} in this model."
                 )
-        layers = [rule.layout.to_ours(state[name]) for name in names]
+        layers = [rule.from_theirs(state[name]) for name in names]
         arrays[path] = layers[0] if rule.first_layer is None else np.stack(layers)
     return arrays, LoadReport(sorted(known), ignored)
 
 
 def to_torch(arrays: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:
     """The official state dict of {our path: array}, from which `from_torch` gives the same arrays back."""
-    state = {}
+    parts = {}  # name: {third or None: array in their layout}
     for path, rule, names in _entries({path: np.shape(array) for path, array in arrays.items()}, rules):
         layers = [arrays[path]] if rule.first_layer is None else arrays[path]
         for name, layer in zip(names, layers, strict=True):
-            state[name] = np.ascontiguousarray(rule.layout.to_theirs(np.asarray(layer)))
-    return state
+            parts.setdefault(name, {})[rule.third] = rule.layout.to_theirs(np.asarray(layer))
+    for name, theirs in parts.items():
+        if set(theirs) not in ({None}, {0, 1, 2}):
+            raise ValueError(f"{name} is put together from the thirds {sorted(theirs)} only.")
+    return {name: np.concatenate([theirs[third] for third in sorted(theirs)]) for name, theirs in parts.items()}
 
 
 def load_torch_state(
@@ -231,8 +245,52 @@ def deperceiver_rules(model: ConfigDict) -> NameRules:
     return NameRules(tuple(rules), (*_NOT_PARAMETERS, r"^criterion\.empty_weight$"))
 
 
+def _torch_attention_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
+    """torch.nn.MultiheadAttention: the three input layers are one array, the output layer is a linear layer."""
+    rules = _linear_rules(f"{ours}/out", f"{theirs}.out_proj", first_layer)
+    for third, part in enumerate(("query", "key", "value")):
+        rules.append(Rule(f"{ours}/{part}/kernel", f"{theirs}.in_proj_weight", LINEAR, first_layer, third))
+        rules.append(Rule(f"{ours}/{part}/bias", f"{theirs}.in_proj_bias", SAME, first_layer, third))
+    return rules
+
+
+def _transformer_rules() -> list[Rule]:
+    """DETR's encoder and decoder; the norms are numbered in the order of their sublayers."""
+    rules = []
+    for half, attentions in (
+        ("encoder", {"attention": "self_attn"}),
+        ("decoder", {"self_attention": "self_attn", "cross_attention": "multihead_attn"}),
+    ):
+        ours, theirs = f"{half}/layers/layers", f"transformer.{half}.layers.{{layer}}"
+        for number, (a, b) in enumerate(attentions.items(), start=1):
+            rules += _torch_attention_rules(f"{ours}/{a}", f"{theirs}.{b}", 0)
+            rules += _norm_rules(f"{ours}/{a}_norm", f"{theirs}.norm{number}", 0)
+        rules += _norm_rules(f"{ours}/mlp_norm", f"{theirs}.norm{len(attentions) + 1}", 0)
+        for layer in (0, 1):
+            rules += _linear_rules(f"{ours}/mlp/layers/{layer}", f"{theirs}.linear{layer + 1}", 0)
+        rules += _norm_rules(f"{half}/norm", f"transformer.{half}.norm")
+    return rules
+
+
+def detr_rules(model: ConfigDict) -> NameRules:
+    """The released DETR's names, the same for every variant."""
+    del model
+    rules = [
+        *resnet_rules("backbone/", "backbone.0.body."),
+        Rule("position/column", "backbone.1.col_embed.weight"),
+        Rule("position/row", "backbone.1.row_embed.weight"),
+        Rule("projection/kernel", "input_proj.weight", POINTWISE),
+        Rule("projection/bias", "input_proj.bias"),
+        *_transformer_rules(),
+        Rule("decoder/query_position", "query_embed.weight"),
+        *_linear_rules("heads/class_head/linear", "class_embed"),
+        *_linear_rules(r"heads/box_head/mlp/layers/(\d)", r"bbox_embed.layers.\1"),
+    ]
+    return NameRules(tuple(rules), _NOT_PARAMETERS)
+
+
 # config.model.name -> the rules of the detector that config.model describes
-FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {"deperceiver": deperceiver_rules}
+FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {"deperceiver": deperceiver_rules, "detr": detr_rules}
 
 
 # --------------------------------------------------------------------------------------------- pretrained backbones
