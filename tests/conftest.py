@@ -1,5 +1,6 @@
 """Eight simulated devices, no silent rank promotion: set before JAX starts."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,86 @@ os.environ.setdefault("NPROC", "32")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and the command-line programs live beside the package
 
+import cv2  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+RECTANGLE_SIZES = [(60, 80), (80, 60), (33, 47), (64, 64), (50, 200), (120, 90), (40, 40), (61, 83), (90, 45)]
+
+
+@pytest.fixture(scope="session")
+def rectangles(tmp_path_factory):
+    """config.data of a COCO directory of ten images: a white or a green rectangle on black, and one without any."""
+    from configs.base import base
+
+    root = tmp_path_factory.mktemp("rectangles")
+    (root / "val2017").mkdir()
+    (root / "annotations").mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i, (height, width) in enumerate([*RECTANGLE_SIZES, (50, 50)]):
+        image = np.zeros((height, width, 3), np.uint8)
+        images.append({"id": 900 - i, "file_name": f"{i}.png", "height": height, "width": width})
+        if i < len(RECTANGLE_SIZES):
+            x, y = (int(rng.integers(2, side // 3)) for side in (width, height))
+            w, h = (int(rng.integers(side // 3, side // 2)) for side in (width, height))
+            category = (20, 30)[i % 2]
+            image[y : y + h, x : x + w] = (255, 255, 255) if category == 20 else (0, 255, 0)
+            entry = {"id": i, "image_id": 900 - i, "category_id": category, "bbox": [x, y, w, h]}
+            annotations.append(entry | {"area": w * h, "iscrowd": 0})
+        (root / "val2017" / f"{i}.png").write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    categories = [{"id": 20, "name": "white"}, {"id": 30, "name": "green"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    data = base().data
+    data.directory, data.prepared_directory = str(root), str(root / "prepared")
+    data.eval_scale, data.eval_max_size, data.num_workers = 96, 160, 0
+    return data
+
+
+@pytest.fixture(scope="session")
+def tiny_run(rectangles, tmp_path_factory):
+    """A workdir as training leaves it: a tiny DePerceiver with new parameters at step 3, the best, and step 7.
+
+    Step 7 has a moving average that differs from its parameters.
+    """
+    from configs.deperceiver import get_config
+    from deperceiver_jax.data import open_source
+    from deperceiver_jax.models import build_detector
+    from deperceiver_jax.sharding import make_mesh
+    from deperceiver_jax.training.checkpoint import Checkpoints
+    from deperceiver_jax.training.optimizer import learning_rate_schedule
+    from deperceiver_jax.training.train_state import plan_train_state
+    from deperceiver_jax.training.workdir import write_workdir
+
+    config = get_config("r50_16")
+    config.data.update(rectangles)
+    model = config.model
+    model.backbone.update(depth=18, width=8, frozen_stages=0)
+    model.update(embed_dim=32, num_queries=5, num_classes=2)
+    model.encoder.update(num_latents=8, latent_dim=32, num_blocks=1, layers_per_block=1, self_heads=2)
+    config.optimizer.ema_decay = 0.5
+    workdir = tmp_path_factory.mktemp("tiny_run")
+    write_workdir(workdir, config, open_source(config.data, "validation").classes)
+
+    plan = plan_train_state(
+        lambda: build_detector(config, rngs=nnx.Rngs(0)),
+        config.optimizer,
+        learning_rate_schedule(config.optimizer, steps_per_epoch=10, num_steps=10),
+        make_mesh(devices=jax.devices()[:1]),
+    )
+    checkpoints = Checkpoints(workdir, keep=2)
+    for step in (3, 7):
+        state = plan.initialize()
+        ema = {path: x * 1.5 if step == 7 else x for path, x in state.ema.items()}
+        checkpoints.save(state._replace(step=jnp.full((), step, jnp.int32), ema=ema), {})
+    checkpoints.close()
+    scores = [{"step": 3, "split": "validation", "AP": 0.25}, {"step": 7, "split": "validation", "AP": 0.125}]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
+    return workdir

@@ -1,0 +1,126 @@
+"""The evaluation loop that train.py and eval.py share: one split through the detector -> COCO's statistics."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int32
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from deperceiver_jax.data.loader import EvaluationBatches
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
+from deperceiver_jax.evaluation.postprocess import postprocess
+from deperceiver_jax.images import normalize_images
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.sharding import check_batch_size, replicated, shard_batch
+from deperceiver_jax.structures import Batch, Detections
+
+DetectStep = Callable[[dict[str, Array], Batch], tuple[Int32[Array, " B"], Detections]]
+
+
+def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh) -> DetectStep:
+    """`detect_step(arrays, batch) -> (example, detections)`: compiled once per size bucket, wherever it is called from.
+
+    merge: arrays by path -> the detector that computes with them. The batch lies along the mesh's `data` axis; the
+    answer is gathered, so every process holds all of it. Raises UserError when config.eval does not fit the mesh.
+    """
+    check_batch_size(config.eval.batch_size, mesh, field="config.eval.batch_size")
+    if config.eval.max_detections < 1:
+        raise UserError(f"config.eval.max_detections is {config.eval.max_detections}; it must be at least 1.")
+    classification = build_classification(config.loss)
+
+    def detect_step(arrays, batch):
+        image, pixel_valid = normalize_images(batch.image, batch.size)
+        predictions = merge(arrays)(image, pixel_valid)
+        classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
+        detections = postprocess(
+            predictions,
+            batch.original_size,
+            classification=classification,
+            max_detections=config.eval.max_detections,
+        )
+        return batch.example, detections
+
+    return jax.jit(detect_step, out_shardings=replicated(mesh))
+
+
+def detect(
+    detect_step: DetectStep,
+    arrays: dict[str, Array],
+    batches: Iterable[Batch],
+    num_examples: int,
+    mesh: Mesh,
+    title: str,
+) -> tuple[Int32[np.ndarray, " N"], Detections]:
+    """(example, detections) of every example in `batches` as NumPy arrays, in ascending order of example.
+
+    batches: this process's part of each global batch; images with example -1 only fill up a batch and are left out.
+    """
+    rows = []
+
+    def keep(example, detections):
+        example, detections = jax.device_get((example, detections))
+        real = example >= 0
+        rows.append((example[real], Detections(*(x[real] for x in detections))))
+        progress.update(int(real.sum()))
+
+    with tqdm(total=num_examples, desc=title, unit=" images", disable=jax.process_index() > 0) as progress:
+        pending = None
+        for batch in batches:
+            running = detect_step(arrays, shard_batch(batch, mesh))
+            if pending is not None:
+                keep(*pending)  # while the devices are busy with the next batch
+            pending = running
+        if pending is not None:
+            keep(*pending)
+    example = np.concatenate([row[0] for row in rows])
+    order = np.argsort(example)
+    columns = zip(*(row[1] for row in rows), strict=True)
+    return example[order], Detections(*(np.concatenate(column)[order] for column in columns))
+
+
+def evaluate(
+    detect_step: DetectStep, arrays: dict[str, Array], source, config: ConfigDict, mesh: Mesh
+) -> tuple[dict[str, float], list[dict]]:
+    """(metrics, results) of a whole split: COCO's statistics by name, and its results format, which they are made from.
+
+    arrays: what `detect_step` was made for. Every process calls this with the same arguments and gets the same answer:
+    each runs its slice of every batch, and all count all detections. Raises UserError for answers that are not finite.
+    """
+    batches = EvaluationBatches(
+        source,
+        config.data,
+        batch_size=config.eval.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    example, detections = detect(detect_step, arrays, batches, len(source), mesh, "Evaluating")
+    if not np.array_equal(example, np.arange(len(source))):
+        raise RuntimeError(f"Evaluation saw {len(example)} of {len(source)} images, or some of them twice.")
+    if not all(np.isfinite(x).all() for x in (detections.scores, detections.boxes)):
+        raise UserError("The detector's answers are not finite numbers: its parameters are broken.")
+    results = coco_results(detections, source.image_ids, source.classes, config.eval.score_threshold)
+    metrics = coco_metric(
+        ground_truth(source),
+        results,
+        max_detections=config.eval.max_detections_per_class,
+        area_scale=source.area_scale,
+    )
+    return metrics, results
+
+
+def write_results(directory: Path, metrics: dict[str, float], results: list[dict]) -> None:
+    """Writes detections.json and then metrics.json; each appears whole or not at all."""
+    files = {"detections.json": results, "metrics.json": metrics}
+    texts = {name: json.dumps(content, allow_nan=False) + "\n" for name, content in files.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        partial = directory / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, directory / name)
