@@ -1,0 +1,152 @@
+"""What the class logits mean: their width, matching cost, loss and scores, kept together for each of the two readings.
+
+DETR and DePerceiver choose one of the classes or "no object" by softmax; Deformable DETR and SMCA ask of every class
+on its own by sigmoid. All of it is computed in float32, whatever type the logits come in.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from deperceiver_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class SoftmaxNoObject:
+    """One of the classes or, as the last logit, no object. Source: DETR (arXiv:2005.12872), section 3."""
+
+    no_object_weight: float  # of an unmatched query in the loss; a matched one weighs 1
+    name = "ce"
+    has_no_object = True
+
+    def check_width(self, num_logits: int, num_classes: int) -> None:
+        """The last logit must stand behind all classes, else it would take one of them for no object."""
+        if num_logits != num_classes + 1:
+            raise UserError(
+                f"config.loss.classification softmax_no_object needs {num_classes + 1} logits, one more than the "
+                f"{num_classes} classes, but the model has {num_logits}; see config.model.no_object_logit."
+            )
+
+    def cost(self, logits: Float[Array, "L B Q C"], labels: Int32[Array, "B N"]) -> Float[Array, "L B Q N"]:
+        """Minus the probability of each box's class; DETR's approximation of the loss, bounded like the box costs."""
+        return -_at_labels(jax.nn.softmax(logits.astype(jnp.float32)), labels)
+
+    def loss(
+        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], num_boxes: Float[Array, ""]
+    ) -> Float[Array, " L"]:
+        """Weighted mean of the cross-entropy over all queries of the batch; `target_labels` -1 is no object.
+
+        The sum is divided by the sum of the weights, not by `num_boxes`. DETR's processes each divide by their own
+        sum and average the quotients; here it is one quotient over the global batch, however many devices share it.
+        """
+        del num_boxes
+        logits = logits.astype(jnp.float32)
+        matched = target_labels >= 0
+        target = jnp.where(matched, target_labels, logits.shape[-1] - 1)
+        chosen = jnp.sum(jnp.where(_one_hot(target, logits.shape[-1]), logits, 0.0), axis=-1)
+        cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
+        weight = jnp.where(matched, 1.0, self.no_object_weight)
+        # The weights sum to zero only when unmatched queries weigh nothing and there is no box: no loss, not 0/0.
+        normalizer = jnp.maximum(jnp.sum(weight, axis=(1, 2)), jnp.finfo(jnp.float32).tiny)
+        return jnp.sum(weight * cross_entropy, axis=(1, 2)) / normalizer
+
+    def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C-1"]:
+        """Class probabilities. No object leaves after the softmax: a query that prefers it keeps its small scores."""
+        return jax.nn.softmax(logits.astype(jnp.float32))[..., :-1]
+
+    def detect(
+        self, logits: Float[Array, "B Q C"], k: int
+    ) -> tuple[Float[Array, "B K"], Int32[Array, "B K"], Int32[Array, "B K"]]:
+        """Each query's best class, best query first: scores, class slots, queries; K = min(k, Q)."""
+        scores = self.scores(logits)
+        labels = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        best, query = jax.lax.top_k(jnp.max(scores, axis=-1), min(k, logits.shape[1]))
+        return best, jnp.take_along_axis(labels, query, axis=1), query
+
+
+@dataclass(frozen=True)
+class SigmoidFocal:
+    """Every class on its own, trained with the focal loss (arXiv:1708.02002). Source: Deformable DETR.
+
+    Logits behind the classes are legal: they are classes that never occur (SMCA has 92 logits for 91 slots).
+    """
+
+    alpha: float  # weight of the true class; all others weigh 1 - alpha
+    gamma: float  # how fast the loss of easy logits fades
+    name = "focal"
+    has_no_object = False
+
+    def check_width(self, num_logits: int, num_classes: int) -> None:
+        """Every class needs a logit."""
+        if num_logits < num_classes:
+            raise UserError(
+                f"config.loss.classification sigmoid_focal needs a logit for each of the {num_classes} classes, "
+                f"but the model has {num_logits}."
+            )
+
+    def cost(self, logits: Float[Array, "L B Q C"], labels: Int32[Array, "B N"]) -> Float[Array, "L B Q N"]:
+        """Focal loss of "this class is here" minus that of "it is not", at each box's class.
+
+        Always with alpha 0.25 and gamma 2, as Deformable DETR's matcher, so the two loss settings change only the loss.
+        The epsilon of 1e-8 is theirs: it bounds the logarithm of a saturated sigmoid.
+        """
+        probability = jax.nn.sigmoid(logits.astype(jnp.float32))
+        absent = 1.0 - probability
+        cost_present = 0.25 * absent**2 * -jnp.log(probability + 1e-8)
+        cost_absent = 0.75 * probability**2 * -jnp.log(absent + 1e-8)
+        return _at_labels(cost_present - cost_absent, labels)
+
+    def loss(
+        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], num_boxes: Float[Array, ""]
+    ) -> Float[Array, " L"]:
+        """Focal loss summed over all queries and logits, divided by `num_boxes`; `target_labels` -1 has no class.
+
+        alpha_t (1 - p_t)^gamma (-log p_t), with p_t = sigmoid(logit) for the true class and sigmoid(-logit) for every
+        other. Both factors come from log-sigmoids, so values and gradients stay finite for any finite logit and gamma.
+        """
+        logits = logits.astype(jnp.float32)
+        present = _one_hot(target_labels, logits.shape[-1])
+        toward = jnp.where(present, logits, -logits)
+        modulator = jnp.exp(self.gamma * jax.nn.log_sigmoid(-toward))
+        weight = jnp.where(present, self.alpha, 1.0 - self.alpha)
+        return jnp.sum(weight * modulator * -jax.nn.log_sigmoid(toward), axis=(1, 2, 3)) / num_boxes
+
+    def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C"]:
+        """Probability of each class on its own; they do not sum to 1."""
+        return jax.nn.sigmoid(logits.astype(jnp.float32))
+
+    def detect(
+        self, logits: Float[Array, "B Q C"], k: int
+    ) -> tuple[Float[Array, "B K"], Int32[Array, "B K"], Int32[Array, "B K"]]:
+        """The best (query, class) pairs, best first: scores, class slots, queries; K = min(k, Q C).
+
+        A query may appear several times, with different classes.
+        """
+        num_logits = logits.shape[-1]
+        flat = self.scores(logits).reshape(logits.shape[0], -1)
+        best, index = jax.lax.top_k(flat, min(k, flat.shape[1]))
+        return best, index % num_logits, index // num_logits
+
+
+def build_classification(config) -> SoftmaxNoObject | SigmoidFocal:
+    """The reading that `config.loss` names."""
+    if config.classification == "softmax_no_object":
+        return SoftmaxNoObject(no_object_weight=config.no_object_weight)
+    if config.classification == "sigmoid_focal":
+        return SigmoidFocal(alpha=config.focal_alpha, gamma=config.focal_gamma)
+    raise UserError(
+        f"config.loss.classification is {config.classification!r}; it can be softmax_no_object or sigmoid_focal."
+    )
+
+
+def _one_hot(labels, num_logits):
+    """True at each label; nowhere for -1."""
+    return labels[..., None] == jax.lax.broadcasted_iota(jnp.int32, labels.shape + (num_logits,), labels.ndim)
+
+
+def _at_labels(values: Float[Array, "L B Q C"], labels: Int32[Array, "B N"]) -> Float[Array, "L B Q N"]:
+    """values[l, b, q, labels[b, n]], as a product with one-hot columns: exact, and faster than a gather on TPUs."""
+    columns = _one_hot(labels, values.shape[-1]).astype(values.dtype)
+    return jnp.einsum("lbqc,bnc->lbqn", values, columns, precision=jax.lax.Precision.HIGHEST)

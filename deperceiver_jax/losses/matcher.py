@@ -1,0 +1,205 @@
+"""Which query answers for which box: the one-to-one assignment of least total cost, image by image, layer by layer.
+
+It is what makes DETR a set predictor: a box is claimed by exactly one query, so a second prediction of the same object
+counts as wrong and nothing has to suppress duplicates afterwards. Two solvers share one contract: SciPy on each host,
+and a `lax.while_loop` on the device, for pods where the trip to the host costs more than a slower solver.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32
+from scipy.optimize import linear_sum_assignment
+
+from deperceiver_jax.boxes import box_cxcywh_to_xyxy, generalized_box_iou
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
+from deperceiver_jax.structures import Assignment, Batch, Predictions
+
+# No assignment needs costs beyond this: with the published weights they stay below 100. Small enough for float32 to
+# tell ordinary costs apart next to it.
+LARGEST_COST = 1e5
+
+
+def matching_cost(
+    predictions: Predictions, batch: Batch, classification: SoftmaxNoObject | SigmoidFocal, config
+) -> Float[Array, "L B Q N"]:
+    """Cost of giving box slot n to query q, in float32 and without gradient; empty slots hold numbers of no meaning.
+
+    cost_class * classification + cost_bbox * L1 distance (cxcywh) + cost_giou * -GIoU, weights from `config.matcher`.
+    A part of weight 0 is not computed. Source: DETR's HungarianMatcher.
+    """
+    logits = lax.stop_gradient(predictions.logits).astype(jnp.float32)
+    predicted = lax.stop_gradient(predictions.boxes).astype(jnp.float32)[:, :, :, None]
+    target = batch.boxes.astype(jnp.float32)[None, :, None]
+    parts = []
+    if config.cost_class:
+        parts.append(config.cost_class * classification.cost(logits, batch.labels))
+    if config.cost_bbox:
+        parts.append(config.cost_bbox * jnp.sum(jnp.abs(predicted - target), axis=-1))
+    if config.cost_giou:
+        overlap = generalized_box_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(target))
+        parts.append(-config.cost_giou * overlap)
+    if not parts:
+        raise UserError("config.matcher has cost_class, cost_bbox and cost_giou all 0, so no query suits any box best.")
+    return sum(parts)
+
+
+def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backend: str, mesh: Mesh) -> Assignment:
+    """The assignment of least total cost for each layer and image: min(Q, number of boxes) pairs.
+
+    Every device solves its own images (the `data` axis), on its own host for `scipy`; along `model` all do the same.
+    NaN counts as the largest cost there is, and costs beyond LARGEST_COST are cut to it, so there always is an answer;
+    stopping at a non-finite loss is the training loop's part. Where several assignments cost the same, either
+    solver may return any of them. More boxes than queries are legal: those whose cost is least are matched.
+    """
+    if backend == "scipy":
+        solve = partial(_match_on_host, platform=mesh.devices.flat[0].platform)
+    elif backend == "device":
+        solve = _match_on_device
+    else:
+        raise UserError(f"config.matcher.backend is {backend!r}; it can be scipy or device.")
+    if not cost.shape[3]:
+        empty = cost.shape[:2] + (0,)
+        return Assignment(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
+    cost = jnp.nan_to_num(lax.stop_gradient(cost).astype(jnp.float32), nan=LARGEST_COST)
+    per_device = jax.shard_map(
+        solve,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, "data"), PartitionSpec("data")),
+        out_specs=PartitionSpec(None, "data"),
+        check_vma=False,  # a callback does not say that its answer is the same along `model`
+    )
+    return per_device(jnp.clip(cost, -LARGEST_COST, LARGEST_COST), box_valid)
+
+
+def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B N"]) -> Assignment:
+    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite.
+
+    Only the real columns are handed over: padded to 100 columns, the problems of COCO take tens of times longer.
+    """
+    num_layers, num_images, _, num_slots = cost.shape
+    query = np.zeros((num_layers, num_images, num_slots), np.int32)
+    matched = np.zeros((num_layers, num_images, num_slots), bool)
+    for image in range(num_images):
+        slots = np.flatnonzero(box_valid[image])
+        if not slots.size:
+            continue
+        for layer in range(num_layers):
+            rows, columns = linear_sum_assignment(cost[layer, image][:, slots])
+            query[layer, image, slots[columns]] = rows
+            matched[layer, image, slots[columns]] = True
+    return Assignment(query, matched)
+
+
+def _match_on_host(cost, box_valid, *, platform: str) -> Assignment:
+    """One call to SciPy for all layers and images of this device.
+
+    On a GPU or TPU `pure_callback` brings the costs to the host. On the CPU it must not be used: it copies arguments
+    of more than 100 kB on the very thread pool whose thread is waiting in the callback, and with as many simulated
+    devices as threads everything waits for ever (jax issue 24255 is of this kind). `buffer_callback` lets NumPy look
+    at the device's own memory: no copy, nothing to wait for.
+    """
+    shape = cost.shape[:2] + cost.shape[3:]
+    answer = Assignment(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+    if platform == "cpu":
+        return buffer_callback(_write_assignment, answer)(cost, box_valid)
+    return jax.pure_callback(_return_assignment, answer, cost, box_valid, vmap_method="sequential")
+
+
+def _write_assignment(context, answer, cost, box_valid) -> None:
+    del context
+    result = hungarian_assignment(np.asarray(cost), np.asarray(box_valid))
+    np.asarray(answer.query)[...] = result.query
+    np.asarray(answer.matched)[...] = result.matched
+
+
+def _return_assignment(cost, box_valid) -> Assignment:
+    return hungarian_assignment(np.asarray(cost), np.asarray(box_valid))
+
+
+def _match_on_device(cost, box_valid) -> Assignment:
+    """All layers and images of this device in lockstep. Rows are boxes, or queries where boxes outnumber them."""
+    num_queries, num_slots = cost.shape[2:]
+
+    def solve_one(cost, box_valid):  # [Q N], [N]
+        crowded = jnp.sum(box_valid) > num_queries
+        query = _augment_rows(cost.T, box_valid & ~crowded, jnp.ones(num_queries, bool))
+        if num_slots <= num_queries:  # known when compiling: no image can be crowded
+            return query
+        slot = _augment_rows(cost, jnp.broadcast_to(crowded, (num_queries,)), box_valid)
+        from_slot = _invert(slot, num_slots)
+        return jnp.where(crowded, from_slot, query)
+
+    query = jax.vmap(jax.vmap(solve_one, in_axes=(0, 0)), in_axes=(0, None))(cost, box_valid)
+    return Assignment(jnp.maximum(query, 0), query >= 0)
+
+
+def _augment_rows(
+    cost: Float[Array, "R C"], row_valid: Bool[Array, " R"], column_valid: Bool[Array, " C"]
+) -> Int32[Array, " R"]:
+    """The column of every valid row, -1 for the others. There must be at least as many valid columns as valid rows.
+
+    Rows enter one by one along the shortest augmenting path (Dijkstra over reduced costs), which keeps the assignment
+    of the rows so far optimal. Source: Crouse, "On implementing 2D rectangular assignment algorithms" (2016), the
+    algorithm SciPy implements, in float32. Batched, it takes as many steps as the hardest image of each row.
+    """
+    num_rows, num_columns = cost.shape
+
+    def insert(row, state):
+        row_price, column_price, owner, column_of = state
+        found = _shortest_path(cost, column_valid, row_price, column_price, owner, row, row_valid[row])
+        sink, length, distance, previous, reached = found
+        slack = jnp.where(reached, length - distance, 0.0)
+        reached_row = jnp.where(reached & (owner >= 0), owner, num_rows)  # num_rows is dropped
+        row_price = row_price.at[reached_row].add(slack, mode="drop").at[row].add(length)
+
+        def flip(state):
+            owner, column_of, column, _ = state
+            new_owner = previous[column]
+            next_column = column_of[new_owner]
+            return owner.at[column].set(new_owner), column_of.at[new_owner].set(column), next_column, new_owner != row
+
+        state = lax.while_loop(lambda state: state[3], flip, (owner, column_of, sink, row_valid[row]))
+        return row_price, column_price - slack, state[0], state[1]
+
+    start = (jnp.zeros(num_rows), jnp.zeros(num_columns), jnp.full(num_columns, -1), jnp.full(num_rows, -1))
+    num_steps = jnp.max(jnp.where(row_valid, jnp.arange(num_rows) + 1, 0), initial=0)
+    return lax.fori_loop(0, num_steps, insert, start)[3]
+
+
+def _shortest_path(cost, column_valid, row_price, column_price, owner, row, active):
+    """Dijkstra from `row` to the nearest column without an owner.
+
+    Returns that column, the path's length, every column's distance, the row before it, and which columns were settled.
+    Costs are finite and a valid column is free, so each step settles one more column and the search ends.
+    """
+    num_columns = cost.shape[1]
+
+    def step(state):
+        current, _, length, distance, previous, reached, _ = state
+        through = length + cost[current] - row_price[current] - column_price
+        shorter = column_valid & ~reached & (through < distance)
+        distance = jnp.where(shorter, through, distance)
+        previous = jnp.where(shorter, current, previous)
+        nearest = jnp.argmin(jnp.where(reached, jnp.inf, distance))
+        reached = reached.at[nearest].set(True)
+        return owner[nearest], owner[nearest] >= 0, distance[nearest], distance, previous, reached, nearest
+
+    distance = jnp.full(num_columns, jnp.inf)
+    previous, reached = jnp.full(num_columns, -1), jnp.zeros(num_columns, bool)
+    start = (row, active, jnp.float32(0), distance, previous, reached, 0)
+    _, _, length, distance, previous, reached, sink = lax.while_loop(lambda state: state[1], step, start)
+    return sink, length, distance, previous, reached
+
+
+def _invert(column_of: Int32[Array, " R"], num_columns: int) -> Int32[Array, " C"]:
+    """The row of every column, -1 where it has none."""
+    rows = jnp.arange(column_of.shape[0])
+    target = jnp.where(column_of >= 0, column_of, num_columns)  # num_columns is dropped
+    return jnp.full(num_columns, -1).at[target].set(rows, mode="drop")

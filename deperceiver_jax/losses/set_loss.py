@@ -1,0 +1,108 @@
+"""The set prediction loss: match queries with boxes, then train classes on all queries and boxes on matched ones."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
+
+from deperceiver_jax.boxes import box_area, box_cxcywh_to_xyxy, generalized_box_iou
+from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
+from deperceiver_jax.losses.matcher import match, matching_cost
+from deperceiver_jax.structures import Assignment, Batch, Predictions
+
+
+def set_loss(
+    predictions: Predictions, batch: Batch, *, classification: SoftmaxNoObject | SigmoidFocal, config, mesh: Mesh
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The weighted total over all trained layers, and the unweighted terms by name. `config` is the whole config.
+
+    Every decoder layer has its own matching and the same weights; `config.loss.auxiliary` False trains and matches the
+    last layer alone. Terms: loss_ce (or loss_focal), loss_bbox and loss_giou of the last layer, the same with _0, _1,
+    ... for the layers before it; a term of weight 0 is neither computed nor listed. For the record only: class_error
+    and cardinality_error (last layer), num_boxes, surplus_boxes (boxes of the last layer that found no query).
+
+    Sums run over the global batch, and `num_boxes` is its number of boxes, at least 1. DETR's W processes normalise by
+    max(boxes / W, 1) and average gradients, which is sum / max(boxes, W): the same unless boxes are fewer than W. For
+    the mean of the cross-entropy see SoftmaxNoObject.loss. Source: DETR's SetCriterion.
+    """
+    classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
+    if not config.loss.auxiliary:
+        predictions = Predictions(*(array[-1:] for array in predictions))
+    predictions = Predictions(*(array.astype(jnp.float32) for array in predictions))
+    cost = matching_cost(predictions, batch, classification, config.matcher)
+    assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
+    target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
+    num_boxes = jnp.maximum(jnp.sum(batch.box_valid, dtype=jnp.float32), 1.0)
+
+    weighted = {}  # name: (weight, loss of each layer)
+    if config.loss.weight_class:
+        loss_class = classification.loss(predictions.logits, target_labels, num_boxes)
+        weighted[f"loss_{classification.name}"] = (config.loss.weight_class, loss_class)
+    if config.loss.weight_bbox:
+        loss_bbox = bbox_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
+        weighted["loss_bbox"] = (config.loss.weight_bbox, loss_bbox)
+    if config.loss.weight_giou:
+        loss_giou = giou_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
+        weighted["loss_giou"] = (config.loss.weight_giou, loss_giou)
+
+    total = sum((weight * jnp.sum(layers) for weight, layers in weighted.values()), jnp.float32(0))
+    terms = {name: layers[-1] for name, (_, layers) in weighted.items()}
+    for layer in range(predictions.logits.shape[0] - 1):
+        terms |= {f"{name}_{layer}": layers[layer] for name, (_, layers) in weighted.items()}
+    terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
+    terms["num_boxes"] = num_boxes
+    terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
+    return total, jax.lax.stop_gradient(terms)
+
+
+def labels_of_queries(assignment: Assignment, labels: Int32[Array, "B N"], num_queries: int) -> Int32[Array, "L B Q"]:
+    """The class slot that each query shall predict, -1 for those without a box."""
+    queries = jnp.arange(num_queries)[None, None, :, None]
+    claims = assignment.matched[:, :, None] & (assignment.query[:, :, None] == queries)  # [L B Q N]
+    return jnp.max(jnp.where(claims, labels[None, :, None], -1), axis=-1, initial=-1)
+
+
+def bbox_loss(
+    predicted: Float[Array, "L B Q 4"], target: Float[Array, "B N 4"], assignment: Assignment, num_boxes
+) -> Float[Array, " L"]:
+    """L1 distance of matched boxes (cxcywh, four coordinates summed), divided by `num_boxes`."""
+    distance = jnp.sum(jnp.abs(_boxes_of_slots(predicted, assignment) - target[None]), axis=-1)
+    return jnp.sum(jnp.where(assignment.matched, distance, 0.0), axis=(1, 2)) / num_boxes
+
+
+def giou_loss(
+    predicted: Float[Array, "L B Q 4"], target: Float[Array, "B N 4"], assignment: Assignment, num_boxes
+) -> Float[Array, " L"]:
+    """1 - GIoU of matched boxes, divided by `num_boxes`.
+
+    A matched pair in which neither box has an area is 0/0, NaN in DETR; here it counts as disjoint (GIoU -1) and pulls
+    nowhere. Such pairs and empty slots are replaced before the division, so that no NaN reaches a gradient.
+    """
+    predicted = box_cxcywh_to_xyxy(_boxes_of_slots(predicted, assignment))
+    target = jnp.broadcast_to(box_cxcywh_to_xyxy(target)[None], predicted.shape)
+    sound = assignment.matched & (box_area(predicted) + box_area(target) > 0)
+    whole = jnp.array([0.0, 0.0, 1.0, 1.0])[None, None, None]
+    overlap = generalized_box_iou(
+        jnp.where(sound[..., None], predicted, whole), jnp.where(sound[..., None], target, whole)
+    )
+    loss = 1.0 - jnp.where(sound, overlap, -1.0)
+    return jnp.sum(jnp.where(assignment.matched, loss, 0.0), axis=(1, 2)) / num_boxes
+
+
+def _boxes_of_slots(predicted, assignment: Assignment) -> Float[Array, "L B N 4"]:
+    """The predicted box of each slot's query; query 0's where the slot is empty or unmatched."""
+    return jnp.take_along_axis(predicted, assignment.query[..., None], axis=2)
+
+
+def _error_terms(logits: Float[Array, "B Q C"], target_labels: Int32[Array, "B Q"], batch: Batch, classification):
+    """What DETR logs of the last layer: wrong classes among matched queries (percent; 100 without any), and how far
+    the number of queries that claim an object is from the number of boxes (means nothing without a no-object logit).
+    """
+    best = jnp.argmax(logits, axis=-1)
+    num_matched = jnp.sum(target_labels >= 0)
+    errors = {"class_error": 100.0 - 100.0 * jnp.sum(best == target_labels) / jnp.maximum(num_matched, 1)}
+    if classification.has_no_object:
+        num_claimed = jnp.sum(best != logits.shape[-1] - 1, axis=-1)
+        difference = jnp.abs(num_claimed - jnp.sum(batch.box_valid, axis=-1))
+        errors["cardinality_error"] = jnp.mean(difference.astype(jnp.float32))
+    return errors

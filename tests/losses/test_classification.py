@@ -1,0 +1,156 @@
+"""The two readings of class logits against numbers worked out by hand and the published golden values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.base import base
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject, build_classification
+
+SOFTMAX = SoftmaxNoObject(no_object_weight=0.1)
+FOCAL = SigmoidFocal(alpha=0.25, gamma=2.0)
+BOTH = pytest.mark.parametrize("classification", [SOFTMAX, FOCAL], ids=["softmax", "focal"])
+
+
+def test_build():
+    config = base().loss
+    assert build_classification(config) == SOFTMAX
+    config.classification = "sigmoid_focal"
+    assert build_classification(config) == FOCAL
+    config.classification = "focal"
+    with pytest.raises(UserError, match="'focal'; it can be softmax_no_object or sigmoid_focal"):
+        build_classification(config)
+
+
+def test_width_rules():
+    SOFTMAX.check_width(92, 91)
+    FOCAL.check_width(91, 91)
+    FOCAL.check_width(92, 91)  # SMCA
+    for classification, width in ((SOFTMAX, 91), (SOFTMAX, 93), (FOCAL, 90)):
+        with pytest.raises(UserError, match="91 classes"):
+            classification.check_width(width, 91)
+
+
+def test_softmax_cost_is_minus_probability():
+    logits = jnp.log(jnp.array([[[[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]]]))
+    cost = SOFTMAX.cost(logits, jnp.array([[1, 0, 0]]))
+    np.testing.assert_allclose(cost, [[[[-0.2, -0.1, -0.1], [-0.25, -0.5, -0.5]]]], rtol=1e-6)
+
+
+def test_softmax_loss_golden():
+    """One image, four queries, 92 logits, zero but one: 3.034974 with targets 3 and three times no object."""
+    logits = jnp.zeros((1, 1, 4, 92)).at[0, 0, 0, 3].set(2.0)
+    loss = SOFTMAX.loss(logits, jnp.array([[[3, -1, -1, -1]]]), jnp.float32(1))
+    np.testing.assert_allclose(loss, [3.034974], atol=2e-6)
+
+
+def test_softmax_loss_is_the_mean_of_its_weights_not_of_boxes():
+    logits = jnp.zeros((2, 1, 2, 4))  # every cross-entropy is log 4
+    targets = jnp.array([[[0, -1]], [[-1, -1]]])
+    for num_boxes in (1, 50):
+        np.testing.assert_allclose(SOFTMAX.loss(logits, targets, jnp.float32(num_boxes)), np.log([4, 4]), rtol=1e-6)
+    weightless = SoftmaxNoObject(no_object_weight=0.0)
+    np.testing.assert_allclose(weightless.loss(logits, targets, jnp.float32(1)), [np.log(4), 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("logit", "cost"),
+    [
+        (0.0, 0.25 * 0.25 * np.log(2) - 0.75 * 0.25 * np.log(2)),  # -0.086643
+        (np.log(3.0), 0.25 / 16 * np.log(4 / 3) - 0.75 * 9 / 16 * np.log(4)),  # p = 3/4
+        (-np.log(3.0), 0.25 * 9 / 16 * np.log(4) - 0.75 / 16 * np.log(4 / 3)),  # p = 1/4
+        (200.0, -0.75 * -np.log(1e-8)),  # saturated: bounded by the epsilon
+        (-200.0, 0.25 * -np.log(1e-8)),
+    ],
+)
+def test_focal_cost(logit, cost):
+    logits = jnp.zeros((1, 1, 1, 5)).at[..., 2].set(logit)
+    np.testing.assert_allclose(FOCAL.cost(logits, jnp.array([[2, 0]]))[0, 0, 0], [cost, -0.086643], atol=2e-6)
+
+
+def test_focal_cost_does_not_follow_the_loss_settings():
+    logits = jnp.array([[[[0.3, -1.0]]]])
+    labels = jnp.array([[0, 1]])
+    np.testing.assert_array_equal(SigmoidFocal(alpha=0.9, gamma=0.5).cost(logits, labels), FOCAL.cost(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("logit", "target", "loss"),
+    [
+        (0.0, 0, 0.25 * 0.25 * np.log(2)),
+        (0.0, -1, 0.75 * 0.25 * np.log(2)),
+        (np.log(3.0), 0, 0.25 / 16 * np.log(4 / 3)),
+        (np.log(3.0), -1, 0.75 * 9 / 16 * np.log(4)),
+        (-np.log(3.0), 0, 0.25 * 9 / 16 * np.log(4)),
+    ],
+)
+def test_focal_loss_of_one_logit(logit, target, loss):
+    found = FOCAL.loss(jnp.full((1, 1, 1, 1), logit), jnp.full((1, 1, 1), target), jnp.float32(1))
+    np.testing.assert_allclose(found, [loss], rtol=1e-6)
+
+
+def test_focal_loss_sums_over_logits_and_divides_by_boxes():
+    logits = jnp.zeros((2, 1, 3, 4))
+    targets = jnp.array([[[0, -1, 3]], [[-1, -1, -1]]])
+    present, absent = 0.25 * 0.25 * np.log(2), 0.75 * 0.25 * np.log(2)
+    np.testing.assert_allclose(
+        FOCAL.loss(logits, targets, jnp.float32(2)), [(2 * present + 10 * absent) / 2, 12 * absent / 2], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_without_modulation_is_cross_entropy_and_stays_finite(gamma):
+    focal = SigmoidFocal(alpha=0.5, gamma=gamma)
+    logits = jnp.array([-1e4, -300.0, -90.0, 0.0, 90.0, 300.0, 1e4]).reshape(1, 1, 1, 7)
+    value, gradient = jax.value_and_grad(lambda x: focal.loss(x, jnp.array([[[0]]]), jnp.float32(1))[0])(logits)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    if gamma == 0:
+        cross_entropy = -jax.nn.log_sigmoid(jnp.where(jnp.arange(7) == 0, 1, -1)[None, None, None] * logits)
+        np.testing.assert_allclose(value, 0.5 * jnp.sum(cross_entropy), rtol=1e-6)
+
+
+@BOTH
+def test_extreme_logits_give_finite_losses_and_gradients(classification):
+    logits = 1e4 * jnp.array([[[[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0]]]])
+    targets = jnp.array([[[1, -1]]])
+    value, gradient = jax.value_and_grad(lambda x: classification.loss(x, targets, jnp.float32(1))[0])(logits)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert np.isfinite(classification.cost(logits, jnp.array([[0, 1]]))).all()
+
+
+@BOTH
+def test_bfloat16_logits_are_computed_in_float32(classification):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 7)), jnp.bfloat16)
+    targets, labels = jnp.array([[[0, -1, 5, -1, 2]] * 2] * 2), jnp.array([[0, 3], [5, 5]])
+    wide = logits.astype(jnp.float32)
+    for found, expected in (
+        (classification.loss(logits, targets, jnp.float32(3)), classification.loss(wide, targets, jnp.float32(3))),
+        (classification.cost(logits, labels), classification.cost(wide, labels)),
+        (classification.scores(logits[0]), classification.scores(wide[0])),
+    ):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_softmax_detections_are_the_best_class_of_each_query():
+    probability = jnp.array([[[0.2, 0.1, 0.7], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]]])  # the last column is no object
+    scores, labels, query = SOFTMAX.detect(jnp.log(probability), k=2)
+    np.testing.assert_allclose(scores, [[0.6, 0.3]], rtol=1e-6)
+    np.testing.assert_array_equal(labels, [[1, 0]])
+    np.testing.assert_array_equal(query, [[1, 2]])
+    scores, _, query = SOFTMAX.detect(jnp.log(probability), k=100)
+    np.testing.assert_allclose(scores, [[0.6, 0.3, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(SOFTMAX.scores(jnp.log(probability)), probability[..., :2], rtol=1e-6)
+
+
+def test_focal_detections_are_the_best_pairs_of_query_and_class():
+    probability = jnp.array([[[0.9, 0.8, 0.1], [0.2, 0.7, 0.3]]])
+    logits = jnp.log(probability / (1 - probability))
+    scores, labels, query = FOCAL.detect(logits, k=4)
+    np.testing.assert_allclose(scores, [[0.9, 0.8, 0.7, 0.3]], rtol=1e-5)
+    np.testing.assert_array_equal(labels, [[0, 1, 1, 2]])
+    np.testing.assert_array_equal(query, [[0, 0, 1, 1]])
+    assert FOCAL.detect(logits, k=100)[0].shape == (1, 6)
+    np.testing.assert_allclose(FOCAL.scores(logits), probability, rtol=1e-5)

@@ -1,0 +1,253 @@
+"""The set loss against DETR's and Deformable DETR's criterion, by hand, and on eight devices against one."""
+
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.base import base
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.losses.set_loss import giou_loss, labels_of_queries, set_loss
+from deperceiver_jax.sharding import batch_sharding, make_mesh, shard_batch
+from deperceiver_jax.structures import Assignment, Batch, Predictions
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+def make_config(num_classes, *, focal=False, backend="scipy"):
+    config = base()
+    config.model = ConfigDict({"num_classes": num_classes})
+    config.matcher.backend = backend
+    if focal:
+        config.loss.classification = "sigmoid_focal"
+        config.loss.weight_class = config.matcher.cost_class = 2.0
+    return config
+
+
+def make_batch(boxes, labels, box_valid):
+    num_images = len(boxes)
+    size = np.full((num_images, 2), 8, np.int32)
+    example = np.arange(num_images, dtype=np.int32)
+    image = np.zeros((num_images, 8, 8, 3), np.uint8)
+    boxes, labels = np.asarray(boxes, np.float32), np.asarray(labels, np.int32)
+    return Batch(image, size, size, example, boxes, labels, np.asarray(box_valid, bool))
+
+
+def make_loss(config, mesh=None):
+    """set_loss and its gradients by the predictions, compiled: ((total, terms), Predictions of gradients)."""
+    return _compiled(config.to_json(), make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh)
+
+
+@cache
+def _compiled(config, mesh):
+    config = ConfigDict(json.loads(config))
+    classification = build_classification(config.loss)
+    loss = partial(set_loss, classification=classification, config=config, mesh=mesh)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def random_problem(rng, *, num_layers=3, num_images=8, num_queries=6, num_slots=8, num_logits=8):
+    logits = rng.normal(size=(num_layers, num_images, num_queries, num_logits)) * 2
+    boxes = rng.uniform(0.2, 0.8, size=(num_layers, num_images, num_queries, 4))
+    predictions = Predictions(jnp.asarray(logits, jnp.float32), jnp.asarray(boxes, jnp.float32))
+    counts = rng.integers(0, num_slots + 1, size=num_images)
+    box_valid = np.arange(num_slots)[None] < counts[:, None]
+    targets = rng.uniform(0.2, 0.8, size=(num_images, num_slots, 4)) * box_valid[..., None]
+    labels = rng.integers(0, 7, size=(num_images, num_slots)) * box_valid
+    return predictions, make_batch(targets, labels, box_valid)
+
+
+def sheet_problem(num_logits):
+    """Two images with four queries each: the golden case that the published criteria were asked about."""
+    logits = np.zeros((1, 2, 4, num_logits), np.float32)
+    logits[0, 0, 0, 3], logits[0, 0, 1, 17], logits[0, 1, 2, 1] = 2, 1, 3
+    first = [(0.5, 0.5, 0.2, 0.2), (0.3, 0.6, 0.1, 0.1), (0.8, 0.8, 0.1, 0.3), (0.2, 0.2, 0.2, 0.2)]
+    second = [(0.5, 0.5, 0.5, 0.5), (0.1, 0.1, 0.1, 0.1), (0.4, 0.4, 0.4, 0.6), (0.9, 0.9, 0.1, 0.1)]
+    predictions = Predictions(jnp.asarray(logits), jnp.asarray([[first, second]], jnp.float32))
+    targets = [[(0.5, 0.5, 0.2, 0.3), (0.3, 0.5, 0.1, 0.1)], [(0.4, 0.4, 0.5, 0.5), (0, 0, 0, 0)]]
+    return predictions, make_batch(targets, [[3, 17], [1, 0]], [[True, True], [True, False]])
+
+
+@pytest.mark.parametrize(
+    ("num_logits", "focal", "loss_class", "backend"),
+    [
+        (92, False, 2.885834, "scipy"),
+        (92, False, 2.885834, "device"),
+        (91, True, 31.410278, "scipy"),
+        (92, True, 31.756849, "scipy"),
+    ],
+)
+def test_golden_values(num_logits, focal, loss_class, backend):
+    predictions, batch = sheet_problem(num_logits)
+    config = make_config(91, focal=focal, backend=backend)
+    (total, terms), _ = make_loss(config)(predictions, batch)
+    expected = {
+        "loss_focal" if focal else "loss_ce": loss_class,
+        "loss_bbox": 0.133333,
+        "loss_giou": 0.559004,
+        "class_error": 0.0,
+        "num_boxes": 3.0,
+        "surplus_boxes": 0.0,
+    }
+    if not focal:
+        expected["cardinality_error"] = 2.5
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=2e-6, atol=1e-6, err_msg=name)
+    weight_class = 2 if focal else 1
+    np.testing.assert_allclose(total, weight_class * loss_class + 5 * 0.1333333 + 2 * 0.559004, rtol=3e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("softmax", "scipy"), ("softmax", "device"), ("focal", "scipy")])
+def test_equals_the_official_criterion(name, backend):
+    """Three layers, an empty image, more boxes than queries, dead classes (focal): terms, total and gradients."""
+    golden = np.load(GOLDEN / f"set_loss_{name}.npz")
+    predictions = Predictions(jnp.asarray(golden["logits"]), jnp.asarray(golden["boxes"]))
+    batch = make_batch(golden["target_boxes"], golden["target_labels"], golden["target_valid"])
+    config = make_config(7, focal=name == "focal", backend=backend)
+    (total, terms), gradients = make_loss(config)(predictions, batch)
+    np.testing.assert_allclose(total, golden["total"], rtol=1e-6)
+    official = {key.removeprefix("term_"): golden[key] for key in golden.files if key.startswith("term_")}
+    assert official.keys() == terms.keys() - {"num_boxes", "surplus_boxes"}
+    for term, value in official.items():
+        np.testing.assert_allclose(terms[term], value, rtol=2e-6, atol=1e-6, err_msg=term)
+    assert terms["num_boxes"] == 13 and terms["surplus_boxes"] == 2
+    np.testing.assert_allclose(gradients.logits, golden["grad_logits"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradients.boxes, golden["grad_boxes"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("focal", "backend", "model"), [(False, "scipy", 1), (False, "scipy", 2), (True, "device", 2)])
+def test_eight_devices_equal_one(focal, backend, model):
+    predictions, batch = random_problem(np.random.default_rng(1))
+    config = make_config(7, focal=focal, backend=backend)
+    (total, terms), gradients = make_loss(config)(predictions, batch)
+
+    mesh = make_mesh(model)
+    layered = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), predictions)
+    spread = jax.tree.map(lambda x: jnp.moveaxis(jax.device_put(x, batch_sharding(mesh)), 1, 0), layered)
+    loss = make_loss(config, mesh)
+    on_devices = shard_batch(batch, mesh)
+    (total_8, terms_8), gradients_8 = loss(spread, on_devices)
+    np.testing.assert_allclose(total_8, total, rtol=1e-6)
+    assert terms_8.keys() == terms.keys()
+    for name in terms:
+        np.testing.assert_allclose(terms_8[name], terms[name], rtol=1e-6, err_msg=name)
+    for one, eight in zip(gradients, gradients_8, strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-8)
+    # Devices exchange sums alone: no device ever sees another's costs, boxes or logits.
+    program = loss.lower(spread, on_devices).compile().as_text()
+    assert "all-reduce" in program
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program, exchange
+
+
+def test_layers_are_matched_on_their_own_and_named():
+    predictions, batch = random_problem(np.random.default_rng(2))
+    config = make_config(7)
+    (total, terms), _ = make_loss(config)(predictions, batch)
+    sum_of_layers = 0
+    for layer, suffix in enumerate(("_0", "_1", "")):
+        one = Predictions(*(array[layer : layer + 1] for array in predictions))
+        (total_of_layer, terms_of_layer), _ = make_loss(config)(one, batch)
+        sum_of_layers += total_of_layer
+        for name in ("loss_ce", "loss_bbox", "loss_giou"):
+            np.testing.assert_allclose(terms[name + suffix], terms_of_layer[name], rtol=1e-6)
+    np.testing.assert_allclose(total, sum_of_layers, rtol=1e-6)
+
+
+def test_auxiliary_off_trains_the_last_layer_alone():
+    predictions, batch = random_problem(np.random.default_rng(3))
+    config = make_config(7)
+    config.loss.auxiliary = False
+    (total, terms), gradients = make_loss(config)(predictions, batch)
+    assert not [name for name in terms if name.endswith(("_0", "_1"))]
+    last = Predictions(*(array[-1:] for array in predictions))
+    config.loss.auxiliary = True
+    (total_of_last, _), _ = make_loss(config)(last, batch)
+    assert total == total_of_last
+    for gradient in gradients:
+        assert not gradient[:-1].any() and gradient[-1].any()
+
+
+@pytest.mark.parametrize(("off", "term"), [("class", "loss_ce"), ("bbox", "loss_bbox"), ("giou", "loss_giou")])
+def test_a_term_of_weight_zero_is_left_out(off, term):
+    predictions, batch = random_problem(np.random.default_rng(4), num_layers=1)
+    config = make_config(7)
+    (total, terms), _ = make_loss(config)(predictions, batch)
+    weight = config.loss[f"weight_{off}"]
+    config.loss[f"weight_{off}"] = 0.0
+    (total_without, terms_without), _ = make_loss(config)(predictions, batch)
+    assert terms_without.keys() == terms.keys() - {term}
+    np.testing.assert_allclose(total_without, total - weight * terms[term], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("focal", "backend"), [(False, "scipy"), (True, "device")])
+def test_batch_without_any_box(focal, backend):
+    predictions, batch = random_problem(np.random.default_rng(5))
+    batch = batch._replace(box_valid=np.zeros_like(batch.box_valid))
+    (total, terms), gradients = make_loss(make_config(7, focal=focal, backend=backend))(predictions, batch)
+    assert np.isfinite(total) and total > 0
+    assert terms["num_boxes"] == 1 and terms["loss_bbox"] == 0 and terms["loss_giou"] == 0
+    assert terms["class_error"] == 100  # as DETR reports it
+    assert np.isfinite(gradients.logits).all() and gradients.logits.any()
+    assert not gradients.boxes.any()
+
+
+def test_batch_without_any_slot():
+    predictions, batch = random_problem(np.random.default_rng(6), num_slots=0)
+    (total, terms), _ = make_loss(make_config(7))(predictions, batch)
+    assert np.isfinite(total) and terms["num_boxes"] == 1
+
+
+def test_boxes_without_area_give_no_nan():
+    """Padded slots are points, and so may be predictions: even a matched pair of points must not spoil the step."""
+    predictions, batch = random_problem(np.random.default_rng(7), num_layers=1, num_slots=3)
+    points = predictions.boxes.at[:, :, :2, 2:].set(0.0).at[0, 1, :].set(0.0)
+    targets = batch.boxes.copy()
+    targets[0, 0] = (0.5, 0.5, 0.0, 0.0)
+    targets[1] = 0.0
+    box_valid = batch.box_valid.copy()
+    box_valid[:2, 0] = True
+    batch = batch._replace(boxes=targets, box_valid=box_valid)
+    (total, terms), gradients = make_loss(make_config(7))(Predictions(predictions.logits, points), batch)
+    assert np.isfinite(total) and all(np.isfinite(value) for value in terms.values())
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+
+
+def test_pairs_without_area_count_as_disjoint():
+    predicted = jnp.array([[[[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 1.0, 1.0]]]])
+    target = jnp.array([[[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
+    assignment = Assignment(jnp.array([[[0, 1, 0]]]), jnp.array([[[True, True, False]]]))
+    loss, gradient = jax.value_and_grad(lambda p: giou_loss(p, target, assignment, 1.0)[0])(predicted)
+    assert loss == 2.0
+    assert np.isfinite(gradient).all() and not gradient[0, 0, 0].any()
+
+
+def test_labels_of_queries():
+    assignment = Assignment(jnp.array([[[2, 0, 0]], [[1, 3, 0]]]), jnp.array([[[True, True, False]], [[True] * 3]]))
+    found = labels_of_queries(assignment, jnp.array([[7, 0, 5]]), 4)
+    np.testing.assert_array_equal(found, [[[0, -1, 7, -1]], [[5, 7, -1, 0]]])
+
+
+def test_bfloat16_predictions_give_float32_losses():
+    predictions, batch = random_problem(np.random.default_rng(8))
+    half = Predictions(*(array.astype(jnp.bfloat16) for array in predictions))
+    (total, terms), gradients = make_loss(make_config(7))(half, batch)
+    wide = Predictions(*(array.astype(jnp.float32) for array in half))
+    (total_of_wide, _), _ = make_loss(make_config(7))(wide, batch)
+    assert total.dtype == jnp.float32 and all(value.dtype == jnp.float32 for value in terms.values())
+    assert gradients.boxes.dtype == jnp.bfloat16
+    np.testing.assert_allclose(total, total_of_wide, rtol=1e-6)
+
+
+def test_a_missing_no_object_logit_is_a_sentence():
+    predictions, batch = random_problem(np.random.default_rng(9))
+    with pytest.raises(UserError, match="needs 9 logits, one more than the 8 classes, but the model has 8"):
+        make_loss(make_config(8))(predictions, batch)

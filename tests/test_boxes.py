@@ -1,0 +1,51 @@
+"""Box formats and overlaps against numbers worked out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deperceiver_jax.boxes import box_area, box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
+
+
+def test_formats_are_inverse():
+    cxcywh = jnp.array([[0.5, 0.4, 0.2, 0.6], [10.0, 20.0, 4.0, 0.0]])
+    xyxy = box_cxcywh_to_xyxy(cxcywh)
+    np.testing.assert_allclose(xyxy, [[0.4, 0.1, 0.6, 0.7], [8, 20, 12, 20]], atol=1e-6)
+    np.testing.assert_allclose(box_xyxy_to_cxcywh(xyxy), cxcywh, atol=1e-6)
+
+
+def test_any_leading_axes_and_dtype():
+    boxes = jnp.ones((2, 3, 1, 4), jnp.bfloat16)
+    assert box_cxcywh_to_xyxy(boxes).shape == (2, 3, 1, 4)
+    assert box_cxcywh_to_xyxy(boxes).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("other", "iou", "giou"),
+    [
+        ((1, 1, 3, 3), 1 / 7, -0.079365),  # I 1, U 7, E 9
+        ((4, 4, 5, 5), 0.0, -0.8),  # apart: I 0, U 5, E 25
+        ((0, 0, 2, 2), 1.0, 1.0),
+        ((0.5, 0.5, 1, 1), 0.25 / 4, 0.25 / 4),  # inside: E = U
+        ((2, 0, 4, 2), 0.0, 0.0),  # side by side: E = U = 8
+        ((1, 1, 1, 1), 0.0, 0.0),  # a point inside
+    ],
+)
+def test_overlaps(other, iou, giou):
+    box, other = jnp.array([0.0, 0.0, 2.0, 2.0]), jnp.array(other, jnp.float32)
+    for a, b in ((box, other), (other, box)):
+        np.testing.assert_allclose(box_iou(a, b), iou, atol=1e-6)
+        np.testing.assert_allclose(generalized_box_iou(a, b), giou, atol=1e-6)
+
+
+def test_all_pairs_by_broadcasting():
+    a = jnp.array([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
+    b = jnp.array([[1.0, 1.0, 3.0, 3.0], [4.0, 4.0, 5.0, 5.0], [0.0, 0.0, 2.0, 2.0]])
+    pairs = generalized_box_iou(a[:, None], b[None, :])
+    np.testing.assert_allclose(pairs, [[-0.079365, -0.8, 1.0], [-4 / 9, -0.92, 0.25]], atol=1e-6)
+    np.testing.assert_allclose(box_area(b), [4, 1, 4])
+
+
+def test_two_points_are_nan_as_in_detr():
+    point = jnp.array([1.0, 1.0, 1.0, 1.0])
+    assert np.isnan(generalized_box_iou(point, point)) and np.isnan(box_iou(point, point))

@@ -1,0 +1,91 @@
+"""Meshes and batches on eight simulated devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.sharding import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    shard_batch,
+    state_sharding,
+)
+from deperceiver_jax.structures import Batch
+
+
+def make_batch(num_images):
+    rng = np.random.default_rng(0)
+    return Batch(
+        image=rng.integers(0, 256, (num_images, 4, 6, 3), dtype=np.uint8),
+        size=np.full((num_images, 2), 4, np.int32),
+        original_size=np.full((num_images, 2), 40, np.int32),
+        example=np.arange(num_images, dtype=np.int32),
+        boxes=rng.uniform(size=(num_images, 5, 4)).astype(np.float32),
+        labels=rng.integers(0, 9, (num_images, 5), dtype=np.int32),
+        box_valid=np.ones((num_images, 5), bool),
+    )
+
+
+@pytest.mark.parametrize(("model", "shape"), [(1, (8, 1)), (2, (4, 2)), (8, (1, 8))])
+def test_mesh_axes(model, shape):
+    mesh = make_mesh(model)
+    assert mesh.axis_names == ("data", "model")
+    assert mesh.devices.shape == shape
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_mesh_of_chosen_devices():
+    assert list(make_mesh(devices=jax.devices()[2:4]).devices.flat) == jax.devices()[2:4]
+
+
+@pytest.mark.parametrize("model", [0, 3, 16])
+def test_model_axis_must_divide_the_devices(model):
+    with pytest.raises(UserError, match=f"config.mesh.model is {model}, .* 8 devices"):
+        make_mesh(model)
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_batch_is_split_over_data_and_unchanged(model):
+    mesh, batch = make_mesh(model), make_batch(16)
+    on_devices = shard_batch(batch, mesh)
+    assert isinstance(on_devices, Batch)
+    for host, device in zip(batch, on_devices, strict=True):
+        assert device.sharding.is_equivalent_to(batch_sharding(mesh), device.ndim)
+        assert device.dtype == host.dtype
+        assert device.addressable_shards[0].data.shape[0] == 16 * model // 8
+        np.testing.assert_array_equal(device, host)
+
+
+def test_batch_that_does_not_divide_is_a_sentence():
+    with pytest.raises(UserError, match="global batch size is 12, .* 8 devices; take a multiple of 8"):
+        shard_batch(make_batch(12), make_mesh())
+    with pytest.raises(UserError, match="^config.data.batch_size is 6, "):
+        check_batch_size(6, make_mesh(2), field="config.data.batch_size")
+    check_batch_size(12, make_mesh(2), field="config.data.batch_size")
+
+
+def test_arrays_of_a_batch_have_equally_many_images():
+    with pytest.raises(ValueError, match="equally many images"):
+        shard_batch({"a": np.zeros((8, 2)), "b": np.zeros((16,))}, make_mesh())
+
+
+def test_state_is_replicated_from_its_shapes_alone():
+    mesh = make_mesh()
+    abstract = jax.eval_shape(lambda: {"kernel": jnp.zeros((3, 4)), "step": jnp.int32(0)})
+    shardings = state_sharding(abstract, mesh)
+    assert shardings == {"kernel": replicated(mesh), "step": replicated(mesh)}
+    assert replicated(mesh).spec == PartitionSpec()
+    state = jax.jit(lambda: {"kernel": jnp.ones((3, 4)), "step": jnp.int32(0)}, out_shardings=shardings)()
+    assert len(state["kernel"].addressable_shards) == 8
+
+
+def test_a_sum_over_images_is_a_sum_over_all_devices():
+    batch = make_batch(8)
+    total = jax.jit(lambda batch: jnp.sum(batch.example))(shard_batch(batch, make_mesh()))
+    assert total == 28
