@@ -6,14 +6,22 @@ draws held-out images of an evaluated run; what it draws is read from the run's 
 """
 
 import colorsys
+import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import flags
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from deperceiver_jax.command_line import parse_config, parse_flags, read_config, run
+from deperceiver_jax.data import open_source
+from deperceiver_jax.data.pixels import decode_image
+from deperceiver_jax.errors import UserError
 
 READABLE_SIDE = 512  # an image with a shorter long side is enlarged to it before anything is drawn
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly however many there are
@@ -44,13 +52,13 @@ def draw_detections(
     boxes: Float[np.ndarray, "K 4"],
     labels: Int[np.ndarray, " K"],
     scores: Float[np.ndarray, " K"] | None,
-    names: Mapping[int, str],
+    name_of: Callable[[int], str],
     *,
     long_side: int | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A copy of an RGB image with its boxes drawn, the best score on top, and every label wholly inside the picture.
 
-    boxes: xyxy in pixels of `image`; what lies outside the image is not drawn. names: class slot -> name.
+    boxes: xyxy in pixels of `image`; what lies outside the image is not drawn. name_of: class slot -> name.
     scores: None for ground truth, whose labels are names alone.
     long_side: of the picture; by default the image's own, or READABLE_SIDE where that is more.
     """
@@ -68,7 +76,7 @@ def draw_detections(
     placed = []  # (label's rectangle, text, colour), best first
     for k in order:
         box = np.clip(np.asarray(boxes[k]) * scale, 0, limit).round().astype(int).tolist()
-        name = names[int(labels[k])]
+        name = name_of(int(labels[k]))
         text = name if scores is None else f"{name} {scores[k]:.2f}"
         text, extent = _fit(text, font, size[0])
         placed.append((_place(box, extent, size, line, [p[0] for p in placed]), text, box, class_color(int(labels[k]))))
@@ -119,7 +127,7 @@ def _shared_area(a, b) -> int:
 def save_comparison(
     path: str | Path,
     rows: Sequence[Comparison],
-    names: Mapping[int, str],
+    name_of: Callable[[int], str],
     *,
     title: str,
     note: str = "",
@@ -135,8 +143,8 @@ def save_comparison(
     pair_width = 2 * cell + gap
     drawn = []
     for row in rows:
-        left = draw_detections(row.image, row.true_boxes, row.true_labels, None, names, long_side=cell)
-        right = draw_detections(row.image, row.boxes, row.labels, row.scores, names, long_side=cell)
+        left = draw_detections(row.image, row.true_boxes, row.true_labels, None, name_of, long_side=cell)
+        right = draw_detections(row.image, row.boxes, row.labels, row.scores, name_of, long_side=cell)
         drawn.append((left, right))
     heights = [max(left.shape[0] for left, _ in drawn[i * pairs : (i + 1) * pairs]) for i in range(lines)]
     width = 2 * foot + pairs * pair_width + (pairs - 1) * gutter
@@ -157,3 +165,62 @@ def save_comparison(
         y += height + gutter // 2
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def newest_evaluation(workdir: Path) -> Path:
+    """The directory of the run's latest evaluation. Raises UserError when it has none."""
+    done = [path.parent for path in (workdir / "eval").glob("*/metrics.json")]
+    if not done:
+        raise UserError(f"{workdir} has no evaluation; make one with: python eval.py --workdir={workdir}.")
+    return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
+
+
+def compare(source, results: list[dict], positions: Sequence[int], score_threshold: float) -> list[Comparison]:
+    """Images of a split with their targets, and the detections that `results` (COCO's format) has for them."""
+    slots = dict(zip(source.classes.category_ids, source.classes.slots, strict=True))
+    rows = []
+    for i in positions:
+        found = [r for r in results if r["image_id"] == source.image_ids[i] and r["score"] >= score_threshold]
+        boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        labels = np.array([slots[r["category_id"]] for r in found], int)
+        image = decode_image(source.image_bytes(i))
+        rows.append(Comparison(image, *source.targets(i), boxes, labels, np.array([r["score"] for r in found])))
+    return rows
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "An evaluated run.", flag_values=values)
+    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
+    flags.DEFINE_integer("images", 8, "How many images, taken evenly from the split.", flag_values=values)
+    flags.DEFINE_float("score_threshold", 0.5, "Detections below it are left out.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    command, argv = argv[1:2], [argv[0], *argv[2:]]
+    if command != ["detections"]:
+        raise UserError("python -m deperceiver_jax.visualize draws: detections --workdir=... --output=...")
+    values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    for name in ("workdir", "output"):
+        if values[name].value is None:
+            raise UserError(f"--{name} is needed: {values[name].help}")
+    if not values.output.lower().endswith((".png", ".jpg")):
+        raise UserError(f"--output: {values.output} must end in .png or .jpg.")
+    workdir = Path(values.workdir).expanduser()
+    config = parse_config(config_arguments, read_config(workdir / "config.json"))
+    evaluation = newest_evaluation(workdir)
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    results = json.loads((evaluation / "detections.json").read_text())
+
+    source = open_source(config.data, config.data.eval_split)
+    positions = np.linspace(0, len(source) - 1, min(values.images, len(source))).round().astype(int)
+    rows = compare(source, results, positions, values.score_threshold)
+    title = f"{config.model.name} on {config.data.name}, {config.data.eval_split} images"
+    note = f"step {evaluation.name}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, APs {metrics['APs']:.3f} on "
+    note += f"{len(source)} images; drawn are detections with a score of at least {values.score_threshold:g}"
+    save_comparison(values.output, rows, source.classes.name, title=title, note=note)
+    print(f"Wrote {values.output}.")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -80,6 +80,8 @@ def tiny_run(rectangles, tmp_path_factory):
     model.encoder.update(num_latents=8, latent_dim=32, num_blocks=1, layers_per_block=1, self_heads=2)
     config.optimizer.ema_decay = 0.5
     workdir = tmp_path_factory.mktemp("tiny_run")
+    config.data.eval_buckets = 1
+    config.train.compilation_cache = str(workdir / "compiled")
     write_workdir(workdir, config, open_source(config.data, "validation").classes)
 
     plan = plan_train_state(

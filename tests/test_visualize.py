@@ -6,7 +6,7 @@ from PIL import Image
 
 from deperceiver_jax.visualize import READABLE_SIDE, Comparison, class_color, draw_detections, save_comparison
 
-NAMES = {0: "a rather long class name", 1: "cat", 5: "x"}
+NAMES = {0: "a rather long class name", 1: "cat", 5: "x"}.__getitem__
 
 
 def gray(height, width):

@@ -1,0 +1,66 @@
+"""Evaluates a detector on a split and prints COCO's statistics.
+
+    python eval.py --workdir=runs/x [--checkpoint=latest|best|STEP] [--split=validation]
+    python eval.py --weights=DIR --config.data.directory=/data/coco
+
+The config is the one that the run stored; --config.a.b=value changes a field of it, --config=FILE:VARIANT replaces it.
+metrics.json and detections.json (COCO's results format) go to <workdir>/eval/<step>, or to --output.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from deperceiver_jax.command_line import parse_flags, run
+from deperceiver_jax.compilation_cache import keep_compiled
+from deperceiver_jax.data import open_source
+from deperceiver_jax.data.classes import require_same_classes
+from deperceiver_jax.evaluation.coco_metric import metric_table
+from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
+from deperceiver_jax.load import load_for_command
+from deperceiver_jax.sharding import make_mesh, replicated
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "The run to evaluate.", flag_values=values)
+    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
+    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
+    flags.DEFINE_string("split", None, "Default: config.data.eval_split.", flag_values=values)
+    flags.DEFINE_string("output", None, "Where the two files go.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
+    config = loaded.config
+    split = values.split or config.data.eval_split
+    source = open_source(config.data, split)
+    require_same_classes(loaded.classes, str(stored.items), source.classes, f"the data set's split {split}")
+
+    keep_compiled(config.train.compilation_cache)
+    mesh = make_mesh(config.mesh.model)
+    detect_step = make_detect_step(loaded.skeleton.merge, config, mesh)
+    first = jax.process_index() == 0
+    if first:
+        devices = f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
+        print(f"Evaluating {stored.items} on {len(source)} images of {config.data.name}, {split}, on {devices}.")
+    arrays = jax.device_put(loaded.arrays, replicated(mesh))
+    metrics, results = evaluate(detect_step, arrays, source, config, mesh)
+
+    if first:
+        output = Path(values.output) if values.output else default_output(stored, split, config.data.eval_split)
+        write_results(output, metrics, results)
+        print(metric_table(metrics, config.eval.max_detections_per_class))
+        print(f"Wrote {output}/metrics.json and {len(results)} detections to {output}/detections.json.")
+
+
+def default_output(stored, split: str, eval_split: str) -> Path:
+    """<workdir>/eval/<step>; other splits than the run's own have a directory of their own below it."""
+    output = stored.directory / "eval" / ("weights" if stored.step is None else str(stored.step))
+    return output if split == eval_split else output / split
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
