@@ -1,6 +1,15 @@
 """Data sets: from files on disk to batches of uint8 pixels. Nothing here computes with JAX."""
 
-from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.data.source import open_source
+from deperceiver_jax.data.classes import ClassMap, require_same_classes
+from deperceiver_jax.data.loader import EvaluationBatches, TrainBatches, image_batches
+from deperceiver_jax.data.source import Source, open_source
 
-__all__ = ["ClassMap", "open_source"]
+__all__ = [
+    "ClassMap",
+    "EvaluationBatches",
+    "Source",
+    "TrainBatches",
+    "image_batches",
+    "open_source",
+    "require_same_classes",
+]
