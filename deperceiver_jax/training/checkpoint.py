@@ -13,6 +13,7 @@ behind is never taken for a checkpoint, and the next run removes it. The output 
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,8 +51,14 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int):
         if keep < 1:
             raise UserError(f"config.train.keep_checkpoints is {keep}; it must be at least 1.")
+        self.workdir = workdir
         self.directory = workdir / CHECKPOINTS
-        self.manager = ocp.CheckpointManager(
+        self.keep = keep
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager. It makes the directory, so it is made when a checkpoint is first read or written."""
+        return ocp.CheckpointManager(
             self.directory.absolute(),
             item_handlers={
                 WEIGHTS: ocp.StandardCheckpointHandler(),
@@ -60,7 +67,7 @@ class Checkpoints:
                 PROGRESS: ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=KeepNewestAndBest(keep, lambda steps: best_step(workdir, steps)),
+                preservation_policy=KeepNewestAndBest(self.keep, lambda steps: best_step(self.workdir, steps)),
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
             ),

@@ -8,11 +8,12 @@ A line of metrics.jsonl is one JSON object:
 Training lines are means over the steps since the line before; `lr` is the last step's. `step` counts finished steps.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -47,27 +48,31 @@ class MetricLog:
         self.window = progress["window"] if progress else {"count": 0, "sums": {}}
         self.step = start_step
         self.bar = None
+        self.lines = set()
         if writes:
-            forget_after(workdir / METRICS, start_step)
+            self.lines = forget_after(workdir / METRICS, start_step)
             self.file = open(workdir / METRICS, "a")
             self.tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Starts, or starts again, to measure speed: from here to the next line, without what went before."""
-        self.clock, self.clock_step = time.perf_counter(), self.step
-        if self.writes and self.bar is None and sys.stderr.isatty():
+        """Measures speed from the next step on: the first one mostly compiles."""
+        self.clock, self.clock_step = None, self.step
+        if self.writes and sys.stderr.isatty():
             self.bar = tqdm(initial=self.step, total=self.num_steps, dynamic_ncols=True, leave=False)
 
-    def stop_clock(self) -> None:
-        """Takes the bar away, for an evaluation that shows its own."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A time that does not count as training; the bar makes room for another one."""
+        self._close_bar()
+        yield
+        self.start_clock()
 
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
         """Notes a finished step; writes a line after every log_every steps and after the last."""
         self.step = step
+        if self.clock is None:
+            self.clock, self.clock_step = time.perf_counter(), step
         self.window["count"] += 1
         sums = self.window["sums"]
         for name, value in metrics.items():
@@ -79,7 +84,7 @@ class MetricLog:
             self.bar.update(1)
         if step % self.log_every == 0 or step == self.num_steps:
             means = {name: value / self.window["count"] for name, value in sums.items()}
-            means |= {"lr": metrics["lr"], "images_per_second": self._images_per_second()}
+            means |= {"lr": metrics["lr"]} | ({"images_per_second": speed} if (speed := self._speed()) else {})
             self._write("train", means)
             if self.writes and self.bar is None:
                 print(f"step {step}/{self.num_steps}  {self._text(means, brief=False)}", flush=True)
@@ -89,26 +94,42 @@ class MetricLog:
     def evaluation(self, split: str, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of the state after the current step on a split of the data."""
         self._write(split, metrics)
+        if self.writes:
+            shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "APs", "APm", "APl"))
+            print(f"step {self.step}/{self.num_steps}  {split}  {shown}", flush=True)
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether the run that this one continues wrote a line of `split` after `step`."""
+        return (step, split) in self.lines
 
     def progress(self) -> dict:
         """What the next line needs of the steps before it, for a run that continues from here."""
         return {"window": self.window}
 
     def close(self) -> None:
-        self.stop_clock()
+        """Takes the bar away and writes what is still in memory."""
+        self._close_bar()
         if self.writes:
             self.file.close()
             self.tensorboard.close()
 
-    def _images_per_second(self) -> float:
-        return (self.step - self.clock_step) * self.batch_size / max(time.perf_counter() - self.clock, 1e-9)
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _speed(self) -> float | None:
+        """Images per second since the clock was started; None while there is nothing to measure."""
+        images = (self.step - self.clock_step) * self.batch_size
+        return images / (time.perf_counter() - self.clock) if images else None
 
     def _text(self, metrics: Mapping[str, float], *, brief: bool) -> str:
         names = ["loss", *(name for name in SHOWN if name in metrics)]
         values = " ".join(f"{name.removeprefix('loss_')} {metrics[name]:.4g}" for name in names)
-        if brief:
-            return f"[{{elapsed}}<{{remaining}}, {self._images_per_second():.3g} images/s] {values}"
-        return f"{values}  lr {metrics['lr']:.3g}  {metrics['images_per_second']:.3g} images/s"
+        speed = f"{speed:.3g} images/s" if (speed := self._speed()) else "compiling"
+        return (
+            f"[{{elapsed}}<{{remaining}}, {speed}] {values}" if brief else f"{values}  lr {metrics['lr']:.3g}  {speed}"
+        )
 
     def _write(self, split: str, metrics: Mapping[str, float]) -> None:
         if not self.writes:
@@ -120,19 +141,25 @@ class MetricLog:
             self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
 
 
-def forget_after(path: Path, step: int) -> None:
+def forget_after(path: Path, step: int) -> set[tuple[int, str]]:
     """Drops the lines of steps after `step`, and a last line that was cut off, so that a run that continues from there
-    leaves the file of one that never stopped. Raises UserError for a line that is not JSON."""
+    leaves the file of one that never stopped. Returns (step, split) of those that stay.
+
+    Raises UserError for a line that is not JSON.
+    """
     if not path.exists():
-        return
+        return set()
     text = path.read_text()
     lines = text.splitlines()
     if text and not text.endswith("\n"):
         del lines[-1]
     try:
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        rows = [json.loads(line) for line in lines]
+        kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
+        stay = {(row["step"], row["split"]) for row in rows if row["step"] <= step}
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} has a line that is not a JSON object with a step.") from None
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept))
     os.replace(partial, path)
+    return stay

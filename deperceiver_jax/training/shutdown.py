@@ -40,8 +40,6 @@ class Shutdown:
         """A block that a signal may cut short, because nothing is lost: it is done again by the run that continues."""
         self._may_interrupt = True
         try:
-            if self.requested:
-                raise LeaveNow
             yield
         except LeaveNow:
             pass

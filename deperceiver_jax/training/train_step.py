@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.sharding import batch_sharding, replicated
+from deperceiver_jax.sharding import batch_sharding, check_batch_size, replicated
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.train_state import Plan, TrainState
 
@@ -34,6 +35,7 @@ def make_train_step(
     Dropout depends on (config.seed, state.step) alone, so a resumed run draws what it would have drawn.
     """
     parts = config.optimizer.accumulate_steps
+    check_parts(config.data.batch_size, parts, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -42,7 +44,8 @@ def make_train_step(
             detector = plan.skeleton.merge({**state.frozen, **params})
             image, pixel_valid = normalize_images(part.image, part.size)
             dropout_key = jax.random.fold_in(step_key, part_index)
-            return loss(detector(image, pixel_valid, dropout_key=dropout_key), part, whole=batch)
+            predictions = detector(image, pixel_valid, dropout_key=dropout_key)
+            return loss(predictions, part) if parts == 1 else loss(predictions, part, whole=batch)
 
         gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)
         if parts == 1:
@@ -63,6 +66,18 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def check_parts(batch_size: int, parts: int, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets equally many images of every part of a batch."""
+    field = "config.data.batch_size"
+    if parts > 1:
+        if batch_size % parts:
+            raise UserError(
+                f"{field} is {batch_size}, which config.optimizer.accumulate_steps {parts} does not divide."
+            )
+        field += " / config.optimizer.accumulate_steps"
+    check_batch_size(batch_size // parts, mesh, field=field)
 
 
 def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
@@ -88,7 +103,9 @@ def accumulate(gradient_of_part: Callable, params: dict[str, Array], parts: Batc
         return jax.tree.map(jnp.add, carry, (total, gradients)), terms
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (total, gradients), terms = jax.lax.scan(add_part, start, (parts, jnp.arange(count)))
+    # XLA compiles convolutions inside a loop to slow code for CPUs, so there the loop is written out.
+    unroll = jax.default_backend() == "cpu"
+    (total, gradients), terms = jax.lax.scan(add_part, start, (parts, jnp.arange(count)), unroll=unroll)
     added = ("loss", "surplus")
     terms = {name: x.sum() if name.startswith(added) else x.mean() for name, x in terms.items()}
     return total, terms, gradients

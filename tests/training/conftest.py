@@ -63,6 +63,7 @@ class Tiny:
 
     def __init__(self, devices: int = 1, *, loss=tiny_loss, width: int = 8, dropout: float = 0.5, **optimizer):
         self.config = base()
+        self.config.data.batch_size = 8
         for name, value in optimizer.items():
             self.config.optimizer[name] = value
         self.mesh = make_mesh(devices=jax.devices()[:devices])

@@ -1,0 +1,56 @@
+"""How a run begins: its first state, and its first line."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.load import read_classes
+from deperceiver_jax.training.checkpoint import find_detector, load_params, require_same_arrays
+from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
+from deperceiver_jax.training.workdir import CLASSES
+from deperceiver_jax.weights import load_backbone
+
+CLASS_HEAD = "class_head"  # a part of the path of every parameter whose meaning depends on the class map
+
+
+def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState:
+    """New parameters; over them the backbone of `config.model.backbone.weights`, or all of `config.init_from`.
+
+    With init_from, everything must fit, but for a class head that was trained for other classes: that one starts anew.
+    Raises UserError when both are given, when there is nothing to read, or when it does not fit.
+    """
+    weights = config.model.backbone.weights
+    if weights and config.init_from:
+        raise UserError("config.init_from and config.model.backbone.weights are both given; only one can be.")
+    if config.init_from:
+        stored = find_detector(Path(config.init_from).expanduser())
+        arrays = load_params(stored.items)
+        expected = {**plan.abstract.params, **plan.abstract.frozen}
+        if read_classes(stored.directory / CLASSES) != classes:
+            arrays = {path: x for path, x in arrays.items() if CLASS_HEAD not in path}
+            expected = {path: x for path, x in expected.items() if CLASS_HEAD not in path}
+        require_same_arrays(expected, {path: x.shape for path, x in arrays.items()}, stored.items)
+        return replace_arrays(plan.initialize(), arrays, origin=str(stored.items))
+    if weights:
+        path = Path(weights).expanduser()
+        shapes = {name: x.shape for name, x in {**plan.abstract.params, **plan.abstract.frozen}.items()}
+        return replace_arrays(plan.initialize(), load_backbone(path, shapes), origin=str(path))
+    return plan.initialize()
+
+
+def describe_run(config: ConfigDict, state: TrainState, num_images: int, batches, steps: range) -> str:
+    """The first line of a run: what it will do. `batches` is the TrainBatches, `steps` the numbers of its steps."""
+    trained, frozen = count_parameters(state)
+    count, device = jax.device_count(), jax.devices()[0]
+    sizes = ", ".join(f"{height}x{width}" for height, width in batches.buckets)
+    return (
+        f"Training {config.model.name} ({(trained + frozen) / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them "
+        f"trained) on {count} {device.platform} device{'s' if count > 1 else ''} ({device.device_kind}): "
+        f"{num_images} images of {config.data.name} {config.data.train_split}, batches of {config.data.batch_size} "
+        f"in {len(batches.buckets)} size{'s' if len(batches.buckets) > 1 else ''} ({sizes}), "
+        f"{batches.steps_per_epoch} steps per epoch, "
+        + (f"steps {steps[0]} to {steps[-1]}." if steps else "and nothing left to do.")
+    )

@@ -1,0 +1,158 @@
+"""Trains a detector, evaluates it on the way, and continues where an earlier run of the same command stopped.
+
+    python train.py --config=configs/deperceiver.py:r50_16 --workdir=runs/x --config.data.directory=/data/coco
+
+--config.a.b=value changes a field. SIGTERM and Ctrl-C save and leave; the same command goes on from there. On several
+machines, give each the same command with --distributed.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+from flax import nnx
+
+from deperceiver_jax.command_line import parse_config, parse_flags, run
+from deperceiver_jax.compilation_cache import keep_compiled
+from deperceiver_jax.data import TrainBatches, open_source
+from deperceiver_jax.data.classes import require_same_classes
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.losses.set_loss import set_loss
+from deperceiver_jax.models import build_detector
+from deperceiver_jax.sharding import make_mesh, shard_batch
+from deperceiver_jax.training.checkpoint import Checkpoints, all_steps
+from deperceiver_jax.training.metric_log import MetricLog
+from deperceiver_jax.training.optimizer import learning_rate_schedule
+from deperceiver_jax.training.shutdown import Shutdown
+from deperceiver_jax.training.start import describe_run, first_state
+from deperceiver_jax.training.train_state import inference_arrays, plan_train_state
+from deperceiver_jax.training.train_step import make_train_step, non_finite_term
+from deperceiver_jax.training.workdir import check_workdir, write_workdir
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "Where the run lives; continued if it is there.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "Join the other processes of a pod or cluster.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    # Chapter 1: the config. Nothing is written before chapter 6.
+    values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    config = parse_config(config_arguments)
+    if not values.workdir:
+        raise UserError("--workdir is missing: the directory that the run shall live in.")
+    workdir = Path(values.workdir).expanduser()
+
+    # Chapter 2: devices.
+    if values.distributed:
+        jax.distributed.initialize()
+    keep_compiled(config.train.compilation_cache)
+    mesh = make_mesh(config.mesh.model)
+
+    # Chapter 3: data. Its position is the number of finished steps.
+    source = open_source(config.data, config.data.train_split)
+    eval_source = open_source(config.data, config.data.eval_split)
+    require_same_classes(source.classes, config.data.train_split, eval_source.classes, config.data.eval_split)
+    config.model.num_classes = source.classes.num_slots
+    check_workdir(workdir, config, source.classes)
+    start = max(all_steps(workdir), default=0)
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    batches = TrainBatches(source, config.data, seed=config.seed, start_step=start, **hosts)
+    per_epoch = batches.steps_per_epoch
+    num_steps = config.train.num_steps or config.train.num_epochs * per_epoch
+
+    # Chapter 4: the model and its two jitted steps.
+    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=per_epoch, num_steps=num_steps)
+    build = functools.partial(build_detector, config)
+    plan = plan_train_state(lambda: build(rngs=nnx.Rngs(config.seed)), config.optimizer, schedule, mesh)
+    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
+    train_step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
+    detect_step = make_detect_step(plan.skeleton.merge, config, mesh)
+
+    # Chapter 5: the state: the newest checkpoint's, or a first one.
+    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    if start:
+        state, progress = checkpoints.restore(start, plan.abstract)
+    else:
+        state, progress = first_state(plan, config, source.classes), None
+    steps = range(start + 1, num_steps + 1)
+
+    # Chapter 6: the workdir, and what will happen.
+    first = jax.process_index() == 0
+    if first:
+        write_workdir(workdir, config, source.classes)
+        print(describe_run(config, state, len(source), batches, steps), flush=True)
+    log = MetricLog(
+        workdir,
+        start_step=start,
+        num_steps=num_steps,
+        steps_per_epoch=per_epoch,
+        batch_size=config.data.batch_size,
+        log_every=config.train.log_every,
+        writes=first,
+        progress=progress,
+    )
+
+    # Chapter 7: training, with checkpoints and evaluations at their times.
+    shutdown = Shutdown()
+    is_evaluated = due(config.train.eval_every, per_epoch, num_steps)
+    is_saved = due(config.train.checkpoint_every, per_epoch, num_steps)
+
+    def note(step: int, metrics: dict[str, jax.Array]) -> None:
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        term = non_finite_term(metrics)
+        if term:
+            kept = [f"the checkpoint of step {kept}" for kept in all_steps(workdir)[-1:]] or ["no checkpoint yet"]
+            raise UserError(f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept[0]}.")
+        log.training(step, metrics)
+
+    def evaluate_now(step: int) -> None:
+        if shutdown.requested:
+            return
+        with log.paused(), shutdown.interrupts():
+            metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
+            if first:
+                write_results(workdir / "eval" / str(step), metrics, results)
+            log.evaluation(config.data.eval_split, metrics)
+
+    with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(iter(batches)) as stream:
+        if start and is_evaluated(start) and not log.has(start, config.data.eval_split):
+            evaluate_now(start)  # the run before stopped after that checkpoint, but before its evaluation was done
+        unread = []  # the last step's metrics: reading them earlier would let the devices wait for the host
+        for step, batch in zip(steps, stream, strict=False):
+            if shutdown.before(step):
+                break
+            state, metrics = train_step(state, shard_batch(batch, mesh))
+            unread.append((step, metrics))
+            pause = is_evaluated(step) or is_saved(step)
+            while len(unread) > (not pause):
+                note(*unread.pop(0))
+            if pause:
+                checkpoints.save(state, log.progress())
+            if is_evaluated(step):
+                evaluate_now(step)
+        for step, metrics in unread:
+            note(step, metrics)
+        if log.step > start:
+            checkpoints.save(state, log.progress())
+
+    # Chapter 8: what there is now.
+    if first:
+        done = "Stopped: the same command continues" if shutdown.requested or log.step < num_steps else "Finished"
+        print(f"{done} after step {log.step} of {num_steps}: {checkpoints.directory}/{log.step}")
+
+
+def due(every: int, steps_per_epoch: int, num_steps: int) -> Callable[[int], bool]:
+    """When something happens: after every so many steps; 0: after every epoch; -1: only after the last step."""
+    every = {0: steps_per_epoch, -1: num_steps}.get(every, every)
+    return lambda step: step % every == 0 or step == num_steps
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
