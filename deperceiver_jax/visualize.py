@@ -25,7 +25,7 @@ from deperceiver_jax.errors import UserError
 
 READABLE_SIDE = 512  # an image with a shorter long side is enlarged to it before anything is drawn
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly however many there are
-_PAPER, _INK, _FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
+_PAPER, _MOUNT, _FAINT, _INK = (255, 255, 255), (233, 236, 239), (108, 117, 125), (33, 37, 41)
 
 
 class Comparison(NamedTuple):
@@ -80,8 +80,9 @@ def draw_detections(
         text = name if scores is None else f"{name} {scores[k]:.2f}"
         text, extent = _fit(text, font, size[0])
         placed.append((_place(box, extent, size, line, [p[0] for p in placed]), text, box, class_color(int(labels[k]))))
-    for _, _, box, color in reversed(placed):
-        draw.rectangle(box, outline=color, width=line)
+    for _, _, (left, top, right, bottom), color in reversed(placed):
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_PAPER)  # so it is seen on any ground
+        draw.rectangle((left, top, right, bottom), outline=color, width=line)
     for rectangle, text, _, color in reversed(placed):
         draw.rectangle(rectangle, fill=color, outline=tuple(c * 7 // 10 for c in color))
         luminance = np.dot(color, (0.299, 0.587, 0.114))
@@ -160,8 +161,10 @@ def save_comparison(
     for i, height in enumerate(heights):
         for pair, (left, right) in enumerate(drawn[i * pairs : (i + 1) * pairs]):
             x = foot + pair * (pair_width + gutter)
-            sheet.paste(Image.fromarray(left), (x, y))
-            sheet.paste(Image.fromarray(right), (x + cell + gap, y))
+            for start, picture in ((x, left), (x + cell + gap, right)):
+                draw.rectangle((start, y, start + cell - 1, y + height - 1), fill=_MOUNT)
+                spare = cell - picture.shape[1], height - picture.shape[0]
+                sheet.paste(Image.fromarray(picture), (start + spare[0] // 2, y + spare[1] // 2))
         y += height + gutter // 2
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

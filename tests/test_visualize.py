@@ -1,10 +1,26 @@
 """Drawn boxes: where they are, that labels stay inside, that nothing depends on the size of the image."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from deperceiver_jax.visualize import READABLE_SIDE, Comparison, class_color, draw_detections, save_comparison
+from deperceiver_jax import visualize
+from deperceiver_jax.command_line import read_config, run
+from deperceiver_jax.data import open_source
+from deperceiver_jax.evaluation.coco_metric import coco_metric, ground_truth
+from deperceiver_jax.evaluation.evaluate import write_results
+from deperceiver_jax.visualize import (
+    READABLE_SIDE,
+    Comparison,
+    class_color,
+    compare,
+    draw_detections,
+    newest_evaluation,
+    save_comparison,
+)
 
 NAMES = {0: "a rather long class name", 1: "cat", 5: "x"}.__getitem__
 
@@ -34,8 +50,6 @@ def test_a_tiny_image_is_enlarged_before_drawing():
 @pytest.mark.parametrize("corner", [(-0.5, -0.5), (0.9, 0.9), (-0.5, 0.9), (0.0, 0.0), (2.0, 2.0)])
 def test_labels_stay_inside(height, width, corner, monkeypatch):
     """Every label's rectangle lies in the picture, for boxes at and beyond every border."""
-    from deperceiver_jax import visualize
-
     places, place = [], visualize._place
     monkeypatch.setattr(visualize, "_place", lambda *args: places.append(place(*args)) or places[-1])
     box = np.array([corner[0] * width, corner[1] * height, corner[0] * width + width, corner[1] * height + height])
@@ -75,3 +89,58 @@ def test_sheet_holds_all_pairs(tmp_path):
 def read(path):
     with Image.open(path) as picture:
         return np.asarray(picture)
+
+
+def draw(*arguments):
+    return run(visualize.main, ["visualize.py", *map(str, arguments)])
+
+
+@pytest.fixture
+def evaluated(tiny_run, tmp_path):
+    """A copy of the run with two evaluations; the newer one found every rectangle exactly."""
+    workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    source = open_source(read_config(workdir / "config.json").data, "validation")
+    truth = ground_truth(source)
+    metrics = coco_metric(truth, [])
+    results = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.75} for a in truth["annotations"]]
+    write_results(workdir / "eval" / "3", metrics, [])
+    write_results(workdir / "eval" / "20", metrics, [r | {"score": 0.25} for r in results] + results)
+    return workdir
+
+
+def test_sheet_of_a_run(evaluated, capsys):
+    output = evaluated / "pictures" / "sheet.png"
+    assert draw("detections", f"--workdir={evaluated}", f"--output={output}") == 0
+    assert draw("detections", f"--workdir={evaluated}", f"--output={output}.png", "--images=1") == 0
+    assert read(output).shape[0] > read(f"{output}.png").shape[0]
+
+
+def test_what_a_run_found_is_compared_with_what_is_there(evaluated):
+    source = open_source(read_config(evaluated / "config.json").data, "validation")
+    assert newest_evaluation(evaluated) == evaluated / "eval" / "20"  # by number, not by spelling
+    results = json.loads((evaluated / "eval" / "20" / "detections.json").read_text())
+    rows = compare(source, results, range(len(source)), score_threshold=0.5)
+    assert sum(len(row.boxes) for row in rows) == 9
+    for row, size in zip(rows, source.sizes, strict=True):
+        assert row.image.shape == (*size, 3)
+        np.testing.assert_allclose(row.boxes, row.true_boxes)
+        np.testing.assert_array_equal(row.labels, row.true_labels)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ([], "python -m deperceiver_jax.visualize draws: detections"),
+        (["attention"], "python -m deperceiver_jax.visualize draws: detections"),
+        (["detections", "--output=a.png"], "--workdir is needed"),
+        (["detections", "--workdir={0}"], "--output is needed"),
+        (["detections", "--workdir={0}", "--output=a.gif"], "--output: a.gif must end in .png or .jpg."),
+        (["detections", "--workdir={0}/none", "--output=a.png"], "{0}/none/config.json does not exist."),
+        (["detections", "--workdir={0}", "--output=a.png"], "{0} has no evaluation; make one with: python eval.py"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny_run, tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert draw(*(argument.format(tiny_run) for argument in arguments)) == 1
+    assert capsys.readouterr().err.startswith("error: " + sentence.format(tiny_run))
+    assert not list(tmp_path.iterdir())
