@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from deperceiver_jax.errors import UserError
 
@@ -33,23 +33,27 @@ class SoftmaxNoObject:
         """Minus the probability of each box's class; DETR's approximation of the loss, bounded like the box costs."""
         return -_at_labels(jax.nn.softmax(logits.astype(jnp.float32)), labels)
 
-    def loss(
-        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], num_boxes: Float[Array, ""]
-    ) -> Float[Array, " L"]:
-        """Weighted mean of the cross-entropy over all queries of the batch; `target_labels` -1 is no object.
+    def normalizer(self, box_valid: Bool[Array, "B N"], num_queries: int) -> Float[Array, ""]:
+        """Sum of the weights of all queries of these images; it needs no matching, which pairs all that can be paired.
 
-        The sum is divided by the sum of the weights, not by `num_boxes`. DETR's processes each divide by their own
-        sum and average the quotients; here it is one quotient over the global batch, however many devices share it.
+        DETR's processes each divide by their own sum and average the quotients; here there is one quotient over the
+        global batch, however many devices share it.
         """
-        del num_boxes
+        num_matched = jnp.sum(jnp.minimum(jnp.sum(box_valid, axis=1), num_queries))
+        num_unmatched = box_valid.shape[0] * num_queries - num_matched
+        # Zero only when unmatched queries weigh nothing and there is no box: no loss then, not 0/0.
+        return jnp.maximum(num_matched + self.no_object_weight * num_unmatched, jnp.finfo(jnp.float32).tiny)
+
+    def loss(
+        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], normalizer: Float[Array, ""]
+    ) -> Float[Array, " L"]:
+        """Weighted cross-entropy summed over all queries; `target_labels` -1 is no object."""
         logits = logits.astype(jnp.float32)
         matched = target_labels >= 0
         target = jnp.where(matched, target_labels, logits.shape[-1] - 1)
         chosen = jnp.sum(jnp.where(_one_hot(target, logits.shape[-1]), logits, 0.0), axis=-1)
         cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
         weight = jnp.where(matched, 1.0, self.no_object_weight)
-        # The weights sum to zero only when unmatched queries weigh nothing and there is no box: no loss, not 0/0.
-        normalizer = jnp.maximum(jnp.sum(weight, axis=(1, 2)), jnp.finfo(jnp.float32).tiny)
         return jnp.sum(weight * cross_entropy, axis=(1, 2)) / normalizer
 
     def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C-1"]:
@@ -98,10 +102,15 @@ class SigmoidFocal:
         cost_absent = 0.75 * probability**2 * -jnp.log(absent + 1e-8)
         return _at_labels(cost_present - cost_absent, labels)
 
+    def normalizer(self, box_valid: Bool[Array, "B N"], num_queries: int) -> Float[Array, ""]:
+        """The number of boxes in these images, at least 1."""
+        del num_queries
+        return jnp.maximum(jnp.sum(box_valid, dtype=jnp.float32), 1.0)
+
     def loss(
-        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], num_boxes: Float[Array, ""]
+        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], normalizer: Float[Array, ""]
     ) -> Float[Array, " L"]:
-        """Focal loss summed over all queries and logits, divided by `num_boxes`; `target_labels` -1 has no class.
+        """Focal loss summed over all queries and logits; `target_labels` -1 has no class.
 
         alpha_t (1 - p_t)^gamma (-log p_t), with p_t = sigmoid(logit) for the true class and sigmoid(-logit) for every
         other. Both factors come from log-sigmoids, so values and gradients stay finite for any finite logit and gamma.
@@ -111,7 +120,7 @@ class SigmoidFocal:
         toward = jnp.where(present, logits, -logits)
         modulator = jnp.exp(self.gamma * jax.nn.log_sigmoid(-toward))
         weight = jnp.where(present, self.alpha, 1.0 - self.alpha)
-        return jnp.sum(weight * modulator * -jax.nn.log_sigmoid(toward), axis=(1, 2, 3)) / num_boxes
+        return jnp.sum(weight * modulator * -jax.nn.log_sigmoid(toward), axis=(1, 2, 3)) / normalizer
 
     def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C"]:
         """Probability of each class on its own; they do not sum to 1."""

@@ -12,7 +12,13 @@ from deperceiver_jax.structures import Assignment, Batch, Predictions
 
 
 def set_loss(
-    predictions: Predictions, batch: Batch, *, classification: SoftmaxNoObject | SigmoidFocal, config, mesh: Mesh
+    predictions: Predictions,
+    batch: Batch,
+    *,
+    classification: SoftmaxNoObject | SigmoidFocal,
+    config,
+    mesh: Mesh,
+    whole: Batch | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted total over all trained layers, and the unweighted terms by name. `config` is the whole config.
 
@@ -23,7 +29,9 @@ def set_loss(
 
     Sums run over the global batch, and `num_boxes` is its number of boxes, at least 1. DETR's W processes normalise by
     max(boxes / W, 1) and average gradients, which is sum / max(boxes, W): the same unless boxes are fewer than W. For
-    the mean of the cross-entropy see SoftmaxNoObject.loss. Source: DETR's SetCriterion.
+    the cross-entropy see SoftmaxNoObject.normalizer. Where `batch` is a part of a batch gone through in several parts,
+    `whole` is that batch: it normalises in its place, so that losses and gradients of the parts add up to the whole's.
+    Source: DETR's SetCriterion.
     """
     classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
     if not config.loss.auxiliary:
@@ -32,11 +40,13 @@ def set_loss(
     cost = matching_cost(predictions, batch, classification, config.matcher)
     assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
-    num_boxes = jnp.maximum(jnp.sum(batch.box_valid, dtype=jnp.float32), 1.0)
+    whole_valid = (batch if whole is None else whole).box_valid
+    num_boxes = jnp.maximum(jnp.sum(whole_valid, dtype=jnp.float32), 1.0)
 
     weighted = {}  # name: (weight, loss of each layer)
     if config.loss.weight_class:
-        loss_class = classification.loss(predictions.logits, target_labels, num_boxes)
+        normalizer = classification.normalizer(whole_valid, predictions.logits.shape[2])
+        loss_class = classification.loss(predictions.logits, target_labels, normalizer)
         weighted[f"loss_{classification.name}"] = (config.loss.weight_class, loss_class)
     if config.loss.weight_bbox:
         loss_bbox = bbox_loss(predictions.boxes, batch.boxes, assignment, num_boxes)

@@ -42,17 +42,30 @@ def test_softmax_cost_is_minus_probability():
 def test_softmax_loss_golden():
     """One image, four queries, 92 logits, zero but one: 3.034974 with targets 3 and three times no object."""
     logits = jnp.zeros((1, 1, 4, 92)).at[0, 0, 0, 3].set(2.0)
-    loss = SOFTMAX.loss(logits, jnp.array([[[3, -1, -1, -1]]]), jnp.float32(1))
+    normalizer = SOFTMAX.normalizer(jnp.array([[True, False]]), 4)
+    np.testing.assert_allclose(normalizer, 1.3, rtol=1e-6)
+    loss = SOFTMAX.loss(logits, jnp.array([[[3, -1, -1, -1]]]), normalizer)
     np.testing.assert_allclose(loss, [3.034974], atol=2e-6)
 
 
 def test_softmax_loss_is_the_mean_of_its_weights_not_of_boxes():
-    logits = jnp.zeros((2, 1, 2, 4))  # every cross-entropy is log 4
-    targets = jnp.array([[[0, -1]], [[-1, -1]]])
-    for num_boxes in (1, 50):
-        np.testing.assert_allclose(SOFTMAX.loss(logits, targets, jnp.float32(num_boxes)), np.log([4, 4]), rtol=1e-6)
+    logits = jnp.zeros((2, 2, 2, 4))  # every cross-entropy is log 4
+    targets = jnp.array([[[0, -1], [2, 1]], [[1, -1], [0, 0]]])
+    box_valid = jnp.array([[True, False, False], [True, True, True]])  # the third box finds no query
+    normalizer = SOFTMAX.normalizer(box_valid, 2)
+    np.testing.assert_allclose(normalizer, 3.1, rtol=1e-6)
+    np.testing.assert_allclose(SOFTMAX.loss(logits, targets, normalizer), np.log([4, 4]), rtol=1e-6)
+
+
+def test_softmax_loss_where_nothing_weighs_anything_is_zero():
     weightless = SoftmaxNoObject(no_object_weight=0.0)
-    np.testing.assert_allclose(weightless.loss(logits, targets, jnp.float32(1)), [np.log(4), 0.0], rtol=1e-6)
+    normalizer = weightless.normalizer(jnp.zeros((1, 3), bool), 2)
+    np.testing.assert_array_equal(weightless.loss(jnp.ones((1, 1, 2, 4)), jnp.full((1, 1, 2), -1), normalizer), [0.0])
+
+
+def test_focal_normalizer_is_the_number_of_boxes():
+    assert FOCAL.normalizer(jnp.array([[True, False], [True, True]]), 1) == 3
+    assert FOCAL.normalizer(jnp.zeros((2, 2), bool), 1) == 1
 
 
 @pytest.mark.parametrize(

@@ -259,10 +259,14 @@ def make_problem(rng, num_logits=7):
     return predictions, jax.tree.map(jnp.asarray, batch)
 
 
+def jitted_cost(classification, config):
+    return jax.jit(partial(matching_cost, classification=classification, config=config))
+
+
 @pytest.mark.parametrize("classification", [SoftmaxNoObject(no_object_weight=0.1), SigmoidFocal(alpha=0.25, gamma=2.0)])
 def test_matching_cost_by_hand(classification):
     predictions, batch = make_problem(np.random.default_rng(8))
-    cost = matching_cost(predictions, batch, classification, base().matcher)
+    cost = jitted_cost(classification, base().matcher)(predictions, batch)
     assert cost.shape == (L, B, Q, N)
     layer, image, query, slot = 1, 5, 2, 7
     a = np.asarray(predictions.boxes[layer, image, query], np.float64)
@@ -287,7 +291,10 @@ def test_parts_of_the_cost_are_independent():
     predictions, batch = make_problem(np.random.default_rng(9))
     classification = SoftmaxNoObject(no_object_weight=0.1)
     weights = {"cost_class": 1.5, "cost_bbox": 0.25, "cost_giou": 3.0}
-    of = partial(matching_cost, predictions, batch, classification)
+
+    def of(config):
+        return jitted_cost(classification, config)(predictions, batch)
+
     parts = [of(ConfigDict(dict.fromkeys(weights, 0.0) | {name: weight})) for name, weight in weights.items()]
     np.testing.assert_allclose(of(ConfigDict(weights)), sum(parts), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="all 0"):
@@ -299,15 +306,14 @@ def test_a_part_of_weight_zero_cannot_spoil_the_cost():
     predictions = predictions._replace(logits=jnp.full_like(predictions.logits, jnp.nan))
     config = base().matcher
     config.cost_class = 0.0
-    cost = matching_cost(predictions, batch, SoftmaxNoObject(no_object_weight=0.1), config)
+    cost = jitted_cost(SoftmaxNoObject(no_object_weight=0.1), config)(predictions, batch)
     assert np.isfinite(cost).all()
 
 
 def test_cost_has_no_gradient_and_is_float32():
     predictions, batch = make_problem(np.random.default_rng(11))
     half = Predictions(*(array.astype(jnp.bfloat16) for array in predictions))
-    classification = SigmoidFocal(alpha=0.25, gamma=2.0)
-    total = lambda p: jnp.sum(matching_cost(p, batch, classification, base().matcher))  # noqa: E731
-    assert total(half).dtype == jnp.float32
-    for gradient in jax.grad(total)(predictions):
+    cost = jitted_cost(SigmoidFocal(alpha=0.25, gamma=2.0), base().matcher)
+    assert cost(half, batch).dtype == jnp.float32
+    for gradient in jax.jit(jax.grad(lambda predictions: jnp.sum(cost(predictions, batch))))(predictions):
         assert not gradient.any()

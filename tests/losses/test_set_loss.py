@@ -124,16 +124,16 @@ def test_equals_the_official_criterion(name, backend):
 
 @pytest.mark.parametrize(("focal", "backend", "model"), [(False, "scipy", 1), (False, "scipy", 2), (True, "device", 2)])
 def test_eight_devices_equal_one(focal, backend, model):
-    predictions, batch = random_problem(np.random.default_rng(1))
+    predictions, batch = random_problem(np.random.default_rng(1), num_slots=6)
     config = make_config(7, focal=focal, backend=backend)
     (total, terms), gradients = make_loss(config)(predictions, batch)
 
     mesh = make_mesh(model)
     layered = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), predictions)
     spread = jax.tree.map(lambda x: jnp.moveaxis(jax.device_put(x, batch_sharding(mesh)), 1, 0), layered)
-    loss = make_loss(config, mesh)
     on_devices = shard_batch(batch, mesh)
-    (total_8, terms_8), gradients_8 = loss(spread, on_devices)
+    compiled = make_loss(config, mesh).lower(spread, on_devices).compile()
+    (total_8, terms_8), gradients_8 = compiled(spread, on_devices)
     np.testing.assert_allclose(total_8, total, rtol=1e-6)
     assert terms_8.keys() == terms.keys()
     for name in terms:
@@ -141,7 +141,7 @@ def test_eight_devices_equal_one(focal, backend, model):
     for one, eight in zip(gradients, gradients_8, strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-8)
     # Devices exchange sums alone: no device ever sees another's costs, boxes or logits.
-    program = loss.lower(spread, on_devices).compile().as_text()
+    program = compiled.as_text()
     assert "all-reduce" in program
     for exchange in ("all-gather", "all-to-all", "collective-permute"):
         assert exchange not in program, exchange
@@ -173,6 +173,27 @@ def test_auxiliary_off_trains_the_last_layer_alone():
     assert total == total_of_last
     for gradient in gradients:
         assert not gradient[:-1].any() and gradient[-1].any()
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_parts_of_a_batch_add_up_to_the_whole(focal):
+    predictions, batch = random_problem(np.random.default_rng(12))
+    config = make_config(7, focal=focal)
+    (total, terms), gradients = make_loss(config)(predictions, batch)
+    sums, gradients_of_parts = {}, []
+    for part in (slice(0, 4), slice(4, 8)):
+        some = Predictions(*(array[:, part] for array in predictions))
+        (_, found), gradient = make_loss(config)(some, Batch(*(array[part] for array in batch)), whole=batch)
+        assert found["num_boxes"] == terms["num_boxes"]
+        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        gradients_of_parts.append(gradient)
+    for name, value in terms.items():
+        if name.startswith(("loss", "surplus")):
+            np.testing.assert_allclose(sums[name], value, rtol=2e-6, err_msg=name)
+    for found, expected in zip(
+        jax.tree.map(lambda *x: jnp.concatenate(x, 1), *gradients_of_parts), gradients, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(("off", "term"), [("class", "loss_ce"), ("bbox", "loss_bbox"), ("giou", "loss_giou")])
@@ -225,7 +246,7 @@ def test_pairs_without_area_count_as_disjoint():
     predicted = jnp.array([[[[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 1.0, 1.0]]]])
     target = jnp.array([[[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
     assignment = Assignment(jnp.array([[[0, 1, 0]]]), jnp.array([[[True, True, False]]]))
-    loss, gradient = jax.value_and_grad(lambda p: giou_loss(p, target, assignment, 1.0)[0])(predicted)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: giou_loss(p, target, assignment, 1.0)[0]))(predicted)
     assert loss == 2.0
     assert np.isfinite(gradient).all() and not gradient[0, 0, 0].any()
 
