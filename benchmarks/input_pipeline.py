@@ -141,8 +141,7 @@ def pillow_example(data: bytes, boxes: np.ndarray, geometry: Geometry, example: 
 
 
 def our_example(data: bytes, boxes: np.ndarray, geometry: Geometry, example: int, window, frame: np.ndarray):
-    """What our loader makes of an image: its pixels in a zeroed padded frame, and boxes."""
-    frame.fill(0)
+    """What our loader makes of an image: its pixels in a padded frame, and boxes."""
     place_image(frame, decode_image(data), geometry.flip[example], window, geometry.size[example])
     return frame, transform_boxes(boxes, geometry, example)
 
@@ -182,7 +181,7 @@ def useful_shares(sizes: np.ndarray, config: ConfigDict) -> dict[str, float]:
         buckets = training_buckets(sizes, ConfigDict({**config, "buckets": count}))
         plan = training_plan(outputs, buckets, 0, 1, config.batch_size)
         padded = buckets[plan.bucket].prod(1, dtype=np.int64).sum() * config.batch_size
-        shares[f"planned batches of {config.batch_size}, {count} buckets"] = useful[plan.example].sum() / padded
+        shares[f"planned batches of {config.batch_size}, {count} bucket{'s' * (count > 1)}"] = useful[plan.example].sum() / padded
     return shares
 
 

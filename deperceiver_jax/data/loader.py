@@ -30,7 +30,7 @@ from deperceiver_jax.data.plan import (
     training_buckets,
     training_plan,
 )
-from deperceiver_jax.data.workers import Stream, Zeros
+from deperceiver_jax.data.workers import Empty, Stream
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.structures import Batch
 
@@ -172,11 +172,11 @@ class _TrainingStep:
         self._seed, self._rows, self._box_slots = seed, rows, box_slots
         self._epochs: dict[int, tuple[Plan, Geometry]] = {}
 
-    def __call__(self, step: int, zeros: Zeros) -> Batch:
+    def __call__(self, step: int, empty: Empty) -> Batch:
         epoch, position = divmod(step, len(self._source) // self._config.batch_size)
         plan, geometry = self._epoch(epoch)
         frame = self._buckets[plan.bucket[position]]
-        return load_batch(self._source, geometry, plan.example[position, self._rows], frame, self._box_slots, zeros)
+        return load_batch(self._source, geometry, plan.example[position, self._rows], frame, self._box_slots, empty)
 
     def _epoch(self, epoch):
         planned = self._epochs
@@ -198,10 +198,10 @@ class _EvaluationStep:
         self._source, self._plan, self._geometry, self._buckets = source, plan, geometry, buckets
         self._rows, self._box_slots = rows, box_slots
 
-    def __call__(self, step: int, zeros: Zeros) -> Batch:
+    def __call__(self, step: int, empty: Empty) -> Batch:
         frame = self._buckets[self._plan.bucket[step]]
         examples = self._plan.example[step, self._rows]
-        return load_batch(self._source, self._geometry, examples, frame, self._box_slots, zeros)
+        return load_batch(self._source, self._geometry, examples, frame, self._box_slots, empty)
 
 
 def load_batch(
@@ -210,12 +210,12 @@ def load_batch(
     examples: Int32[np.ndarray, " B"],
     frame: Int32[np.ndarray, "2"],
     box_slots: int,
-    zeros: Zeros,
+    empty: Empty,
 ) -> Batch:
     """Reads these examples (-1: none) into a frame of (height, width). UserError names an image that is corrupt."""
     count = len(examples)
     batch = Batch(
-        image=zeros((count, *(int(side) for side in frame), 3)),
+        image=empty((count, *(int(side) for side in frame), 3)),
         size=np.tile(np.int32(frame), (count, 1)),
         original_size=np.tile(np.int32(frame), (count, 1)),
         example=np.array(examples, np.int32),
@@ -227,6 +227,7 @@ def load_batch(
     windows = drawn.window()
     for row, example in enumerate(examples):
         if example < 0:
+            batch.image[row] = 0
             continue
         image = _decode(source, int(example))
         place_image(batch.image[row], image, drawn.flip[row], windows[row], drawn.size[row])

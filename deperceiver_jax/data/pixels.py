@@ -47,7 +47,7 @@ def place_image(
     window: Float64[np.ndarray, "4"],
     size: Int32[np.ndarray, "2"],
 ) -> None:
-    """Writes one output of `size` into the top left of a padded frame; the rest of the frame stays as it is.
+    """Fills a padded frame: one output of `size` at its top left, zeros in the rest.
 
     window: (top, left, bottom, right) of the output in pixels of the image after the flip, see geometry.py.
     """
@@ -55,6 +55,7 @@ def place_image(
         image = cv2.flip(image, 1)
     height, width = (int(side) for side in size)
     output = frame[:height, :width]
+    frame[height:], frame[:height, width:] = 0, 0
     top, left, bottom, right = (float(edge) for edge in window)
     step_y, step_x = (bottom - top) / height, (right - left) / width  # stored pixels per output pixel
     if max(step_y, step_x) > 1:

@@ -4,6 +4,7 @@ Grain would copy every array into new shared memory. Here a worker draws its ima
 process has let go of: no copy, no new pages, and nothing left to clean up when the interpreter ends.
 """
 
+import functools
 import mmap
 import multiprocessing
 import os
@@ -26,12 +27,12 @@ IN_PROCESS_THREADS = 4  # batches that are made at the same time where there are
 SHARED_MEMORY = "/dev/shm"
 FREE, HELD = 0, 1  # the last byte of a frame
 
-Zeros = Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]]  # makes the array for a batch's images
-Make = Callable[[int, Zeros], Batch]  # a step's batch
+Empty = Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]]  # makes the array for a batch's images, with any content
+Make = Callable[[int, Empty], Batch]  # a step's batch
 
 
 class Stream(Iterator[Batch]):
-    """make(step, zeros) for each step in order, by worker processes, or by threads of this one if num_workers is 0.
+    """make(step, empty) for each step in order, by worker processes, or by threads of this one if num_workers is 0.
 
     image_bytes: of the largest batch's images. close(), the end of the steps, of the object or of the interpreter ends
     the workers. A UserError of `make` comes through, and a worker that dies is one.
@@ -95,7 +96,7 @@ class _InThread:
     make: Make
 
     def __call__(self, step: int) -> Batch:
-        return self.make(step, lambda shape: np.zeros(shape, np.uint8))
+        return self.make(step, functools.partial(np.empty, dtype=np.uint8))
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,7 @@ class _InWorker:
     def __call__(self, step: int) -> _Sent:
         path, memory = self._free_frame()
         memory[-1] = HELD
-
-        def zeros(shape):
-            image = np.ndarray(shape, np.uint8, buffer=memory)
-            image.fill(0)
-            return image
-
-        batch = self._make(step, zeros)
+        batch = self._make(step, functools.partial(np.ndarray, dtype=np.uint8, buffer=memory))
         return _Sent(batch._replace(image=None), path, batch.image.shape)
 
     def _free_frame(self):
