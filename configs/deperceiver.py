@@ -41,6 +41,7 @@ def model() -> ConfigDict:
     m.num_queries = 100
     m.embed_dim = 256  # width of tokens, queries and decoder
     m.dropout = 0.0
+    m.relative_boxes = False  # centres as offsets from the queries' anchors
     m.strides = (16,)  # one level, or several concatenated
 
     m.backbone = ConfigDict()
@@ -75,6 +76,8 @@ def model() -> ConfigDict:
     m.encoder.cross_heads = 1
     m.encoder.self_heads = 8
     m.encoder.mlp_ratio = 1.0
+    m.encoder.anchors = False  # each latent has a learned place, and looks near it first
+    m.encoder.anchor_width = 0.1  # of the narrowest Gaussian at the start, as a share of the image's side
 
     m.decoder = ConfigDict()
     m.decoder.num_layers = 1
@@ -86,5 +89,7 @@ def model() -> ConfigDict:
     m.decoder.self_heads = 1
     m.decoder.mlp_ratio = 1.0
     m.decoder.dropout = 0.0  # self-attention probabilities, attention output and MLP output
+    m.decoder.anchors = False  # each query has a learned place, and looks at the latents near it first
+    m.decoder.anchor_width = 0.1
     m.decoder.query_scale = 1.0  # standard deviation of the query positions at the start
     return m

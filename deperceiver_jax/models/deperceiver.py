@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.anchors import cell_places
 from deperceiver_jax.models.heads import PredictionHeads
 from deperceiver_jax.models.linear import linear, split_key
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
@@ -65,8 +66,11 @@ class TokenLevels(nnx.Module):
         self.token_dim = embed_dim + (self.position.dim if self.use == "concat" else 0)
 
     def __call__(self, features: dict[int, Array], pixel_valid: Bool[Array, "B H W"]):
-        """(tokens [B,M,token_dim], token_valid [B,M], key_position [B,M,token_dim] or None: it is in the tokens)."""
-        tokens, valid, key_position = [], [], []
+        """(tokens [B,M,token_dim], token_valid [B,M], key_position or None, token_place [B,M,2]).
+
+        `key_position` [B,M,token_dim] is None where positions are in the tokens; for `token_place` see anchors.py.
+        """
+        tokens, valid, key_position, places = [], [], [], []
         for level, stride in enumerate(self.strides):
             x = self.projections[level](features[stride])
             if self.norms:
@@ -88,8 +92,9 @@ class TokenLevels(nnx.Module):
             tokens.append(flatten_map(x))
             valid.append(map_valid.reshape(map_valid.shape[0], -1))
             key_position.append(flatten_map(position))
+            places.append(cell_places(map_valid))
         position = concatenate_levels(key_position) if self.use == "keys" else None
-        return concatenate_levels(tokens), concatenate_levels(valid), position
+        return concatenate_levels(tokens), concatenate_levels(valid), position, concatenate_levels(places)
 
 
 class DePerceiver(nnx.Module):
@@ -109,9 +114,13 @@ class DePerceiver(nnx.Module):
         levels: dict,
         encoder: dict,
         decoder: dict,
+        relative_boxes: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
+        if relative_boxes and not decoder["anchors"]:
+            raise UserError("config.model.relative_boxes needs config.model.decoder.anchors, which is off.")
+        self.relative_boxes = relative_boxes
         self.backbone = ResNet(**backbone, strides=tuple(strides), dtype=dtype, rngs=rngs)
         self.levels = TokenLevels(
             self.backbone.channels,
@@ -124,7 +133,13 @@ class DePerceiver(nnx.Module):
         )
         self.encoder = PerceiverEncoder(self.levels.token_dim, **encoder, dropout=dropout, dtype=dtype, rngs=rngs)
         self.decoder = PerceiverDecoder(
-            embed_dim, encoder["latent_dim"], num_queries, **decoder, dtype=dtype, rngs=rngs
+            embed_dim,
+            encoder["latent_dim"],
+            num_queries,
+            **decoder,
+            latents_have_places=encoder["anchors"],
+            dtype=dtype,
+            rngs=rngs,
         )
         self.heads = PredictionHeads(embed_dim, num_classes + int(no_object_logit), rngs=rngs)
 
@@ -137,6 +152,9 @@ class DePerceiver(nnx.Module):
     ) -> Predictions:
         """`image` has ImageNet's mean and standard deviation removed and zeros on padding; see images.py."""
         key_encoder, key_decoder = split_key(dropout_key, 2)
-        tokens, token_valid, key_position = self.levels(self.backbone(image, pixel_valid), pixel_valid)
-        latents = self.encoder(tokens, token_valid, key_position, dropout_key=key_encoder)
-        return self.heads(self.decoder(latents, dropout_key=key_decoder))
+        features = self.backbone(image, pixel_valid)
+        tokens, token_valid, key_position, token_place = self.levels(features, pixel_valid)
+        latents = self.encoder(tokens, token_valid, key_position, token_place, dropout_key=key_encoder)
+        latent_place = None if self.encoder.anchors is None else self.encoder.anchors()[None]
+        decoded = self.decoder(latents, latent_place, dropout_key=key_decoder)
+        return self.heads(decoded, self.decoder.anchors() if self.relative_boxes else None)

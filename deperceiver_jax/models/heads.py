@@ -21,13 +21,22 @@ class ClassHead(nnx.Module):
 
 
 class BoxHead(nnx.Module):
-    """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32."""
+    """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32.
+
+    With a reference (x, y), its logit is added to the centre's: the MLP answers an offset (Deformable DETR, eq. 9).
+    """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.mlp = MLP([dim, dim, dim, 4], activation=jax.nn.relu, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, decoded: Float[Array, "... D"]) -> Float[Array, "... 4"]:
-        return jax.nn.sigmoid(self.mlp(decoded))
+    def __call__(
+        self, decoded: Float[Array, "L B Q D"], reference: Float[Array, "Q 2"] | None = None
+    ) -> Float[Array, "L B Q 4"]:
+        boxes = self.mlp(decoded)
+        if reference is not None:
+            center = jnp.log(reference) - jnp.log1p(-reference)
+            boxes = boxes + jnp.pad(center, ((0, 0), (0, 2)))[None, None]
+        return jax.nn.sigmoid(boxes)
 
 
 class PredictionHeads(nnx.Module):
@@ -37,5 +46,5 @@ class PredictionHeads(nnx.Module):
         self.class_head = ClassHead(dim, num_logits, rngs=rngs)
         self.box_head = BoxHead(dim, rngs=rngs)
 
-    def __call__(self, decoded: Float[Array, "L B Q D"]) -> Predictions:
-        return Predictions(logits=self.class_head(decoded), boxes=self.box_head(decoded))
+    def __call__(self, decoded: Float[Array, "L B Q D"], reference: Float[Array, "Q 2"] | None = None) -> Predictions:
+        return Predictions(logits=self.class_head(decoded), boxes=self.box_head(decoded, reference))

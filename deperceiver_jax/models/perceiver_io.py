@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import dropout, layer_norm, split_key
@@ -49,6 +50,7 @@ class CrossAttentionLayer(nnx.Module):
         *,
         mlp_ratio: float,
         dropout: float,
+        gaussian_width: float | None = None,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -57,6 +59,7 @@ class CrossAttentionLayer(nnx.Module):
         self.attention = MultiHeadAttention(query_dim, num_heads, key_dim=token_dim, dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(query_dim, dtype=dtype, rngs=rngs)
         self.mlp = _mlp(query_dim, mlp_ratio, dropout, dtype, rngs)
+        self.gaussian = None if gaussian_width is None else GaussianBias(num_heads, gaussian_width)
         self.dropout = dropout
 
     def __call__(
@@ -66,14 +69,19 @@ class CrossAttentionLayer(nnx.Module):
         *,
         token_valid: Bool[Array, "B M"] | None = None,
         key_position: Float[Array, "B M C"] | None = None,
+        places: tuple[Float[Array, "A N 2"], Float[Array, "B M 2"]] | None = None,
         residual: Float[Array, "B N D"] | None = None,
         dropout_key=None,
     ) -> Float[Array, "B N D"]:
-        """`key_position` is added to the keys alone, after the norm. No `residual`: the attention result by itself."""
+        """`key_position` is added to the keys alone, after the norm. No `residual`: the attention result by itself.
+
+        A layer made with `gaussian_width` needs `places`: where the queries and the tokens are.
+        """
         key_attention, key_mlp = split_key(dropout_key, 2)
         values = self.token_norm(tokens)
         keys = values if key_position is None else values + key_position.astype(values.dtype)
-        attended = self.attention(self.query_norm(query), keys, values, key_valid=token_valid)
+        bias = None if self.gaussian is None else self.gaussian(*places)
+        attended = self.attention(self.query_norm(query), keys, values, key_valid=token_valid, bias=bias)
         x = dropout(attended, self.dropout, key_attention)
         if residual is not None:
             x = residual + x
@@ -103,6 +111,8 @@ class PerceiverEncoder(nnx.Module):
         cross_heads: int,
         self_heads: int,
         mlp_ratio: float,
+        anchors: bool,
+        anchor_width: float,
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
@@ -115,6 +125,7 @@ class PerceiverEncoder(nnx.Module):
         inits = {"normal": nnx.initializers.normal, "truncated_normal": nnx.initializers.truncated_normal}
         if latent_init not in inits:
             raise UserError(f"config.model.encoder.latent_init is {latent_init!r}; it can be {' or '.join(inits)}.")
+        self.anchors = Anchors(num_latents) if anchors else None
         self.num_blocks = num_blocks
         self.layers_per_block = layers_per_block
         self.share_blocks = share_blocks
@@ -124,7 +135,14 @@ class PerceiverEncoder(nnx.Module):
         self.cross_attentions = nnx.List(
             [
                 CrossAttentionLayer(
-                    latent_dim, token_dim, cross_heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs
+                    latent_dim,
+                    token_dim,
+                    cross_heads,
+                    mlp_ratio=mlp_ratio,
+                    dropout=dropout,
+                    gaussian_width=anchor_width if anchors else None,
+                    dtype=dtype,
+                    rngs=rngs,
                 )
                 for _ in range(1 if share_cross_attentions else num_cross_attentions)
             ]
@@ -142,12 +160,14 @@ class PerceiverEncoder(nnx.Module):
         tokens: Float[Array, "B M C"],
         token_valid: Bool[Array, "B M"],
         key_position: Float[Array, "B M C"] | None = None,
+        token_place: Float[Array, "B M 2"] | None = None,
         *,
         dropout_key=None,
     ) -> Float[Array, "B N D"]:
-        """Latents after the last block; no norm follows, the decoder brings its own."""
+        """Latents after the last block; no norm follows, the decoder brings its own. Anchors need `token_place`."""
         keys = split_key(dropout_key, 2 * self.num_blocks)
         latents = jnp.broadcast_to(self.latents[...].astype(self.dtype), (tokens.shape[0], *self.latents.shape))
+        places = None if self.anchors is None else (self.anchors()[None], token_place)
         for block in range(self.num_cross_attentions):
             cross_attention = self.cross_attentions[min(block, len(self.cross_attentions) - 1)]
             latents = cross_attention(
@@ -155,6 +175,7 @@ class PerceiverEncoder(nnx.Module):
                 tokens,
                 token_valid=token_valid,
                 key_position=key_position,
+                places=places,
                 residual=latents,
                 dropout_key=keys[2 * block],
             )
@@ -196,6 +217,7 @@ class PerceiverDecoderLayer(nnx.Module):
         self_heads: int,
         mlp_ratio: float,
         dropout: float,
+        gaussian_width: float | None,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -212,7 +234,14 @@ class PerceiverDecoderLayer(nnx.Module):
             self.self_attention = MultiHeadAttention(dim, self_heads, dropout=dropout, dtype=dtype, rngs=rngs)
             self.self_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.cross_attention = CrossAttentionLayer(
-            dim, latent_dim, cross_heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs
+            dim,
+            latent_dim,
+            cross_heads,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            gaussian_width=gaussian_width,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(
@@ -220,6 +249,7 @@ class PerceiverDecoderLayer(nnx.Module):
         content: Float[Array, "B Q D"],
         query_position: Float[Array, "B Q D"],
         latents: Float[Array, "B N C"],
+        places: tuple[Float[Array, "A Q 2"], Float[Array, "A N 2"]] | None = None,
         *,
         dropout_key=None,
     ) -> Float[Array, "B Q D"]:
@@ -231,11 +261,15 @@ class PerceiverDecoderLayer(nnx.Module):
             content = self.self_attention_norm(content + attended)
         query = content + query_position
         residual = {"none": None, "content": content, "query": query}[self.residual]
-        return self.cross_attention(query, latents, residual=residual, dropout_key=key_cross)
+        return self.cross_attention(query, latents, places=places, residual=residual, dropout_key=key_cross)
 
 
 class PerceiverDecoder(nnx.Module):
-    """Latents -> one embedding per object query, from every layer."""
+    """Latents -> one embedding per object query, from every layer.
+
+    Queries with `anchors` have places of their own; where the latents have places too, a Gaussian lets each query look
+    at the latents around it first.
+    """
 
     def __init__(
         self,
@@ -246,22 +280,37 @@ class PerceiverDecoder(nnx.Module):
         num_layers: int,
         query_scale: float,
         final_norm: bool,
+        anchors: bool,
+        anchor_width: float,
+        latents_have_places: bool,
         dtype,
         rngs: nnx.Rngs,
         **layer,
     ):
+        gaussian_width = anchor_width if anchors and latents_have_places else None
+        self.anchors = Anchors(num_queries) if anchors else None
         self.query_position = nnx.Param(nnx.initializers.normal(query_scale)(rngs.params(), (num_queries, dim)))
         self.layers = LayerStack(
-            lambda rngs: PerceiverDecoderLayer(dim, latent_dim, dtype=dtype, rngs=rngs, **layer), num_layers, rngs=rngs
+            lambda rngs: PerceiverDecoderLayer(
+                dim, latent_dim, gaussian_width=gaussian_width, dtype=dtype, rngs=rngs, **layer
+            ),
+            num_layers,
+            rngs=rngs,
         )
         self.norm = layer_norm(dim, dtype=dtype, rngs=rngs) if final_norm else None
         self.dtype = dtype
 
-    def __call__(self, latents: Float[Array, "B N C"], *, dropout_key=None) -> Float[Array, "L B Q D"]:
+    def __call__(
+        self,
+        latents: Float[Array, "B N C"],
+        latent_place: Float[Array, "A N 2"] | None = None,
+        *,
+        dropout_key=None,
+    ) -> Float[Array, "L B Q D"]:
         query_position = jnp.broadcast_to(
             self.query_position[...].astype(self.dtype), (latents.shape[0], *self.query_position.shape)
         )
-        decoded = self.layers(
-            jnp.zeros_like(query_position), query_position, latents, dropout_key=dropout_key, collect=True
-        )
+        places = None if self.anchors is None or latent_place is None else (self.anchors()[None], latent_place)
+        content = jnp.zeros_like(query_position)
+        decoded = self.layers(content, query_position, latents, places, dropout_key=dropout_key, collect=True)
         return decoded if self.norm is None else self.norm(decoded)
