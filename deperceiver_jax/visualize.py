@@ -22,6 +22,7 @@ from deperceiver_jax.command_line import parse_config, parse_flags, read_config,
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.pixels import decode_image
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.workdir import CONFIG
 
 READABLE_SIDE = 512  # an image with a shorter long side is enlarged to it before anything is drawn
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly however many there are
@@ -210,7 +211,7 @@ def main(argv: list[str]) -> None:
     if not values.output.lower().endswith((".png", ".jpg")):
         raise UserError(f"--output: {values.output} must end in .png or .jpg.")
     workdir = Path(values.workdir).expanduser()
-    config = parse_config(config_arguments, read_config(workdir / "config.json"))
+    config = parse_config(config_arguments, read_config(workdir / CONFIG))
     evaluation = newest_evaluation(workdir)
     metrics = json.loads((evaluation / "metrics.json").read_text())
     results = json.loads((evaluation / "detections.json").read_text())

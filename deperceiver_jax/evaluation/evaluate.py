@@ -70,7 +70,9 @@ def detect(
         rows.append((example[real], Detections(*(x[real] for x in detections))))
         progress.update(int(real.sum()))
 
-    with tqdm(total=num_examples, desc=title, unit=" images", disable=jax.process_index() > 0) as progress:
+    with tqdm(
+        total=num_examples, desc=title, unit=" images", disable=True if jax.process_index() else None
+    ) as progress:
         pending = None
         for batch in batches:
             running = detect_step(arrays, shard_batch(batch, mesh))

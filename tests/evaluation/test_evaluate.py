@@ -70,13 +70,17 @@ def test_finds_every_rectangle(rectangles, devices, batch_size):
     assert wrong["AP50"] < 0.2
 
 
-def test_score_threshold_and_limit_of_the_config(rectangles):
+def test_settings_of_config_and_data_set(rectangles):
     config = configuration(rectangles, score_threshold=0.5, max_detections=1)
     mesh = make_mesh()
     source = open_source(config.data, "validation")
     step = make_detect_step(find_rectangle, config, mesh)
     metrics, results = evaluate(step, {"scale": jnp.ones(())}, source, config, mesh)
     assert len(results) == 9 and metrics["AP50"] == 1.0
+    assert metrics["APs"] > 0.8 and metrics["APl"] == -1.0  # rectangles of at most 45 x 40 pixels
+    source.area_scale = 1 / 64
+    metrics, _ = evaluate(step, {"scale": jnp.ones(())}, source, config, mesh)
+    assert metrics["APs"] == -1.0 and metrics["APl"] > 0.8
 
 
 def test_answers_that_are_not_finite_are_refused(rectangles):
