@@ -181,7 +181,9 @@ def useful_shares(sizes: np.ndarray, config: ConfigDict) -> dict[str, float]:
         buckets = training_buckets(sizes, ConfigDict({**config, "buckets": count}))
         plan = training_plan(outputs, buckets, 0, 1, config.batch_size)
         padded = buckets[plan.bucket].prod(1, dtype=np.int64).sum() * config.batch_size
-        shares[f"planned batches of {config.batch_size}, {count} bucket{'s' * (count > 1)}"] = useful[plan.example].sum() / padded
+        shares[f"planned batches of {config.batch_size}, {count} bucket{'s' * (count > 1)}"] = (
+            useful[plan.example].sum() / padded
+        )
     return shares
 
 

@@ -41,6 +41,8 @@ class Stream(Iterator[Batch]):
     def __init__(self, make: Make, steps: range, num_workers: int, image_bytes: int):
         import grain  # not above: it imports JAX, which nobody needs who only plans or reads data
 
+        if num_workers < 0:
+            raise UserError(f"config.data.num_workers is {num_workers}; it must be 0 or more.")
         _let_grain_read_its_flags()
         dataset = grain.MapDataset.range(steps.start, steps.stop)
         processes = min(num_workers, len(steps))
