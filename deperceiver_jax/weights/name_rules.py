@@ -134,6 +134,12 @@ def to_torch_state(module: nnx.Module, rules: NameRules) -> dict[str, np.ndarray
     return to_torch({path: np.asarray(variable.get_value()) for path, variable in _variables(module).items()}, rules)
 
 
+def torch_shapes(module: nnx.Module, rules: NameRules) -> dict[str, tuple[int, ...]]:
+    """{official name: shape} of what `load_torch_state` needs; `module` may be abstract (`nnx.eval_shape`)."""
+    zeros = {path: np.broadcast_to(np.float32(0), v.get_value().shape) for path, v in _variables(module).items()}
+    return {name: array.shape for name, array in to_torch(zeros, rules).items()}
+
+
 def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
     return {"/".join(map(str, path)): v for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)}
 

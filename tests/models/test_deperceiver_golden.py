@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs.deperceiver import get_config
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.weights import load_torch_state, to_torch_state
+from deperceiver_jax.weights import load_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import FAMILIES
 from deperceiver_jax.weights.seeded import seeded_state_dict
 
@@ -48,7 +48,7 @@ def test_logits_and_boxes_are_the_official_ones(name):
     config.model.decoder.update(changes)
     rules = FAMILIES["deperceiver"](config.model)
     detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
-    state = seeded_state_dict(official_shapes(detector, rules))
+    state = seeded_state_dict(torch_shapes(detector, rules))
     assert len(state) == num_keys
     load_torch_state(detector, state, rules)
 
@@ -58,10 +58,3 @@ def test_logits_and_boxes_are_the_official_ones(name):
     assert logits.shape == (changes.get("num_layers", 1), 2, 100, 92)
     np.testing.assert_allclose(logits[:, :, ::5], GOLDEN[f"{name}/logits"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(boxes, GOLDEN[f"{name}/boxes"], rtol=0, atol=TOLERANCE)
-
-
-def official_shapes(detector, rules):
-    """{official name: shape} of a detector without values."""
-    graphdef, abstract = nnx.split(detector)
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
-    return {name: array.shape for name, array in to_torch_state(nnx.merge(graphdef, zeros), rules).items()}
