@@ -1,0 +1,31 @@
+# make demo   installs, trains on the built-in dataset, evaluates, draws detections: about ten minutes on two cores
+# make test   installs and runs the tests, as CI does
+# make lint   ruff, as CI does
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = runs/demo
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "deperceiver_jax needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python train.py --config=configs/demo.py:deperceiver --workdir=$(RUN)
+	$(BIN)/python eval.py --workdir=$(RUN) --checkpoint=latest
+	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,163 @@
+"""Each field of config.model has its one effect; a config that cannot be built says why in one sentence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import deperceiver
+from deperceiver_jax import UserError, build_detector
+
+
+def small_config(variant="r50_16"):
+    config = deperceiver.get_config(variant)
+    model = config.model
+    model.num_classes, model.num_queries, model.embed_dim = 5, 7, 32
+    model.backbone.update(depth=18, width=8)
+    model.encoder.update(num_latents=6, latent_dim=32, layers_per_block=2, num_blocks=2)
+    return config
+
+
+def parameters(config):
+    return nnx.to_flat_state(nnx.state(build_detector(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+def shapes(config):
+    return {"/".join(map(str, path)): variable.shape for path, variable in parameters(config)}
+
+
+def predict(config, image=None, dropout_key=None):
+    image = jax.random.normal(jax.random.key(0), (2, 64, 96, 3)) if image is None else image
+    valid = jnp.ones(image.shape[:3], bool).at[1, 40:].set(False)
+    detector = build_detector(config, rngs=nnx.Rngs(0))
+    return detector(image, valid, dropout_key=dropout_key)
+
+
+def test_published_model_has_the_published_number_of_parameters():
+    """Reference: the official code's counts, 1024 latents; trainable parameters."""
+    for variant, count in {"r50_32": 27_368_288, "r50_8": 4_954_976, "r50_4": 3_677_024}.items():
+        config = deperceiver.get_config(variant)
+        config.model.encoder.num_latents = 1024
+        model = nnx.eval_shape(lambda config=config: build_detector(config, rngs=nnx.Rngs(0)))
+        state = nnx.state(model, nnx.Param)
+        assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state)) == count, variant
+
+
+def test_remedies_change_what_they_say():
+    base = shapes(small_config())
+    encoder = "encoder/blocks/layers/"
+    assert base["encoder/latents"] == (6, 32)
+    assert base[f"{encoder}mlp/layers/0/kernel"] == (2, 32, 32)
+
+    def with_fields(**fields):
+        config = small_config()
+        config.update_from_flattened_dict({f"model.{k.replace('__', '.')}": v for k, v in fields.items()})
+        return shapes(config)
+
+    assert with_fields(encoder__mlp_ratio=4.0)[f"{encoder}mlp/layers/0/kernel"] == (2, 32, 128)
+    assert with_fields(encoder__share_blocks=False)[f"{encoder}mlp/layers/0/kernel"] == (4, 32, 32)
+    assert with_fields(encoder__latent_dim=64)["encoder/latents"] == (6, 64)
+    assert "encoder/cross_attentions/1/attention/query/kernel" in with_fields(encoder__num_cross_attentions=2)
+    shared = with_fields(encoder__num_cross_attentions=2, encoder__share_cross_attentions=True)
+    assert shared == base
+    assert with_fields(decoder__num_layers=3)["decoder/layers/layers/cross_attention/mlp_norm/scale"] == (3, 32)
+    assert any("decoder/layers/layers/self_attention/" in path for path in with_fields(decoder__self_attention=True))
+    concat = with_fields(position__use="concat", position__encoding="fourier", position__fourier_bands=5)
+    assert concat["encoder/cross_attentions/0/attention/key/kernel"] == (32 + 22, 32)
+
+
+def test_scales_at_the_start():
+    config = small_config()
+    config.model.encoder.num_latents, config.model.num_queries = 400, 400
+    config.model.encoder.update(latent_init="truncated_normal", latent_scale=0.02)
+    config.model.decoder.query_scale = 0.3
+    values = {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in parameters(config)}
+    assert np.abs(values["encoder/latents"]).max() <= 0.04 / 0.87962566 + 1e-6  # cut at two standard deviations
+    assert np.std(values["encoder/latents"]) == pytest.approx(0.02, rel=0.05)
+    assert np.std(values["decoder/query_position"]) == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize("use", ["add", "keys", "concat"])
+@pytest.mark.parametrize("levels", ["concat", "add"])
+def test_multiscale_tells_levels_and_places_apart(use, levels):
+    config = small_config("r50_multiscale")
+    config.model.position.use, config.model.levels.embedding = use, levels
+    assert predict(config).boxes.shape == (1, 2, 7, 4)
+    # A shifted image must not look the same: the position reaches the answer.
+    image = jnp.zeros((2, 64, 96, 3)).at[:, :32, :32].set(3.0)
+    moved = predict(config, jnp.roll(image, (32, 32), axis=(1, 2))).boxes
+    assert float(jnp.abs(predict(config, image).boxes - moved).max()) > 1e-6
+
+
+def test_layers_without_and_with_auxiliary_outputs_are_the_decoder_depth_alone():
+    config = small_config()
+    config.model.decoder.update(num_layers=3, self_attention=True, residual="content", final_norm=True)
+    deep = predict(config)
+    assert deep.logits.shape == (3, 2, 7, 6)
+    config.loss.auxiliary = True
+    np.testing.assert_array_equal(predict(config).logits, deep.logits)
+
+
+def test_residuals_make_queries_differ_when_latents_start_small():
+    """With small latents and no residual all queries answer alike; the query residual tells them apart."""
+
+    def spread(residual):
+        config = small_config()
+        config.model.encoder.latent_scale = 1e-3
+        config.model.decoder.residual = residual
+        return float(jnp.std(predict(config).boxes[0], axis=1).mean())
+
+    assert spread("query") > 20 * spread("none")
+
+
+def test_dropout_needs_a_key_and_is_its_function():
+    config = small_config()
+    config.model.dropout = config.model.decoder.dropout = 0.3
+    plain, again = predict(config), predict(config)
+    np.testing.assert_array_equal(plain.boxes, again.boxes)
+    one, same, other = (predict(config, dropout_key=jax.random.key(k)).boxes for k in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert float(jnp.abs(one - other).max()) > 1e-5
+
+
+def test_bfloat16_computes_in_it_and_answers_in_float32():
+    config = small_config()
+    exact = predict(config)
+    config.precision = "bfloat16"
+    rough = predict(config)
+    assert rough.logits.dtype == rough.boxes.dtype == jnp.float32
+    assert all(variable.dtype == jnp.float32 for _, variable in parameters(config))
+    assert 0 < float(jnp.abs(exact.boxes - rough.boxes).max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "field, value, sentence",
+    [
+        ("name", "yolo", "the detectors are deperceiver"),
+        ("position.use", "multiply", "add, keys or concat"),
+        ("levels.embedding", "sum", "concat or add"),
+        ("encoder.num_cross_attentions", 3, "with 2 blocks it can be 1 to 2"),
+        ("encoder.latent_init", "uniform", "normal or truncated_normal"),
+        ("decoder.residual", "all", "none, content or query"),
+        ("decoder.self_attention_value", "key", "query or content"),
+        ("backbone.depth", 20, "18, 34, 50, 101"),
+    ],
+)
+def test_a_wrong_value_is_named(field, value, sentence):
+    config = small_config()
+    config.update_from_flattened_dict({f"model.{field}": value})
+    with pytest.raises(UserError, match=sentence):
+        build_detector(config, rngs=nnx.Rngs(0))
+
+
+def test_a_field_of_another_detector_is_refused():
+    config = small_config()
+    config.model.num_points = 4
+    with pytest.raises(UserError, match="num_points is missing or unknown"):
+        build_detector(config, rngs=nnx.Rngs(0))
+
+
+def test_unknown_variant_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="r50_32, r50_16"):
+        deperceiver.get_config("r50_64")
