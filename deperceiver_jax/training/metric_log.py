@@ -95,7 +95,9 @@ class MetricLog:
         """Writes the metrics of the state after the current step on a split of the data."""
         self._write(split, metrics)
         if self.writes:
-            shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "APs", "APm", "APl"))
+            shown = "  ".join(
+                f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "APs", "APm", "APl") if name in metrics
+            )
             print(f"step {self.step}/{self.num_steps}  {split}  {shown}", flush=True)
 
     def has(self, step: int, split: str) -> bool:

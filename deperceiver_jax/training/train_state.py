@@ -78,7 +78,8 @@ def plan_train_state(build: Callable[[], nnx.Module], config: ConfigDict, schedu
     optimizer = make_optimizer(config, schedule, multipliers)
 
     def new_state() -> TrainState:
-        _, params, frozen = take_apart(build())
+        # astype makes the types strong, as a step's results are: a weak one (jnp.full's) would have it compiled twice.
+        params, frozen = jax.tree.map(lambda x: x.astype(x.dtype), take_apart(build())[1:])
         trained = {path: x for path, x in params.items() if multipliers[path]}
         frozen |= {path: x for path, x in params.items() if not multipliers[path]}
         ema = {path: jnp.copy(x) for path, x in trained.items()} if config.ema_decay else {}

@@ -45,7 +45,7 @@ def make_train_step(
             image, pixel_valid = normalize_images(part.image, part.size)
             dropout_key = jax.random.fold_in(step_key, part_index)
             predictions = detector(image, pixel_valid, dropout_key=dropout_key)
-            return loss(predictions, part) if parts == 1 else loss(predictions, part, whole=batch)
+            return loss(predictions, part, whole=batch)
 
         gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)
         if parts == 1:

@@ -24,12 +24,13 @@ class TinyDetector(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs, width: int = 8, dropout: float = 0.5):
         self.backbone = nnx.Linear(3, width, rngs=rngs)
         self.head = nnx.Linear(width, 6, rngs=rngs)
+        self.gain = nnx.Param(jnp.full((width,), 1.0))  # weakly typed
         self.scale = Fixed(jnp.full((3,), 2.0))
         self.dropout = dropout
 
     def __call__(self, image, pixel_valid, *, dropout_key=None):
         x = (image * self.scale[...][None, None, None, :]).mean((1, 2))
-        x = jnp.tanh(self.backbone(x))
+        x = jnp.tanh(self.backbone(x)) * self.gain[...][None]
         if dropout_key is not None:
             x = jnp.where(jax.random.bernoulli(dropout_key, self.dropout, x.shape), 0.0, x)
         answer = self.head(x)[None, :, None, :]
@@ -85,7 +86,7 @@ class Tiny:
         return state, rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     return Tiny
 

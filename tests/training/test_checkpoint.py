@@ -36,10 +36,18 @@ def save_steps(run, workdir, steps, *, keep=2):
     return state
 
 
+@pytest.fixture(scope="module")
+def original(tiny, tmp_path_factory):
+    run, workdir = tiny(2, ema_decay=0.5), tmp_path_factory.mktemp("run")
+    return run, workdir, save_steps(run, workdir, [3])
+
+
 @pytest.fixture
-def saved(tiny, tmp_path):
-    run = tiny(2, ema_decay=0.5)
-    return run, tmp_path, save_steps(run, tmp_path, [3])
+def saved(original, tmp_path):
+    """(run, workdir with a checkpoint of step 3, its state); the workdir is this test's own."""
+    run, workdir, state = original
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    return run, tmp_path, state
 
 
 def test_restores_the_same_bits_onto_any_mesh(tiny, saved, same):
@@ -73,8 +81,8 @@ def test_a_save_that_was_cut_off_is_ignored_and_removed(saved):
     shutil.copytree(workdir / "checkpoints" / "3", partial)
     assert all_steps(workdir) == [3]
     checkpoints = Checkpoints(workdir, keep=2)
-    state, _ = run.train(state, 3, 4)
-    checkpoints.save(state, {"window": {"count": 4, "sums": {}}})
+    four = jax.device_put(np.int32(4), state.step.sharding)
+    checkpoints.save(state._replace(step=four), {"window": {"count": 4, "sums": {}}})
     checkpoints.close()
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.training.train_state import count_parameters, inference_arrays, replace_arrays
 
-PARAMS = {"backbone/bias", "backbone/kernel", "head/bias", "head/kernel"}
+PARAMS = {"backbone/bias", "backbone/kernel", "gain", "head/bias", "head/kernel"}
 
 
 def test_the_real_state_is_the_planned_one(tiny):
@@ -19,17 +19,17 @@ def test_the_real_state_is_the_planned_one(tiny):
     assert set(state.frozen) == {"scale"}
     describe = lambda x: (x.shape, x.dtype, x.sharding)  # noqa: E731
     assert jax.tree.map(describe, state) == jax.tree.map(describe, plan.abstract)
-    assert count_parameters(state) == (3 * 8 + 8 + 8 * 6 + 6, 3)
+    assert count_parameters(state) == (3 * 8 + 8 + 8 + 8 * 6 + 6, 3)
 
 
 def test_a_group_with_multiplier_zero_is_frozen(tiny):
     frozen = {
         "backbone": {"pattern": "^backbone/", "multiplier": 0.0},
-        "rest": {"pattern": "^head/", "multiplier": 1.0},
+        "rest": {"pattern": "^(head/|gain)", "multiplier": 1.0},
     }
     run = tiny(groups=ConfigDict(frozen), weight_decay=0.1)
     state = run.plan.initialize()
-    assert set(state.params) == {"head/bias", "head/kernel"}
+    assert set(state.params) == {"gain", "head/bias", "head/kernel"}
     assert set(state.frozen) == {"scale", "backbone/bias", "backbone/kernel"}
     before = jax.device_get(state)
     after, _ = run.train(state, 0, 2)
@@ -39,7 +39,7 @@ def test_a_group_with_multiplier_zero_is_frozen(tiny):
 
 
 def test_a_parameter_without_group_is_named(tiny):
-    with pytest.raises(UserError, match="head/bias"):
+    with pytest.raises(UserError, match="gain"):
         tiny(groups=ConfigDict({"backbone": {"pattern": "^backbone/", "multiplier": 0.1}}))
 
 

@@ -60,6 +60,12 @@ def test_parts_add_up_to_the_whole(tiny):
     assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_one_compile_serves_all_steps(tiny):
+    run = tiny(2, ema_decay=0.9)
+    run.train(run.plan.initialize(), 0, 3)
+    assert run.step._cache_size() == 1
+
+
 def test_dropout_depends_on_the_step_alone(tiny, batch_of, same):
     run = tiny()
     first = jax.device_get(run.step(run.plan.initialize(), batch_of(0))[1])
