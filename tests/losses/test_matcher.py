@@ -159,7 +159,7 @@ def test_against_brute_force(backend):
 
 
 @pytest.mark.parametrize("backend", ["scipy", "device"])
-@pytest.mark.parametrize(("num_queries", "num_slots"), [(40, 25), (12, 30), (1, 3), (3, 1), (5, 5)])
+@pytest.mark.parametrize(("num_queries", "num_slots"), [(40, 25), (12, 30), (1, 3)])
 def test_other_shapes(backend, num_queries, num_slots):
     rng = np.random.default_rng(5)
     cost = rng.uniform(-3, 9, size=(L, B, num_queries, num_slots))
