@@ -236,6 +236,9 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.stem_norm(self.stem_conv(image), valid))
         x = _max_pool(x)
         valid = _subsample(valid, 2)
+        if valid is not None and isinstance(self.stem_norm, GroupNorm):
+            # The first padded cell behind an even number of real ones pools the last of them; padding stays zero.
+            x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
         if self.frozen_stages > 0:
             x = jax.lax.stop_gradient(x)
         features = {}
