@@ -1,6 +1,7 @@
 """Eight simulated devices, no silent rank promotion: set before JAX starts."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -57,9 +58,34 @@ def rectangles(tmp_path_factory):
     return data
 
 
+def draw_arrays(shapes):
+    """{path: array} for {path: anything with a shape}, of such sizes that activations stay of the order of one.
+
+    A detector's own initialisation takes longer to compile than these tests take.
+    """
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for path, like in sorted(shapes.items()):
+        values, kind = rng.standard_normal(like.shape, np.float32), path.split("/")[-1]
+        if kind == "kernel":
+            values *= (1.5 / math.prod(like.shape[-4:-1] if len(like.shape) > 3 else like.shape[-2:-1])) ** 0.5
+        elif kind in ("scale", "var"):
+            values = 1 + 0.1 * np.abs(values)
+        elif kind in ("bias", "mean"):
+            values *= 0.1
+        arrays[path] = values
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def random_arrays():
+    """`draw_arrays`, for the arrays by path that `take_apart` gives of an abstract detector."""
+    return draw_arrays
+
+
 @pytest.fixture(scope="session")
 def tiny_run(rectangles, tmp_path_factory):
-    """A workdir as training leaves it: a tiny DePerceiver with new parameters at step 3, the best, and step 7.
+    """A workdir as training leaves it: a tiny DePerceiver with random parameters at step 3, the best, and step 7.
 
     Step 7 has a moving average that differs from its parameters.
     """
@@ -91,9 +117,10 @@ def tiny_run(rectangles, tmp_path_factory):
         make_mesh(devices=jax.devices()[:1]),
     )
     checkpoints = Checkpoints(workdir, keep=2)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), plan.abstract)
+    state = state._replace(params=draw_arrays(state.params), frozen=draw_arrays(state.frozen))
     for step in (3, 7):
-        state = plan.initialize()
-        ema = {path: x * 1.5 if step == 7 else x for path, x in state.ema.items()}
+        ema = {path: x * 1.5 if step == 7 else x for path, x in state.params.items()}
         checkpoints.save(state._replace(step=jnp.full((), step, jnp.int32), ema=ema), {})
     checkpoints.close()
     scores = [{"step": 3, "split": "validation", "AP": 0.25}, {"step": 7, "split": "validation", "AP": 0.125}]

@@ -2,7 +2,7 @@
 
 Group norm, which trains from scratch, keeps padding out between layers: what differs is rounding. Frozen batch norm
 does not, as in the released ResNets: what a convolution carries from the image into the padding, the next one carries
-back, up to where the frame ends. The tolerances are stated for parameters at their initial values.
+back, so it matters a little where the frame ends, until that is out of reach.
 """
 
 import cv2
@@ -15,11 +15,14 @@ from flax import nnx
 from configs.deperceiver import get_config
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.models import build_detector
+from deperceiver_jax.training.train_state import take_apart
 
 SIZES = {"a": (100, 140), "b": (140, 150)}
-# norm -> (largest difference of logits, of boxes as shares of the image); measured 1.0e-7, 6e-8 and 1.5e-3, 1.0e-4.
-# Between the two images they differ by 5e-3 and 2e-4, and by 1.3e-2 and 6e-4: new parameters tell little apart.
-TOLERANCE = {"group_norm": (1e-6, 1e-6), "frozen_batch_norm": (3e-3, 2e-4)}
+# Largest difference of logits and of boxes, as shares of the image. Measured 3e-6 and 4e-7 where only rounding differs;
+# 0.09 and 0.007 between an end of the frame that is near and one that is far; 0.5 and 0.04 between the two images.
+ROUNDING = (3e-5, 3e-6)
+NEAR_END = {"group_norm": ROUNDING, "frozen_batch_norm": (0.15, 0.012)}
+OTHER_IMAGE = (0.3, 0.03)
 
 
 def batch_of(names, frame):
@@ -31,24 +34,23 @@ def batch_of(names, frame):
     return normalize_images(jnp.asarray(images), jnp.array([SIZES[name] for name in names], jnp.int32))
 
 
-@pytest.mark.parametrize("norm", TOLERANCE)
-def test_bucket_and_batch_do_not_matter(norm):
+@pytest.mark.parametrize("norm", NEAR_END)
+def test_bucket_and_batch_do_not_matter(norm, random_arrays):
     config = get_config("r50_16")
     config.model.backbone.update(depth=18, width=16, norm=norm, frozen_stages=0)
     config.model.update(embed_dim=64, num_queries=10, num_classes=3)
     config.model.encoder.update(num_latents=32, latent_dim=64, num_blocks=1, layers_per_block=2, self_heads=4)
-    detector = build_detector(config, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(detector)
-    run = jax.jit(lambda state, *batch: nnx.merge(graphdef, state)(*batch))
+    skeleton, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+    arrays = random_arrays({**params, **others})
+    run = jax.jit(lambda arrays, *batch: skeleton.merge(arrays)(*batch))
 
     def answer(names, frame, name):
-        predictions = run(state, *batch_of(names, frame))
+        predictions = run(arrays, *batch_of(names, frame))
         return [np.asarray(x[-1, names.index(name)]) for x in predictions]
 
-    alone = answer(["a"], (128, 160), "a")
-    together = answer(["b", "a"], (256, 320), "a")
-    for here, there, tolerance in zip(alone, together, TOLERANCE[norm], strict=True):
-        np.testing.assert_allclose(here, there, rtol=0, atol=tolerance)
-    other = answer(["b", "a"], (256, 320), "b")
-    for here, there, tolerance in zip(alone, other, TOLERANCE[norm], strict=True):
-        assert np.abs(here - there).max() > tolerance
+    near, far = answer(["a"], (128, 160), "a"), answer(["b", "a"], (256, 320), "a")
+    farther, other = answer(["a"], (320, 352), "a"), answer(["b", "a"], (256, 320), "b")
+    for k in range(2):
+        np.testing.assert_allclose(farther[k], far[k], rtol=0, atol=ROUNDING[k])
+        np.testing.assert_allclose(near[k], far[k], rtol=0, atol=NEAR_END[norm][k])
+        assert np.abs(other[k] - far[k]).max() > OTHER_IMAGE[k]
