@@ -9,7 +9,6 @@ Every mistake a person can make here becomes a `UserError`; `run` prints its sen
 import copy
 import difflib
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -82,16 +81,6 @@ def parse_config(rest: Sequence[str], stored: ConfigDict | None = None) -> Confi
     return _parse(values, arguments).config
 
 
-def read_config(path: Path) -> ConfigDict:
-    """A stored config. JSON knows only lists; every sequence of a config is a tuple. Raises UserError."""
-    try:
-        return ConfigDict(_tuples(json.loads(path.read_text())))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a stored config: {error}.") from None
-
-
 def _config_file(rest: Sequence[str]) -> ConfigDict:
     """What `get_config` of the last `--config=FILE:VARIANT` returns; it refuses a variant with a ValueError."""
     argument = [argument for argument in rest if _CONFIG_FILE.match(argument)][-1]
@@ -129,9 +118,3 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     close = [n for n in names if n.split(".")[-1] == name.split(".")[-1]]
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; the nearest is {' or '.join(close)}" if close else ""
-
-
-def _tuples(value):
-    if isinstance(value, dict):
-        return {name: _tuples(entry) for name, entry in value.items()}
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value

@@ -9,13 +9,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deperceiver_jax.command_line import has_config_file, parse_config, read_config
+from deperceiver_jax.command_line import has_config_file, parse_config
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.checkpoint import StoredDetector, find_detector, load_params, require_same_arrays
 from deperceiver_jax.training.train_state import Skeleton, take_apart
-from deperceiver_jax.training.workdir import CLASSES, CONFIG
+from deperceiver_jax.training.workdir import CLASSES, CONFIG, read_classes, read_config
 
 
 class LoadedDetector(NamedTuple):
@@ -63,13 +63,3 @@ def load_for_command(
     stored = find_detector(Path(workdir or weights).expanduser(), checkpoint)
     own = None if has_config_file(config_arguments) else read_config(stored.directory / CONFIG)
     return stored, load_stored(stored, parse_config(config_arguments, own))
-
-
-def read_classes(path: Path) -> ClassMap:
-    """The class map of a workdir or an import. Raises UserError."""
-    try:
-        return ClassMap.from_json(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a class map.") from None

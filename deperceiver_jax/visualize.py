@@ -18,11 +18,11 @@ from absl import flags
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deperceiver_jax.command_line import parse_config, parse_flags, read_config, run
+from deperceiver_jax.command_line import parse_config, parse_flags, run
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.pixels import decode_image
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.workdir import CONFIG
+from deperceiver_jax.training.workdir import CONFIG, read_config
 
 READABLE_SIDE = 512  # an image with a shorter long side is enlarged to it before anything is drawn
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly however many there are

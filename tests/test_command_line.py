@@ -4,8 +4,9 @@ import pytest
 from absl import flags
 
 from configs.deperceiver import get_config
-from deperceiver_jax.command_line import parse_config, parse_flags, read_config, run
+from deperceiver_jax.command_line import parse_config, parse_flags, run
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.workdir import read_config
 
 CONFIG_FILE = "--config=configs/deperceiver.py:r50_16"
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax import UserError, load_detector
-from deperceiver_jax.command_line import read_config
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.checkpoint import find_detector, load_params, save_params
 from deperceiver_jax.training.train_state import take_apart
+from deperceiver_jax.training.workdir import read_config
 
 
 def arrays_of(detector):

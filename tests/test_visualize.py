@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from deperceiver_jax import visualize
-from deperceiver_jax.command_line import read_config, run
+from deperceiver_jax.command_line import run
 from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.coco_metric import coco_metric, ground_truth
 from deperceiver_jax.evaluation.evaluate import write_results
+from deperceiver_jax.training.workdir import read_config
 from deperceiver_jax.visualize import (
     READABLE_SIDE,
     Comparison,

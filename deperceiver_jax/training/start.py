@@ -7,10 +7,9 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.load import read_classes
 from deperceiver_jax.training.checkpoint import find_detector, load_params, require_same_arrays
 from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
-from deperceiver_jax.training.workdir import CLASSES
+from deperceiver_jax.training.workdir import CLASSES, read_classes
 from deperceiver_jax.weights import load_backbone
 
 CLASS_HEAD = "class_head"  # a part of the path of every parameter whose meaning depends on the class map

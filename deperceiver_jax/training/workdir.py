@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from deperceiver_jax.command_line import read_config
 from deperceiver_jax.data.classes import ClassMap, require_same_classes
 from deperceiver_jax.errors import UserError
 
@@ -70,6 +69,32 @@ def write_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
         _write(workdir / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written: {error.strerror}.") from None
+
+
+def read_config(path: Path) -> ConfigDict:
+    """A stored config. JSON knows only lists; every sequence of a config is a tuple. Raises UserError."""
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text())))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a stored config: {error}.") from None
+
+
+def read_classes(path: Path) -> ClassMap:
+    """The class map of a workdir or an import. Raises UserError."""
+    try:
+        return ClassMap.from_json(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a class map.") from None
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
 def _write(path: Path, text: str) -> None:

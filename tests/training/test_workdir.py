@@ -3,10 +3,9 @@
 import pytest
 
 from configs.deperceiver import get_config
-from deperceiver_jax.command_line import read_config
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.workdir import check_workdir, write_workdir
+from deperceiver_jax.training.workdir import check_workdir, read_config, write_workdir
 
 CLASSES = ClassMap.from_categories([(3, "ant"), (7, "bee")])
 
