@@ -102,6 +102,7 @@ def choose_buckets(
     """
     grid = GRID * -(-int(largest.max()) // (GRID * STEPS))
     top = -(-_top_sizes(largest, count) // grid)
+    top = top[:1] if (top == top[0]).all() else top  # the two may become one on the grid
     cells, weight = np.unique(-(-outputs // grid), axis=0, return_counts=True)
     sides = [np.unique(np.concatenate([cells[:, axis], top[:, axis]])) for axis in (0, 1)]
     candidates = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)

@@ -176,3 +176,9 @@ def test_host_rows():
 def test_an_output_without_a_frame_is_an_error():
     with pytest.raises(ValueError, match="no bucket holds"):
         training_plan(np.int32([[64, 64]] * 4), np.int32([[32, 64]]), 0, 0, 2)
+
+
+def test_landscape_and_portrait_that_round_to_one_size_are_one_bucket():
+    outputs = np.array([[96, 70], [120, 128], [128, 120]])
+    np.testing.assert_array_equal(choose_buckets(outputs, outputs, 3), [[96, 96], [128, 128]])
+    np.testing.assert_array_equal(choose_buckets(outputs, outputs, 2), [[96, 96], [128, 128]])
