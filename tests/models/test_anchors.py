@@ -1,0 +1,68 @@
+"""Places of latents and queries, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import demo
+from deperceiver_jax import UserError, build_detector
+from deperceiver_jax.models.anchors import Anchors, GaussianBias, cell_places, grid_points
+
+
+def test_grid_points_are_even():
+    np.testing.assert_allclose(grid_points(4), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
+    np.testing.assert_allclose(grid_points(3)[:, 0], [1 / 6, 3 / 6, 5 / 6], atol=1e-6)
+    points = grid_points(50)  # rows of 8 and 7
+    assert points.shape == (50, 2)
+    assert len(np.unique(points, axis=0)) == 50
+    np.testing.assert_allclose(points.mean(axis=0), [0.5, 0.5], atol=0.01)
+    np.testing.assert_allclose(Anchors(50)(), points, atol=1e-6)
+
+
+def test_cells_are_measured_in_the_valid_area():
+    valid = np.zeros((2, 3, 4), bool)
+    valid[0, :2, :4] = valid[1, :3, :2] = True
+    places = cell_places(jnp.asarray(valid)).reshape(2, 3, 4, 2)
+    np.testing.assert_allclose(places[0, 1, 2], [2.5 / 4, 1.5 / 2])
+    np.testing.assert_allclose(places[1, 2, 1], [1.5 / 2, 2.5 / 3])
+    np.testing.assert_allclose(places[1, 0, 3, 0], 3.5 / 2)  # padding lies beyond 1
+
+
+def test_gaussian_by_hand():
+    bias = GaussianBias(2, 0.1)
+    out = bias(jnp.asarray([[[0.5, 0.5]]]), jnp.asarray([[[0.5, 0.5], [0.7, 0.5]], [[0.5, 0.1], [0.2, 0.1]]]))
+    assert out.shape == (2, 2, 1, 2)
+    np.testing.assert_allclose(out[0, :, 0], [[0, -(0.2**2) / (2 * 0.1**2)], [0, -(0.2**2) / (2 * 0.4**2)]], rtol=1e-5)
+    np.testing.assert_allclose(out[1, 0, 0], [-(0.4**2) / 0.02, -(0.3**2 + 0.4**2) / 0.02], rtol=1e-5)
+
+
+def test_boxes_start_at_their_anchors():
+    config = demo.get_config("deperceiver")
+    detector = build_detector(config, rngs=nnx.Rngs(0))
+    image = jax.random.normal(jax.random.key(0), (1, 64, 64, 3))
+    boxes = detector(image, jnp.ones((1, 64, 64), bool)).boxes
+    np.testing.assert_allclose(boxes[-1, 0, :, :2], grid_points(config.model.num_queries), atol=0.2)
+
+    def distance(query):
+        """How much the answer of one query follows its anchor, which is learned."""
+        gradient = jax.grad(
+            lambda logits: _with_anchors(detector, logits)(image, jnp.ones((1, 64, 64), bool)).boxes[-1, 0, query, 0]
+        )(detector.decoder.anchors.logits[...])
+        return np.abs(gradient).argmax() // 2
+
+    assert distance(5) == 5
+
+
+def _with_anchors(detector, logits):
+    copy = nnx.clone(detector)
+    copy.decoder.anchors.logits[...] = logits
+    return copy
+
+
+def test_relative_boxes_need_anchors():
+    config = demo.get_config("deperceiver")
+    config.model.decoder.anchors = False
+    with pytest.raises(UserError, match="relative_boxes needs config.model.decoder.anchors"):
+        build_detector(config, rngs=nnx.Rngs(0))
