@@ -140,6 +140,11 @@ def torch_shapes(module: nnx.Module, rules: NameRules) -> dict[str, tuple[int, .
     return {name: array.shape for name, array in to_torch(zeros, rules).items()}
 
 
+def official_names(shapes: Mapping[str, tuple[int, ...]], rules: NameRules) -> dict[str, list[str]]:
+    """{our path: its official names, one a layer}, for a model whose paths have these `shapes`."""
+    return {path: names for path, _, names in _entries(shapes, rules)}
+
+
 def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
     return {"/".join(map(str, path)): v for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)}
 
@@ -295,8 +300,81 @@ def detr_rules(model: ConfigDict) -> NameRules:
     return NameRules(tuple(rules), _NOT_PARAMETERS)
 
 
+def _hugging_face_transformer_rules() -> list[Rule]:
+    """DETR's encoder and decoder in transformers, which has no pre-norm and hence no norm after the encoder."""
+    rules = []
+    for half, attentions in (
+        ("encoder", {"attention": "self_attn"}),
+        ("decoder", {"self_attention": "self_attn", "cross_attention": "encoder_attn"}),
+    ):
+        ours, theirs = f"{half}/layers/layers", f"model.{half}.layers.{{layer}}"
+        for a, b in attentions.items():
+            for part in ("query", "key", "value"):
+                rules += _linear_rules(f"{ours}/{a}/{part}", f"{theirs}.{b}.{part[0]}_proj", 0)
+            rules += _linear_rules(f"{ours}/{a}/out", f"{theirs}.{b}.out_proj", 0)
+            rules += _norm_rules(f"{ours}/{a}_norm", f"{theirs}.{b}_layer_norm", 0)
+        rules += _norm_rules(f"{ours}/mlp_norm", f"{theirs}.final_layer_norm", 0)
+        for layer in (0, 1):
+            rules += _linear_rules(f"{ours}/mlp/layers/{layer}", f"{theirs}.fc{layer + 1}", 0)
+    return [*rules, *_norm_rules("decoder/norm", "model.decoder.layernorm")]
+
+
+def _hugging_face_resnet_rules(ours: str, theirs: str) -> list[Rule]:
+    """The names of a ResNet of three-convolution blocks in transformers, where it is not timm's."""
+    stem = f"{theirs}embedder.embedder."
+    rules = [Rule(f"{ours}stem_conv/kernel", f"{stem}convolution.weight", CONV)]
+    rules += [Rule(f"{ours}stem_norm/{a}", f"{stem}normalization.{b}") for a, b in _BATCH_NORM]
+    for stage in range(4):
+        layers = f"{theirs}encoder.stages.{stage}.layers."
+        for blocks, number, first_layer in (("first", "0", None), ("rest/layers", "{layer}", 1)):
+            for conv in range(3):
+                path, name = f"{ours}stages/{stage}/{blocks}/", f"{layers}{number}.layer.{conv}."
+                rules.append(Rule(f"{path}conv{conv + 1}/kernel", f"{name}convolution.weight", CONV, first_layer))
+                rules += [
+                    Rule(f"{path}norm{conv + 1}/{a}", f"{name}normalization.{b}", SAME, first_layer)
+                    for a, b in _BATCH_NORM
+                ]
+        path, name = f"{ours}stages/{stage}/first/", f"{layers}0.shortcut."
+        rules.append(Rule(f"{path}shortcut_conv/kernel", f"{name}convolution.weight", CONV))
+        rules += [Rule(f"{path}shortcut_norm/{a}", f"{name}normalization.{b}") for a, b in _BATCH_NORM]
+    return rules
+
+
+def _hugging_face_detr_rules(resnet: Callable[[str, str], list[Rule]]) -> NameRules:
+    """DETR's names in transformers (DetrForObjectDetection), with one of the two backbones it can have."""
+    rules = [
+        *resnet("backbone/", "model.backbone.conv_encoder.model."),
+        Rule("position/column", "model.backbone.position_embedding.column_embeddings.weight"),
+        Rule("position/row", "model.backbone.position_embedding.row_embeddings.weight"),
+        Rule("projection/kernel", "model.input_projection.weight", POINTWISE),
+        Rule("projection/bias", "model.input_projection.bias"),
+        *_hugging_face_transformer_rules(),
+        Rule("decoder/query_position", "model.query_position_embeddings.weight"),
+        *_linear_rules("heads/class_head/linear", "class_labels_classifier"),
+        *_linear_rules(r"heads/box_head/mlp/layers/(\d)", r"bbox_predictor.layers.\1"),
+    ]
+    return NameRules(tuple(rules), _NOT_PARAMETERS)
+
+
 # config.model.name -> the rules of the detector that config.model describes
 FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {"deperceiver": deperceiver_rules, "detr": detr_rules}
+
+# The same, for each program whose names a file can have: `hugging_face` is transformers with a timm backbone, as the
+# published files are, `hugging_face_resnet` transformers with its own.
+LAYOUTS: dict[str, dict[str, Callable[[ConfigDict], NameRules]]] = {
+    "official": FAMILIES,
+    "hugging_face": {"detr": lambda model: _hugging_face_detr_rules(resnet_rules)},
+    "hugging_face_resnet": {"detr": lambda model: _hugging_face_detr_rules(_hugging_face_resnet_rules)},
+}
+
+
+def layout_of(state: Mapping[str, np.ndarray]) -> str:
+    """Which of LAYOUTS the names of a detector's state dict are of."""
+    encoder = "model.backbone.conv_encoder.model."
+    if not any(name.startswith(encoder) for name in state):
+        return "official"
+    own = any(name.startswith(f"{encoder}embedder.") for name in state)
+    return "hugging_face_resnet" if own else "hugging_face"
 
 
 # --------------------------------------------------------------------------------------------- pretrained backbones
@@ -316,13 +394,24 @@ def load_backbone(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> di
     `shapes` are those of a detector's parameters and frozen arrays, by path; those under `backbone/` are answered, all
     of them. The classifier and the stages that they do without are passed over. Raises UserError as `from_torch` does.
     """
+    return backbone_from_torch(read_state_dict(path), shapes, source=path)
+
+
+def is_only_a_backbone(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict is that of a torchvision or timm ResNet."""
+    return any(f"{prefix}conv1.weight" in state for prefix in ("", "module."))
+
+
+def backbone_from_torch(
+    state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, source: str | Path
+) -> dict[str, np.ndarray]:
+    """`load_backbone`, of a state dict that was read from `source`."""
     shapes = {name: shape for name, shape in shapes.items() if name.startswith("backbone/")}
-    state = read_state_dict(path)
     prefix = next((p for p in _BACKBONE_PREFIXES if f"{p}conv1.weight" in state), None)
     if prefix is None:
-        raise UserError(f"{path} holds no ResNet: conv1.weight is not in it.")
+        raise UserError(f"{source} holds no ResNet: conv1.weight is not in it.")
     state = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
     stages = {stage for stage in range(4) if any(name.startswith(f"backbone/stages/{stage}/") for name in shapes)}
     absent = tuple(rf"^layer{stage + 1}\." for stage in set(range(4)) - stages)
     rules = NameRules(tuple(resnet_rules("backbone/")), (*_NOT_PARAMETERS, r"^fc\.(weight|bias)$", *absent))
-    return from_torch(state, shapes, rules, source=path)[0]
+    return from_torch(state, shapes, rules, source=source)[0]
