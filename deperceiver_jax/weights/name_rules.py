@@ -368,6 +368,22 @@ LAYOUTS: dict[str, dict[str, Callable[[ConfigDict], NameRules]]] = {
 }
 
 
+# config.model.name -> the key under which the official programs keep the state dict in a .pth or .ckpt
+WRAPPERS = {"deperceiver": "state_dict", "detr": "model"}
+
+
+def official_buffers(config: ConfigDict) -> dict[str, np.ndarray]:
+    """What the official state dict of `config` (the whole of it) has besides the model, by name.
+
+    DePerceiver's is that of a training module, whose loss holds the weight of each logit's class.
+    """
+    if config.model.name != "deperceiver" or not config.model.no_object_logit:
+        return {}
+    weights = np.ones(config.model.num_classes + 1, np.float32)
+    weights[-1] = config.loss.no_object_weight
+    return {"criterion.empty_weight": weights}
+
+
 def layout_of(state: Mapping[str, np.ndarray]) -> str:
     """Which of LAYOUTS the names of a detector's state dict are of."""
     encoder = "model.backbone.conv_encoder.model."

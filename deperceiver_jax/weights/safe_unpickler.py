@@ -13,7 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-_STORAGE_TYPES = {
+STORAGE_TYPES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
@@ -174,15 +174,15 @@ class CheckpointUnpickler(pickle.Unpickler):
             raise Refused(f"it wants {full_name}, which no weights need")
         if module == "builtins" and full_name not in _HARMLESS_FUNCTIONS and not name[:1].isupper():
             raise Refused(f"it wants {full_name}, which no weights need")
-        if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGE_TYPES:
+        if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGE_TYPES:
             return name
         return _StandInType(full_name, (_StandIn,), {})
 
     def persistent_load(self, persistent_id):
         kind, storage_type, key, _device, length, *view = persistent_id
-        if kind != "storage" or storage_type not in _STORAGE_TYPES:
+        if kind != "storage" or storage_type not in STORAGE_TYPES:
             raise Refused(f"a tensor is of {getattr(storage_type, '__name__', storage_type)}, which is not supported")
         if view and view[0] is not None:
             raise Refused("it has views of storages, which PyTorch stopped writing in 2017")
-        storage = Storage(str(key), _STORAGE_TYPES[storage_type], length)
+        storage = Storage(str(key), STORAGE_TYPES[storage_type], length)
         return self.storages.setdefault(storage.key, storage)
