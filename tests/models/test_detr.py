@@ -206,6 +206,16 @@ def test_every_ablation_computes_something_of_its_own(published, changes):
     assert np.abs(answer.logits - published[1].logits).max() > 1e-4
 
 
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_bfloat16_computes_nearly_the_same(pre_norm):
+    config = small(pre_norm=pre_norm)
+    exact = build(config)(*example())
+    config.precision = "bfloat16"
+    answer = build(config)(*example())
+    assert answer.logits.dtype == answer.boxes.dtype == jnp.float32
+    assert 1e-4 < np.abs(answer.boxes - exact.boxes).max() < 0.1
+
+
 @pytest.fixture(scope="module")
 def halves():
     """An encoder followed by a decoder, with random parameters, and tokens, positions and a mask for them.
