@@ -88,16 +88,7 @@ def main(argv: list[str]) -> None:
     if first:
         write_workdir(workdir, config, source.classes)
         print(describe_run(config, state, len(source), batches, steps), flush=True)
-    log = MetricLog(
-        workdir,
-        start_step=start,
-        num_steps=num_steps,
-        steps_per_epoch=per_epoch,
-        batch_size=config.data.batch_size,
-        log_every=config.train.log_every,
-        writes=first,
-        progress=progress,
-    )
+    log = MetricLog(workdir, config, steps=steps, steps_per_epoch=per_epoch, writes=first, progress=progress)
 
     # Chapter 7: training, with checkpoints and evaluations at their times.
     shutdown = Shutdown()
@@ -108,8 +99,9 @@ def main(argv: list[str]) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         term = non_finite_term(metrics)
         if term:
-            kept = [f"the checkpoint of step {kept}" for kept in all_steps(workdir)[-1:]] or ["no checkpoint yet"]
-            raise UserError(f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept[0]}.")
+            kept = checkpoints.latest_step()
+            kept = "no checkpoint yet" if kept is None else f"the checkpoint of step {kept}"
+            raise UserError(f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept}.")
         log.training(step, metrics)
 
     def evaluate_now(step: int) -> None:

@@ -116,6 +116,11 @@ class Checkpoints:
         )
         return state, restored[PROGRESS]
 
+    def latest_step(self) -> int | None:
+        """The newest step that is saved, when all saves that were begun are done."""
+        self.manager.wait_until_finished()
+        return self.manager.latest_step()
+
     def close(self) -> None:
         """Waits until everything is written."""
         self.manager.close()

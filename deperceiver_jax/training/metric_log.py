@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -26,24 +27,22 @@ SHOWN = ("loss_ce", "loss_focal", "loss_bbox", "loss_giou")  # beside the total:
 
 
 class MetricLog:
-    """The log of one run from `start_step` on. `progress` is what a checkpoint keeps of it."""
+    """The log of the steps of one run. `progress` is what the checkpoint before the first of them keeps of it."""
 
     def __init__(
         self,
         workdir: Path,
+        config: ConfigDict,
         *,
-        start_step: int,
-        num_steps: int,
+        steps: range,
         steps_per_epoch: int,
-        batch_size: int,
-        log_every: int,
         writes: bool,
         progress: dict | None = None,
     ):
-        self.num_steps = num_steps
+        start_step, self.num_steps = steps.start - 1, steps.stop - 1
         self.steps_per_epoch = steps_per_epoch
-        self.batch_size = batch_size
-        self.log_every = log_every
+        self.batch_size = config.data.batch_size
+        self.log_every = config.train.log_every
         self.writes = writes
         self.window = progress["window"] if progress else {"count": 0, "sums": {}}
         self.step = start_step

@@ -31,7 +31,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step for `config` (the whole one). It compiles once for every size of image, and consumes its state.
 
-    Metrics are scalars: `loss` (the weighted total), every named term, `grad_norm` (before clipping) and `lr`.
+    Metrics are scalars: `loss` (the weighted total), every named term, `grad_norm` (before clipping), `update_norm`
+    (of what is added to the parameters) and `lr`. Where all are finite, so is the new state.
     Dropout depends on (config.seed, state.step) alone, so a resumed run draws what it would have drawn.
     """
     parts = config.optimizer.accumulate_steps
@@ -55,7 +56,8 @@ def make_train_step(
         updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, config.optimizer.ema_decay)
-        metrics = {"loss": total, **terms, "grad_norm": optax.tree.norm(gradients), "lr": schedule(state.step)}
+        norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
+        metrics = {"loss": total, **terms, **norms, "lr": schedule(state.step)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
 
@@ -117,7 +119,7 @@ def moving_average(ema: dict[str, Array], params: dict[str, Array], decay: float
 
 
 def non_finite_term(metrics: Mapping[str, float]) -> str | None:
-    """The first term that is infinite or not a number: single terms before their sum, the gradient's norm last."""
-    last = ("loss", "grad_norm")
+    """The first term that is infinite or not a number: single terms before their sum, the norms last."""
+    last = ("loss", "grad_norm", "update_norm")
     names = [name for name in metrics if name not in last] + [name for name in last if name in metrics]
     return next((name for name in names if not math.isfinite(metrics[name])), None)

@@ -56,9 +56,7 @@ def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise UserError(f"{workdir} holds another run, whose config differs: {listed}. Take another --workdir.")
-    if (workdir / CLASSES).exists():
-        stored = ClassMap.from_json((workdir / CLASSES).read_text())
-        require_same_classes(classes, "the data set", stored, str(workdir / CLASSES))
+    require_same_classes(classes, "the data set", read_classes(workdir / CLASSES), str(workdir / CLASSES))
 
 
 def write_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:

@@ -3,14 +3,16 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.training.metric_log import MetricLog, forget_after
 
 
-def open_log(workdir, start_step=0, progress=None, **changes):
-    settings = dict(num_steps=7, steps_per_epoch=4, batch_size=8, log_every=3, writes=True) | changes
-    return MetricLog(workdir, start_step=start_step, progress=progress, **settings)
+def open_log(workdir, start_step=0, progress=None, writes=True):
+    config = ConfigDict({"data": {"batch_size": 8}, "train": {"log_every": 3}})
+    steps = range(start_step + 1, 8)
+    return MetricLog(workdir, config, steps=steps, steps_per_epoch=4, writes=writes, progress=progress)
 
 
 def lines_of(workdir):

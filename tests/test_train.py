@@ -1,0 +1,177 @@
+"""train.py end to end on eight devices: what a run leaves, how it goes on, and what goes wrong."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+import eval as evaluation_program
+import train as program
+from deperceiver_jax.command_line import run
+from deperceiver_jax.evaluation.coco_metric import STATISTICS
+from deperceiver_jax.training.checkpoint import all_steps, find_detector, load_params
+from deperceiver_jax.training.workdir import read_config
+
+CONFIG = "--config=tests/tiny_training.py"
+
+
+@pytest.fixture(scope="session")
+def shared(rectangles, tmp_path_factory):
+    """Overrides that every run here has: one batch for all eight devices, and one compilation cache."""
+    return [
+        f"--config.data.directory={rectangles.directory}",
+        f"--config.data.prepared_directory={rectangles.prepared_directory}",
+        f"--config.train.compilation_cache={tmp_path_factory.mktemp('compiled')}",
+        "--config.data.batch_size=8",
+        "--config.eval.batch_size=8",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run takes SIGTERM and SIGINT; the tests have them back afterwards."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def train(*arguments) -> int:
+    return run(program.main, ["train.py", *map(str, arguments)])
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(shared, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "first"
+    assert train(CONFIG, f"--workdir={workdir}", *shared) == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of a finished run that a test may write into."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_what_a_run_leaves(finished):
+    config = read_config(finished / "config.json")
+    assert (config.model.num_classes, config.train.num_steps, config.data.scales) == (2, 6, (48, 64))
+    assert json.loads((finished / "classes.json").read_text())["num_slots"] == 2
+    assert all_steps(finished) == [3, 6]
+    assert list(finished.glob("events.out.tfevents.*"))
+
+    rows = rows_of(finished)
+    assert [(row["step"], row["split"]) for row in rows] == [(4, "train"), (6, "train"), (6, "validation")]
+    named = {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "num_boxes", "surplus_boxes"}
+    assert named | {"loss", "grad_norm", "update_norm", "lr", "images_per_second", "epoch"} <= rows[0].keys()
+    terms = [rows[0][name] for name in ("loss_ce", "loss_bbox", "loss_giou")]
+    assert rows[0]["loss"] == pytest.approx(np.dot([1.0, 5.0, 2.0], terms), rel=1e-5)
+
+    metrics = json.loads((finished / "eval" / "6" / "metrics.json").read_text())
+    assert list(metrics) == [*STATISTICS, "APs_over_AP"]
+    assert {name: rows[2][name] for name in metrics} == metrics
+    assert len(json.loads((finished / "eval" / "6" / "detections.json").read_text())) == 10 * 5
+
+
+def test_eval_py_agrees_with_the_run(workdir):
+    before = (workdir / "eval" / "6" / "metrics.json").read_bytes()
+    shutil.rmtree(workdir / "eval")
+    assert run(evaluation_program.main, ["eval.py", f"--workdir={workdir}", "--config.eval.batch_size=8"]) == 0
+    assert (workdir / "eval" / "6" / "metrics.json").read_bytes() == before
+
+
+def test_a_finished_run_is_left_alone_but_for_a_lost_evaluation(workdir, shared, capsys):
+    """As after a kill between the last checkpoint and the end of its evaluation."""
+    log = (workdir / "metrics.jsonl").read_text()
+    results = (workdir / "eval" / "6" / "detections.json").read_bytes()
+    (workdir / "metrics.jsonl").write_text("".join(line for line in log.splitlines(True) if '"train"' in line))
+    shutil.rmtree(workdir / "eval")
+    assert train(CONFIG, f"--workdir={workdir}", *shared) == 0
+    assert "and nothing left to do." in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == log
+    assert (workdir / "eval" / "6" / "detections.json").read_bytes() == results
+
+
+def test_a_run_can_be_made_longer_but_not_another_one(workdir, shared, capsys):
+    assert train(CONFIG, f"--workdir={workdir}", *shared, "--config.optimizer.learning_rate=0.5") == 1
+    assert (
+        "holds another run, whose config differs: optimizer.learning_rate (0.001, now 0.5)" in capsys.readouterr().err
+    )
+    assert train(CONFIG, f"--workdir={workdir}", *shared, "--config.train.num_steps=7") == 0
+    assert "steps 7 to 7." in capsys.readouterr().out
+    assert all_steps(workdir) == [6, 7]
+    assert rows_of(workdir)[-1]["step"] == 7
+
+
+def test_a_run_starts_from_another_ones_parameters(finished, shared, tmp_path):
+    """Learning nothing, it keeps them."""
+    workdir = tmp_path / "second"
+    still = ["--config.optimizer.learning_rate=0.0", "--config.train.num_steps=1", "--config.train.eval_every=1"]
+    assert train(CONFIG, f"--workdir={workdir}", *shared, *still, f"--config.init_from={finished}") == 0
+    first, second = (load_params(find_detector(directory).items) for directory in (finished, workdir))
+    assert first.keys() == second.keys()
+    for path, array in first.items():
+        np.testing.assert_allclose(second[path], array, rtol=1e-6, err_msg=path)
+    score = (directory / "eval" / step / "metrics.json" for directory, step in ((finished, "6"), (workdir, "1")))
+    assert next(score).read_bytes() == next(score).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shared, tmp_path, capsys):
+    """The rate explodes after three epochs of one step each, and every step is saved."""
+    workdir = tmp_path / "run"
+    explode = [f"--config.optimizer.{field}" for field in ("drop_epochs=(3,)", "drop_factor=1e30")]
+    assert train(CONFIG, f"--workdir={workdir}", *shared, *explode, "--config.train.checkpoint_every=1") == 1
+    error = capsys.readouterr().err
+    assert (
+        error == f"error: update_norm is inf in step 4, where the run stops; {workdir} has the checkpoint of step 3.\n"
+    )
+    assert all_steps(workdir) == [2, 3]
+    assert all(np.isfinite(array).all() for array in load_params(find_detector(workdir).items).values())
+    assert all("NaN" not in line for line in (workdir / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config.data.batchsize=8"], "The config has no field data.batchsize; the nearest is data.batch_size"),
+        (["--config.data.batch_size=6"], "config.data.batch_size is 6, which does not divide over 8 devices"),
+        (["--config.optimizer.accumulate_steps=3"], "is 8, which config.optimizer.accumulate_steps 3 does not divide"),
+        (["--config.data.directory=/nowhere"], "/nowhere"),
+        (["--config.model.name=detectron"], "config.model.name is 'detectron'"),
+        (["--config.optimizer.groups.rest.pattern=^heads/"], "none of backbone, rest matches decoder/"),
+        (["--config.init_from=/nowhere"], "/nowhere is not a directory"),
+        (["--config.model.backbone.weights=/nowhere.pth"], "/nowhere.pth"),
+        (["--config.mesh.model=3"], "config.mesh.model is 3, which does not divide the 8 devices"),
+        (["--config.train.keep_checkpoints=0"], "config.train.keep_checkpoints is 0"),
+        (["--steps=3"], "There is no flag --steps"),
+    ],
+    ids=lambda value: value[0].split("=")[0].split(".")[-1] if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(shared, tmp_path, capsys, arguments, sentence):
+    assert train(CONFIG, f"--workdir={tmp_path / 'run'}", *shared, *arguments) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_needs_a_workdir_and_a_config(shared, capsys):
+    assert train(CONFIG, *shared) == 1
+    assert "--workdir is missing" in capsys.readouterr().err
+    assert train("--workdir=x") == 1
+    assert "--config is missing" in capsys.readouterr().err
+    assert train("--config=configs/deperceiver.py:r50_2", "--workdir=x") == 1
+    assert "has no variant 'r50_2'; it has r50_32" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(workdir, shared, capsys):
+    shutil.rmtree(workdir / "checkpoints" / "6" / "training" / "d")
+    before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))
+    assert train(CONFIG, f"--workdir={workdir}", *shared, "--config.train.num_steps=9") == 1
+    assert f"{workdir}/checkpoints/6/training is damaged or incomplete" in capsys.readouterr().err
+    assert sorted(path.relative_to(workdir) for path in workdir.rglob("*")) == before
