@@ -9,7 +9,6 @@ machines, give each the same command with --distributed.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -31,6 +30,7 @@ from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.shutdown import Shutdown
 from deperceiver_jax.training.start import describe_run, first_state
+from deperceiver_jax.training.timetable import due, last_step
 from deperceiver_jax.training.train_state import inference_arrays, plan_train_state
 from deperceiver_jax.training.train_step import make_train_step, non_finite_term
 from deperceiver_jax.training.workdir import check_workdir, write_workdir
@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = TrainBatches(source, config.data, seed=config.seed, start_step=start, **hosts)
     per_epoch = batches.steps_per_epoch
-    num_steps = config.train.num_steps or config.train.num_epochs * per_epoch
+    num_steps = last_step(config.train, per_epoch)
+    is_evaluated = due(config.train, "eval_every", per_epoch, num_steps)
+    is_saved = due(config.train, "checkpoint_every", per_epoch, num_steps)
 
     # Chapter 4: the model and its two jitted steps.
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=per_epoch, num_steps=num_steps)
@@ -92,8 +94,6 @@ def main(argv: list[str]) -> None:
 
     # Chapter 7: training, with checkpoints and evaluations at their times.
     shutdown = Shutdown()
-    is_evaluated = due(config.train.eval_every, per_epoch, num_steps)
-    is_saved = due(config.train.checkpoint_every, per_epoch, num_steps)
 
     def note(step: int, metrics: dict[str, jax.Array]) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -138,12 +138,6 @@ def main(argv: list[str]) -> None:
     if first:
         done = "Stopped: the same command continues" if shutdown.requested or log.step < num_steps else "Finished"
         print(f"{done} after step {log.step} of {num_steps}: {checkpoints.directory}/{log.step}")
-
-
-def due(every: int, steps_per_epoch: int, num_steps: int) -> Callable[[int], bool]:
-    """When something happens: after every so many steps; 0: after every epoch; -1: only after the last step."""
-    every = {0: steps_per_epoch, -1: num_steps}.get(every, every)
-    return lambda step: step % every == 0 or step == num_steps
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -100,8 +102,9 @@ class MetricLog:
             print(f"step {self.step}/{self.num_steps}  {split}  {shown}", flush=True)
 
     def has(self, step: int, split: str) -> bool:
-        """Whether the run that this one continues wrote a line of `split` after `step`."""
-        return (step, split) in self.lines
+        """Whether the run that this one continues wrote a line of `split` after `step`; all processes agree."""
+        known = (step, split) in self.lines
+        return known if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(known))
 
     def progress(self) -> dict:
         """What the next line needs of the steps before it, for a run that continues from here."""
