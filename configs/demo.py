@@ -42,9 +42,9 @@ def get_config(variant: str = "deperceiver") -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
 
-    config.train.num_steps = 2500
+    config.train.num_steps = 1600
     config.train.eval_every = -1
-    config.train.checkpoint_every = 500
+    config.train.checkpoint_every = 400
     config.eval.batch_size = 40
     return config
 
