@@ -18,8 +18,8 @@ CLASS_HEAD = "class_head"  # a part of the path of every parameter whose meaning
 def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState:
     """New parameters; over them the backbone of `config.model.backbone.weights`, or all of `config.init_from`.
 
-    With init_from, everything must fit, but for a class head that was trained for other classes: that one starts anew.
-    Raises UserError when both are given, when there is nothing to read, or when it does not fit.
+    With init_from, everything must fit, but for a class head that was trained for other classes: that one starts anew,
+    and a line says so. Raises UserError when both are given, when there is nothing to read, or when it does not fit.
     """
     weights = config.model.backbone.weights
     if weights and config.init_from:
@@ -28,16 +28,32 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
         stored = find_detector(Path(config.init_from).expanduser())
         arrays = load_params(stored.items)
         expected = {**plan.abstract.params, **plan.abstract.frozen}
-        if read_classes(stored.directory / CLASSES) != classes:
+        if reason := other_classes(read_classes(stored.directory / CLASSES), classes):
             arrays = {path: x for path, x in arrays.items() if CLASS_HEAD not in path}
             expected = {path: x for path, x in expected.items() if CLASS_HEAD not in path}
         require_same_arrays(expected, {path: x.shape for path, x in arrays.items()}, stored.items)
+        if jax.process_index() == 0:
+            kept = f"all but the class head, which starts anew: {reason}" if reason else "everything"
+            print(f"Starting from {stored.items}: {kept}.", flush=True)
         return replace_arrays(plan.initialize(), arrays, origin=str(stored.items))
     if weights:
         path = Path(weights).expanduser()
         shapes = {name: x.shape for name, x in {**plan.abstract.params, **plan.abstract.frozen}.items()}
         return replace_arrays(plan.initialize(), load_backbone(path, shapes), origin=str(path))
     return plan.initialize()
+
+
+def other_classes(stored: ClassMap, classes: ClassMap) -> str:
+    """Why the class head of a detector for `stored` does not fit `classes`; empty when each of them is in its slot."""
+    if stored.num_slots != classes.num_slots:
+        return f"it has {stored.num_slots} class slots, and this data has {classes.num_slots}"
+    theirs = dict(zip(stored.slots, stored.names, strict=True))
+    for slot, name in zip(classes.slots, classes.names, strict=True):
+        if slot not in theirs:
+            return f"it has no class in slot {slot}, which is {name!r} here"
+        if theirs[slot] != name:
+            return f"its slot {slot} is {theirs[slot]!r}, and {name!r} here"
+    return ""
 
 
 def describe_run(config: ConfigDict, state: TrainState, num_images: int, batches, steps: range) -> str:
