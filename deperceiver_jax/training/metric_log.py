@@ -11,6 +11,7 @@ Training lines are means over the steps since the line before; `lr` is the last 
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -60,7 +61,8 @@ class MetricLog:
         """Measures speed from the next step on: the first one mostly compiles."""
         self.clock, self.clock_step = None, self.step
         if self.writes and sys.stderr.isatty():
-            self.bar = tqdm(initial=self.step, total=self.num_steps, dynamic_ncols=True, leave=False)
+            start = self._bar_format("")
+            self.bar = tqdm(initial=self.step, total=self.num_steps, bar_format=start, dynamic_ncols=True, leave=False)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -79,16 +81,14 @@ class MetricLog:
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
         if self.bar is not None:
-            self.bar.bar_format = (
-                f"{{percentage:3.0f}}%|{{bar}}| {{n_fmt}}/{{total_fmt}} {self._text(metrics, brief=True)}"
-            )
+            self.bar.bar_format = self._bar_format(self._text(metrics))
             self.bar.update(1)
         if step % self.log_every == 0 or step == self.num_steps:
             means = {name: value / self.window["count"] for name, value in sums.items()}
             means |= {"lr": metrics["lr"]} | ({"images_per_second": speed} if (speed := self._speed()) else {})
             self._write("train", means)
             if self.writes and self.bar is None:
-                print(f"step {step}/{self.num_steps}  {self._text(means, brief=False)}", flush=True)
+                print(f"step {step}/{self.num_steps}  {self._text(means)}  {self._speed_text()}", flush=True)
             self.window = {"count": 0, "sums": {}}
             self.clock, self.clock_step = time.perf_counter(), step
 
@@ -127,13 +127,18 @@ class MetricLog:
         images = (self.step - self.clock_step) * self.batch_size
         return images / (time.perf_counter() - self.clock) if images else None
 
-    def _text(self, metrics: Mapping[str, float], *, brief: bool) -> str:
+    def _speed_text(self) -> str:
+        return f"{speed:.3g} images/s" if (speed := self._speed()) else "compiling"
+
+    def _text(self, metrics: Mapping[str, float]) -> str:
         names = ["loss", *(name for name in SHOWN if name in metrics)]
-        values = " ".join(f"{name.removeprefix('loss_')} {metrics[name]:.4g}" for name in names)
-        speed = f"{speed:.3g} images/s" if (speed := self._speed()) else "compiling"
-        return (
-            f"[{{elapsed}}<{{remaining}}, {speed}] {values}" if brief else f"{values}  lr {metrics['lr']:.3g}  {speed}"
-        )
+        return " ".join(f"{name.removeprefix('loss_')} {metrics[name]:.3g}" for name in names)
+
+    def _bar_format(self, text: str) -> str:
+        """tqdm's template. A terminal of 80 columns has room for the numbers or for a bar."""
+        bar = "|{bar}|" if shutil.get_terminal_size().columns >= 100 else ""
+        times = f"[{{elapsed}}<{{remaining}}, {self._speed_text()}]"
+        return f"{{percentage:3.0f}}%{bar} {{n_fmt}}/{{total_fmt}} {times} {text}"
 
     def _write(self, split: str, metrics: Mapping[str, float]) -> None:
         if not self.writes:
