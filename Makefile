@@ -18,7 +18,7 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/python train.py --config=configs/demo.py:deperceiver --workdir=$(RUN)
 	$(BIN)/python eval.py --workdir=$(RUN) --checkpoint=latest
-	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png
+	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png --score_threshold=0.4
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

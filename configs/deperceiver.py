@@ -67,7 +67,7 @@ def model() -> ConfigDict:
     m.encoder.num_latents = 2048  # the paper's text; its code and its figure 2 used 1024
     m.encoder.latent_dim = 256
     m.encoder.latent_init = "normal"  # normal | truncated_normal (cut at 2 standard deviations)
-    m.encoder.latent_scale = 1.0  # standard deviation
+    m.encoder.latent_scale = 1.0  # standard deviation (before the cut)
     m.encoder.num_blocks = 3
     m.encoder.layers_per_block = 6
     m.encoder.share_blocks = True  # the same layers in every block

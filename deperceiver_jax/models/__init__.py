@@ -1,7 +1,5 @@
 """The detectors, by name, and how a config becomes one."""
 
-import inspect
-
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
@@ -9,6 +7,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deperceiver import DePerceiver
 from deperceiver_jax.models.detr import DETR
+from deperceiver_jax.models.parts import build_part
 
 DETECTORS = {"deperceiver": DePerceiver, "detr": DETR}
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -26,9 +25,5 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
         raise UserError(f"config.model.name is {name!r}; the detectors are {', '.join(DETECTORS)}.")
     if config.precision not in _COMPUTE_TYPES:
         raise UserError(f"config.precision is {config.precision!r}; it can be {' or '.join(_COMPUTE_TYPES)}.")
-    fields = set(inspect.signature(DETECTORS[name].__init__).parameters) - {"self", "dtype", "rngs"}
-    if fields != set(model):
-        different = ", ".join(sorted(fields ^ set(model)))
-        raise UserError(f"config.model does not fit {name}: {different} is missing or unknown.")
     model["backbone"].pop("weights")
-    return DETECTORS[name](**model, dtype=_COMPUTE_TYPES[config.precision], rngs=rngs)
+    return build_part(DETECTORS[name], "config.model", model, dtype=_COMPUTE_TYPES[config.precision], rngs=rngs)

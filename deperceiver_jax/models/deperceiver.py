@@ -12,6 +12,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.anchors import cell_places
 from deperceiver_jax.models.heads import PredictionHeads
 from deperceiver_jax.models.linear import linear, split_key
+from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
 from deperceiver_jax.models.position_encoding import PositionEncoding
 from deperceiver_jax.models.resnet import ResNet
@@ -31,39 +32,43 @@ class TokenLevels(nnx.Module):
         channels: dict[int, int],
         *,
         strides: tuple[int, ...],
-        embed_dim: int,
+        width: int,
         position: dict,
-        levels: dict,
+        embedding: str,
+        embed_dim: int,
+        group_norm: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
-        if levels["embedding"] not in ("concat", "add"):
-            raise UserError(f"config.model.levels.embedding is {levels['embedding']!r}; it can be concat or add.")
-        if position["use"] not in ("add", "keys", "concat"):
-            raise UserError(f"config.model.position.use is {position['use']!r}; it can be add, keys or concat.")
+        """`width` is that of the tokens before positions are concatenated; `embed_dim` the embedding's part of it."""
+        if embedding not in ("concat", "add"):
+            raise UserError(f"config.model.levels.embedding is {embedding!r}; it can be concat or add.")
+        use, position = position["use"], {name: value for name, value in position.items() if name != "use"}
+        if use not in ("add", "keys", "concat"):
+            raise UserError(f"config.model.position.use is {use!r}; it can be add, keys or concat.")
         several = len(strides) > 1
-        level_dim = levels["embed_dim"] if several and levels["embedding"] == "concat" else 0
+        level_dim = embed_dim if several and embedding == "concat" else 0
         self.strides = tuple(strides)
-        self.use = position["use"]
+        self.use = use
         self.level_dim = level_dim
-        dim = embed_dim - level_dim
+        dim = width - level_dim
         self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in strides])
-        if levels["group_norm"] and dim % 32:
+        if group_norm and dim % 32:
             raise UserError(f"config.model.levels.group_norm needs a width that 32 divides; the levels have {dim}.")
-        norms = [nnx.GroupNorm(dim, 32, epsilon=1e-5, dtype=dtype, rngs=rngs) for _ in strides if levels["group_norm"]]
+        norms = [nnx.GroupNorm(dim, 32, epsilon=1e-5, dtype=dtype, rngs=rngs) for _ in strides if group_norm]
         self.norms = nnx.List(norms)
-        self.position = PositionEncoding(
-            position["encoding"],
-            dim,
-            fourier_bands=position["fourier_bands"],
-            learned_size=position["learned_size"],
-            project_fourier=self.use != "concat",
+        self.position = build_part(
+            PositionEncoding,
+            "config.model.position",
+            position,
+            dim=dim,
+            project_fourier=use != "concat",
             dtype=dtype,
             rngs=rngs,
         )
         tags = (len(strides), level_dim or self.position.dim)
         self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), tags)) if several else None
-        self.token_dim = embed_dim + (self.position.dim if self.use == "concat" else 0)
+        self.token_dim = width + (self.position.dim if self.use == "concat" else 0)
 
     def __call__(self, features: dict[int, Array], pixel_valid: Bool[Array, "B H W"]):
         """(tokens [B,M,token_dim], token_valid [B,M], key_position or None, token_place [B,M,2]).
@@ -121,22 +126,36 @@ class DePerceiver(nnx.Module):
         if relative_boxes and not decoder["anchors"]:
             raise UserError("config.model.relative_boxes needs config.model.decoder.anchors, which is off.")
         self.relative_boxes = relative_boxes
-        self.backbone = ResNet(**backbone, strides=tuple(strides), dtype=dtype, rngs=rngs)
-        self.levels = TokenLevels(
-            self.backbone.channels,
+        self.backbone = build_part(
+            ResNet, "config.model.backbone", backbone, strides=tuple(strides), dtype=dtype, rngs=rngs
+        )
+        self.levels = build_part(
+            TokenLevels,
+            "config.model.levels",
+            levels,
+            channels=self.backbone.channels,
             strides=strides,
-            embed_dim=embed_dim,
+            width=embed_dim,
             position=position,
-            levels=levels,
             dtype=dtype,
             rngs=rngs,
         )
-        self.encoder = PerceiverEncoder(self.levels.token_dim, **encoder, dropout=dropout, dtype=dtype, rngs=rngs)
-        self.decoder = PerceiverDecoder(
-            embed_dim,
-            encoder["latent_dim"],
-            num_queries,
-            **decoder,
+        self.encoder = build_part(
+            PerceiverEncoder,
+            "config.model.encoder",
+            encoder,
+            token_dim=self.levels.token_dim,
+            dropout=dropout,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decoder = build_part(
+            PerceiverDecoder,
+            "config.model.decoder",
+            decoder,
+            dim=embed_dim,
+            latent_dim=encoder["latent_dim"],
+            num_queries=num_queries,
             latents_have_places=encoder["anchors"],
             dtype=dtype,
             rngs=rngs,

@@ -278,21 +278,38 @@ class PerceiverDecoder(nnx.Module):
         num_queries: int,
         *,
         num_layers: int,
-        query_scale: float,
+        self_attention: bool,
+        self_attention_value: str,
+        residual: str,
         final_norm: bool,
+        cross_heads: int,
+        self_heads: int,
+        mlp_ratio: float,
+        dropout: float,
         anchors: bool,
         anchor_width: float,
+        query_scale: float,
         latents_have_places: bool,
         dtype,
         rngs: nnx.Rngs,
-        **layer,
     ):
         gaussian_width = anchor_width if anchors and latents_have_places else None
         self.anchors = Anchors(num_queries) if anchors else None
         self.query_position = nnx.Param(nnx.initializers.normal(query_scale)(rngs.params(), (num_queries, dim)))
         self.layers = LayerStack(
             lambda rngs: PerceiverDecoderLayer(
-                dim, latent_dim, gaussian_width=gaussian_width, dtype=dtype, rngs=rngs, **layer
+                dim,
+                latent_dim,
+                self_attention=self_attention,
+                self_attention_value=self_attention_value,
+                residual=residual,
+                cross_heads=cross_heads,
+                self_heads=self_heads,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                gaussian_width=gaussian_width,
+                dtype=dtype,
+                rngs=rngs,
             ),
             num_layers,
             rngs=rngs,
