@@ -3,8 +3,11 @@
 import json
 import os
 import pickle
+import re
+import shlex
 import signal
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,15 +15,18 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+import eval as eval_program
 import predict as predict_program
 import train as train_program
 from configs import deperceiver, detr
+from deperceiver_jax import export_weights as export_program
 from deperceiver_jax import import_weights as program
 from deperceiver_jax import load_detector
-from deperceiver_jax.command_line import run
+from deperceiver_jax.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.checkpoint import find_detector, load_params
+from deperceiver_jax.training.workdir import flat_fields
 from deperceiver_jax.weights import to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import LAYOUTS, NameRules, resnet_rules
 from deperceiver_jax.weights.seeded import seeded_state_dict
@@ -337,3 +343,20 @@ def test_fine_tuning(tmp_path, three_classes, capsys):
     entries = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert len(entries) == 8 * 7
     assert {(e["category_id"], e["category_name"]) for e in entries} <= {(5, "cup"), (9, "plate"), (12, "spoon")}
+
+
+def test_the_guides_commands_exist():
+    """Programs, config files, variants and fields of docs/finetuning.md."""
+    text = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
+    programs = {"train.py": train_program, "predict.py": predict_program, "eval.py": eval_program}
+    programs |= {"import_weights": program, "export_weights": export_program}
+    assert len(commands) == 10
+    for command in commands:
+        name = command[2].split(".")[-1] if command[1] == "-m" else command[1]
+        _, rest = parse_flags([name, *command[3 if command[1] == "-m" else 2 :]], programs[name].define_flags, "")
+        assert has_config_file(rest) == (name in ("train.py", "import_weights"))
+        if has_config_file(rest):
+            parse_config(rest)
+    for field in re.findall(r"--config\.([\w.]+)=", text):
+        assert field in flat_fields(detr.get_config("r50")), field
