@@ -1,11 +1,17 @@
 """Multi-head attention, the only dense attention of every detector here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.linear import dropout, linear, xavier_uniform_init
+
+# Attention matrices of at least so many entries a head are computed again in the backward pass instead of kept: the 18
+# self-attentions of 2048 latents would keep about 7 GB an image in float32.
+RECOMPUTED_FROM = 2**20
 
 
 def dense_attention(
@@ -84,13 +90,15 @@ class MultiHeadAttention(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B Q out_dim"]:
         """`key_valid` is False on padding; `bias` is added to the scaled logits. Dropout is on the probabilities."""
-        attended = dense_attention(
+        attend = functools.partial(dense_attention, dropout_rate=self.dropout)
+        if query_in.shape[1] * key_in.shape[1] >= RECOMPUTED_FROM:
+            attend = jax.checkpoint(attend)
+        attended = attend(
             self._split_heads(self.query(query_in)),
             self._split_heads(self.key(key_in)),
             self._split_heads(self.value(value_in)),
             key_valid,
             bias,
-            dropout_rate=self.dropout,
             dropout_key=dropout_key,
         )
         batch, _, length, _ = attended.shape
