@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png --score_threshold=0.4
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --dist=loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
