@@ -17,7 +17,7 @@ from deperceiver_jax.command_line import parse_flags, run
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.load import load_for_command
 from deperceiver_jax.training.workdir import flat_fields
-from deperceiver_jax.weights.name_rules import LAYOUTS, WRAPPERS, official_buffers, to_torch
+from deperceiver_jax.weights.name_rules import LAYOUTS, WRAPPERS, official_buffers, to_torch, with_copies
 from deperceiver_jax.weights.torch_writer import ENDINGS, write_state_dict
 
 # Fields of config.model that the published code has no switch for, or not by name of a parameter: with another value
@@ -48,6 +48,7 @@ FIXED_IN_PUBLISHED_CODE = {
         "position.decoder": "attention",
         "decoder.query_position": "attention",
     },
+    "deformable_detr": {"no_object_logit": False, "backbone.norm": "frozen_batch_norm"},
 }
 
 
@@ -75,7 +76,8 @@ def main(argv: list[str]) -> None:
     if name not in LAYOUTS[values.layout]:
         raise UserError(f"--layout: {values.layout} has no names for {name}.")
 
-    state = to_torch(loaded.arrays, LAYOUTS[values.layout][name](config.model))
+    rules = LAYOUTS[values.layout][name](config.model)
+    state = with_copies(to_torch(loaded.arrays, rules), rules)
     if values.layout == "official":
         state |= official_buffers(config)
     write_state_dict(output, state, wrapper=WRAPPERS[name])

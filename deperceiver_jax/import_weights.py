@@ -37,6 +37,7 @@ from deperceiver_jax.weights.name_rules import (
     LAYOUTS,
     NameRules,
     backbone_from_torch,
+    copies_of,
     from_torch,
     is_only_a_backbone,
     layout_of,
@@ -164,10 +165,12 @@ def import_detector(
     queries = {} if QUERIES not in names else changed_queries(state, names[QUERIES][0], theirs)
     new |= queries
     left_out = {name for path in new for name in names[path]}
+    left_out |= copies_of(left_out, rules).keys()
     if allow_leftovers:
         absent = {path for path in names.keys() - new.keys() if any(name not in state for name in names[path])}
         new |= dict.fromkeys(sorted(absent), "it is not in the file")
         known = left_out | {name for path in names.keys() - new.keys() for name in names[path]}
+        known |= copies_of(known, rules).keys()
         unknown = [n for n in state if n not in known and not any(re.search(p, n) for p in rules.ignored)]
         notes += [f"Passed over: {name}, for which this model has no place." for name in unknown]
         left_out |= set(unknown)

@@ -38,6 +38,7 @@ class Predictions(NamedTuple):
 
     logits: Float[Array, "L B Q C"]
     boxes: Float[Array, "L B Q 4"]  # cxcywh in [0, 1] of the unpadded image
+    proposals: "Predictions | None" = None  # of a two-stage detector: L = 1, Q = tokens, logit 0 for any object
 
 
 class Assignment(NamedTuple):

@@ -32,18 +32,45 @@ def set_loss(
     the cross-entropy see SoftmaxNoObject.normalizer. Where `batch` is a part of a batch gone through in several parts,
     `whole` is that batch: it normalises in its place, so that losses and gradients of the parts add up to the whole's.
     Source: DETR's SetCriterion.
+
+    Proposals of a two-stage detector are matched with all boxes as class slot 0 and trained with the same weights, as
+    one more layer whose terms end in _enc; like these they need `config.loss.auxiliary`. Source: Deformable DETR.
     """
     classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
+    proposals = predictions.proposals if config.loss.auxiliary else None
+    predictions = predictions._replace(proposals=None)
     if not config.loss.auxiliary:
-        predictions = Predictions(*(array[-1:] for array in predictions))
-    predictions = Predictions(*(array.astype(jnp.float32) for array in predictions))
+        predictions = jax.tree.map(lambda array: array[-1:], predictions)
+    whole_valid = (batch if whole is None else whole).box_valid
+    shared = dict(classification=classification, config=config, mesh=mesh, whole_valid=whole_valid)
+    weighted, assignment, target_labels = _layer_losses(predictions, batch, **shared)
+    total = sum((weight * jnp.sum(layers) for weight, layers in weighted.values()), jnp.float32(0))
+    terms = {name: layers[-1] for name, (_, layers) in weighted.items()}
+    for layer in range(predictions.logits.shape[0] - 1):
+        terms |= {f"{name}_{layer}": layers[layer] for name, (_, layers) in weighted.items()}
+    if proposals is not None:
+        any_object = batch._replace(labels=jnp.zeros_like(batch.labels))
+        weighted, _, _ = _layer_losses(proposals, any_object, **shared)
+        total += sum(weight * layers[0] for weight, layers in weighted.values())
+        terms |= {f"{name}_enc": layers[0] for name, (_, layers) in weighted.items()}
+    terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
+    terms["num_boxes"] = _num_boxes(whole_valid)
+    terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
+    return total, jax.lax.stop_gradient(terms)
+
+
+def _num_boxes(whole_valid):
+    return jnp.maximum(jnp.sum(whole_valid, dtype=jnp.float32), 1.0)
+
+
+def _layer_losses(predictions: Predictions, batch: Batch, *, classification, config, mesh: Mesh, whole_valid):
+    """{name: (weight, loss of each layer)} with the matching and the labels of queries that they were made from."""
+    predictions = jax.tree.map(lambda array: array.astype(jnp.float32), predictions)
     cost = matching_cost(predictions, batch, classification, config.matcher)
     assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
-    whole_valid = (batch if whole is None else whole).box_valid
-    num_boxes = jnp.maximum(jnp.sum(whole_valid, dtype=jnp.float32), 1.0)
-
-    weighted = {}  # name: (weight, loss of each layer)
+    num_boxes = _num_boxes(whole_valid)
+    weighted = {}
     if config.loss.weight_class:
         normalizer = classification.normalizer(whole_valid, predictions.logits.shape[2])
         loss_class = classification.loss(predictions.logits, target_labels, normalizer)
@@ -54,15 +81,7 @@ def set_loss(
     if config.loss.weight_giou:
         loss_giou = giou_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
         weighted["loss_giou"] = (config.loss.weight_giou, loss_giou)
-
-    total = sum((weight * jnp.sum(layers) for weight, layers in weighted.values()), jnp.float32(0))
-    terms = {name: layers[-1] for name, (_, layers) in weighted.items()}
-    for layer in range(predictions.logits.shape[0] - 1):
-        terms |= {f"{name}_{layer}": layers[layer] for name, (_, layers) in weighted.items()}
-    terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
-    terms["num_boxes"] = num_boxes
-    terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
-    return total, jax.lax.stop_gradient(terms)
+    return weighted, assignment, target_labels
 
 
 def labels_of_queries(assignment: Assignment, labels: Int32[Array, "B N"], num_queries: int) -> Int32[Array, "L B Q"]:

@@ -5,11 +5,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.deformable_detr import DeformableDETR
 from deperceiver_jax.models.deperceiver import DePerceiver
 from deperceiver_jax.models.detr import DETR
 from deperceiver_jax.models.parts import build_part
 
-DETECTORS = {"deperceiver": DePerceiver, "detr": DETR}
+DETECTORS = {"deperceiver": DePerceiver, "detr": DETR, "deformable_detr": DeformableDETR}
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

@@ -118,7 +118,7 @@ class MultiScaleDeformableAttention(nnx.Module):
     ) -> Float[Array, "B Q D"]:
         """Points lie at reference + offset * offset_scale, (x, y) of each padded map; padded tokens read as zeros.
 
-        The scale is one cell, (1 / width, 1 / height), around a point, and half a box's size over `num_points` in a box.
+        The scale is one cell, (1 / width, 1 / height), around a point, and in a box half its size over `num_points`.
         """
         batch, num_queries, _ = query.shape
         num_levels, num_points = self.num_levels, self.num_points

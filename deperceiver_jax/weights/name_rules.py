@@ -6,7 +6,7 @@ without a name and a name without a parameter are errors.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,10 +61,14 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class NameRules:
-    """A family's table, and the official names that are nobody's parameter (regular expressions)."""
+    """A family's table, and the official names that are nobody's parameter (regular expressions).
+
+    `copies`: (regular expression of a name, name that the official state dict has for the same array once more).
+    """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 class LoadReport(NamedTuple):
@@ -82,14 +86,24 @@ def from_torch(
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
     """{our path: array} of a whole state dict, for a model whose paths have these `shapes`.
 
-    Raises UserError, naming `source` and the parameters, for names that are missing, left over or of another shape.
+    Raises UserError, naming `source` and the parameters, for names that are missing, left over or of another shape,
+    and for copies that differ from what they are copies of. Copies may be missing.
     """
     entries = _entries(shapes, rules)
     known = {name for _, _, names in entries for name in names}
-    ignored = [name for name in state if name not in known and any(re.search(p, name) for p in rules.ignored)]
+    copies = copies_of(known, rules)
+    ignored = [
+        name
+        for name in state
+        if name not in known and (name in copies or any(re.search(p, name) for p in rules.ignored))
+    ]
     _refuse(source, "lacks", [name for name in sorted(known) if name not in state], "which this model needs")
     leftovers = [name for name in state if name not in known and name not in set(ignored)]
     _refuse(source, "holds", leftovers, "which this model does not have")
+    different = [
+        copy for copy, name in copies.items() if copy in state and not np.array_equal(state[copy], state[name])
+    ]
+    _refuse(source, "holds", different, "which should be copies of other arrays but differ from them")
 
     arrays = {}
     for path, rule, names in entries:
@@ -105,7 +119,7 @@ def from_torch(
 
 
 def to_torch(arrays: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:
-    """The official state dict of {our path: array}, from which `from_torch` gives the same arrays back."""
+    """The official state dict of {our path: array}, without copies; `from_torch` gives the same arrays back."""
     parts = {}  # name: {third or None: array in their layout}
     for path, rule, names in _entries({path: np.shape(array) for path, array in arrays.items()}, rules):
         layers = [arrays[path]] if rule.first_layer is None else arrays[path]
@@ -115,6 +129,21 @@ def to_torch(arrays: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np
         if set(theirs) not in ({None}, {0, 1, 2}):
             raise ValueError(f"{name} is put together from the thirds {sorted(theirs)} only.")
     return {name: np.concatenate([theirs[third] for third in sorted(theirs)]) for name, theirs in parts.items()}
+
+
+def copies_of(names: Iterable[str], rules: NameRules) -> dict[str, str]:
+    """{copy: the one of `names` whose array it repeats}."""
+    found = {}
+    for name in names:
+        for pattern, copy in rules.copies:
+            if match := re.fullmatch(pattern, name):
+                found[match.expand(copy)] = name
+    return found
+
+
+def with_copies(state: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:
+    """What `to_torch` gives, with the arrays that the official state dict holds more than once."""
+    return {**state, **{copy: state[name] for copy, name in copies_of(state, rules).items()}}
 
 
 def load_torch_state(
@@ -130,8 +159,9 @@ def load_torch_state(
 
 
 def to_torch_state(module: nnx.Module, rules: NameRules) -> dict[str, np.ndarray]:
-    """The official state dict of `module`: what `load_torch_state` would load to get it."""
-    return to_torch({path: np.asarray(variable.get_value()) for path, variable in _variables(module).items()}, rules)
+    """The official state dict of `module`, copies and all: what `load_torch_state` would load to get it."""
+    arrays = {path: np.asarray(variable.get_value()) for path, variable in _variables(module).items()}
+    return with_copies(to_torch(arrays, rules), rules)
 
 
 def torch_shapes(module: nnx.Module, rules: NameRules) -> dict[str, tuple[int, ...]]:
@@ -300,6 +330,75 @@ def detr_rules(model: ConfigDict) -> NameRules:
     return NameRules(tuple(rules), _NOT_PARAMETERS)
 
 
+def _deformable_attention_rules(ours: str, theirs: str) -> list[Rule]:
+    names = {"value": "value_proj", "out": "output_proj"}
+    layers = ("value", "out", "sampling_offsets", "attention_weights")
+    return [r for a in layers for r in _linear_rules(f"{ours}/{a}", f"{theirs}.{names.get(a, a)}", 0)]
+
+
+def _deformable_transformer_rules() -> list[Rule]:
+    """The decoder attends to itself first, but its norms are numbered as if it did so second."""
+    rules = []
+    for half, norms in (
+        ("encoder", ("attention_norm", "mlp_norm")),
+        ("decoder", ("cross_attention_norm", "self_attention_norm", "mlp_norm")),
+    ):
+        ours, theirs = f"{half}/layers/layers", f"transformer.{half}.layers.{{layer}}"
+        for number, norm in enumerate(norms, start=1):
+            rules += _norm_rules(f"{ours}/{norm}", f"{theirs}.norm{number}", 0)
+        for layer in (0, 1):
+            rules += _linear_rules(f"{ours}/mlp/layers/{layer}", f"{theirs}.linear{layer + 1}", 0)
+    decoder = "transformer.decoder.layers.{layer}"
+    return [
+        *rules,
+        *_deformable_attention_rules("encoder/layers/layers/attention", "transformer.encoder.layers.{layer}.self_attn"),
+        *_torch_attention_rules("decoder/layers/layers/self_attention", f"{decoder}.self_attn", 0),
+        *_deformable_attention_rules("decoder/layers/layers/cross_attention", f"{decoder}.cross_attn"),
+    ]
+
+
+def _deformable_head_rules(ours: str, number: str, first_layer=None) -> list[Rule]:
+    return [
+        *_linear_rules(f"{ours}class_head/linear", f"class_embed.{number}", first_layer),
+        *_linear_rules(rf"{ours}box_head/mlp/layers/(\d)", rf"bbox_embed.{number}.layers.\1", first_layer),
+    ]
+
+
+def deformable_detr_rules(model: ConfigDict) -> NameRules:
+    """The released Deformable DETR's names.
+
+    Its state dict repeats the heads: those that all layers share, once a layer; those of refining layers, and of the
+    proposals, under the decoder too. Files of the README's first links hold counts of operations beside parameters.
+    """
+    layers = model.decoder.num_layers
+    rules = [
+        *resnet_rules("backbone/", "backbone.0.body."),
+        *_norm_rules(r"levels/norms/(\d+)", r"input_proj.\1.1"),
+        Rule(r"levels/projections/(\d+)/bias", r"input_proj.\1.0.bias"),
+        Rule("level_embedding", "transformer.level_embed"),
+        *_deformable_transformer_rules(),
+        *_deformable_head_rules("decoder/heads/", "0"),
+        *_deformable_head_rules("decoder/layers/layers/heads/", "{layer}", 0),
+        Rule("queries", "query_embed.weight"),
+        *_linear_rules("reference_points", "transformer.reference_points"),
+        *_linear_rules("proposals/output", "transformer.enc_output"),
+        *_norm_rules("proposals/output_norm", "transformer.enc_output_norm"),
+        *_linear_rules("proposals/query", "transformer.pos_trans"),
+        *_norm_rules("proposals/query_norm", "transformer.pos_trans_norm"),
+        *_deformable_head_rules("proposals/", str(layers)),
+    ]
+    for level in range(len(model.strides) + model.extra_levels):
+        layout = POINTWISE if level < len(model.strides) else CONV
+        rules.append(Rule(f"levels/projections/{level}/kernel", f"input_proj.{level}.0.weight", layout))
+    if model.refine:
+        heads = ("bbox_embed", "class_embed") if model.two_stage else ("bbox_embed",)
+        copies = [(rf"({'|'.join(heads)})\.(.*)", r"transformer.decoder.\1.\2")]
+    else:
+        copies = [(r"(class_embed|bbox_embed)\.0\.(.*)", rf"\1.{layer}.\2") for layer in range(1, layers)]
+    ignored = (*_NOT_PARAMETERS, r"(^|\.)total_(params|ops)$")
+    return NameRules(tuple(rules), ignored, tuple(copies))
+
+
 def _hugging_face_transformer_rules() -> list[Rule]:
     """DETR's encoder and decoder in transformers, which has no pre-norm and hence no norm after the encoder."""
     rules = []
@@ -357,7 +456,11 @@ def _hugging_face_detr_rules(resnet: Callable[[str, str], list[Rule]]) -> NameRu
 
 
 # config.model.name -> the rules of the detector that config.model describes
-FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {"deperceiver": deperceiver_rules, "detr": detr_rules}
+FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {
+    "deperceiver": deperceiver_rules,
+    "detr": detr_rules,
+    "deformable_detr": deformable_detr_rules,
+}
 
 # The same, for each program whose names a file can have: `hugging_face` is transformers with a timm backbone, as the
 # published files are, `hugging_face_resnet` transformers with its own.
@@ -369,7 +472,7 @@ LAYOUTS: dict[str, dict[str, Callable[[ConfigDict], NameRules]]] = {
 
 
 # config.model.name -> the key under which the official programs keep the state dict in a .pth or .ckpt
-WRAPPERS = {"deperceiver": "state_dict", "detr": "model"}
+WRAPPERS = {"deperceiver": "state_dict", "detr": "model", "deformable_detr": "model"}
 
 
 def official_buffers(config: ConfigDict) -> dict[str, np.ndarray]:

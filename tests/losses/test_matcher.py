@@ -312,8 +312,9 @@ def test_a_part_of_weight_zero_cannot_spoil_the_cost():
 
 def test_cost_has_no_gradient_and_is_float32():
     predictions, batch = make_problem(np.random.default_rng(11))
-    half = Predictions(*(array.astype(jnp.bfloat16) for array in predictions))
+    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), predictions)
     cost = jitted_cost(SigmoidFocal(alpha=0.25, gamma=2.0), base().matcher)
     assert cost(half, batch).dtype == jnp.float32
-    for gradient in jax.jit(jax.grad(lambda predictions: jnp.sum(cost(predictions, batch))))(predictions):
+    gradients = jax.jit(jax.grad(lambda predictions: jnp.sum(cost(predictions, batch))))(predictions)
+    for gradient in jax.tree.leaves(gradients):
         assert not gradient.any()

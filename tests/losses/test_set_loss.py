@@ -138,7 +138,7 @@ def test_eight_devices_equal_one(focal, backend, model):
     assert terms_8.keys() == terms.keys()
     for name in terms:
         np.testing.assert_allclose(terms_8[name], terms[name], rtol=1e-6, err_msg=name)
-    for one, eight in zip(gradients, gradients_8, strict=True):
+    for one, eight in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_8), strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-8)
     # Devices exchange sums alone: no device ever sees another's costs, boxes or logits.
     program = compiled.as_text()
@@ -153,7 +153,7 @@ def test_layers_are_matched_on_their_own_and_named():
     (total, terms), _ = make_loss(config)(predictions, batch)
     sum_of_layers = 0
     for layer, suffix in enumerate(("_0", "_1", "")):
-        one = Predictions(*(array[layer : layer + 1] for array in predictions))
+        one = jax.tree.map(lambda array, layer=layer: array[layer : layer + 1], predictions)
         (total_of_layer, terms_of_layer), _ = make_loss(config)(one, batch)
         sum_of_layers += total_of_layer
         for name in ("loss_ce", "loss_bbox", "loss_giou"):
@@ -167,11 +167,11 @@ def test_auxiliary_off_trains_the_last_layer_alone():
     config.loss.auxiliary = False
     (total, terms), gradients = make_loss(config)(predictions, batch)
     assert not [name for name in terms if name.endswith(("_0", "_1"))]
-    last = Predictions(*(array[-1:] for array in predictions))
+    last = jax.tree.map(lambda array: array[-1:], predictions)
     config.loss.auxiliary = True
     (total_of_last, _), _ = make_loss(config)(last, batch)
     assert total == total_of_last
-    for gradient in gradients:
+    for gradient in jax.tree.leaves(gradients):
         assert not gradient[:-1].any() and gradient[-1].any()
 
 
@@ -182,7 +182,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(focal):
     (total, terms), gradients = make_loss(config)(predictions, batch)
     sums, gradients_of_parts = {}, []
     for part in (slice(0, 4), slice(4, 8)):
-        some = Predictions(*(array[:, part] for array in predictions))
+        some = jax.tree.map(lambda array, part=part: array[:, part], predictions)
         (_, found), gradient = make_loss(config)(some, Batch(*(array[part] for array in batch)), whole=batch)
         assert found["num_boxes"] == terms["num_boxes"]
         sums = {name: sums.get(name, 0) + value for name, value in found.items()}
@@ -190,9 +190,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(focal):
     for name, value in terms.items():
         if name.startswith(("loss", "surplus")):
             np.testing.assert_allclose(sums[name], value, rtol=2e-6, err_msg=name)
-    for found, expected in zip(
-        jax.tree.map(lambda *x: jnp.concatenate(x, 1), *gradients_of_parts), gradients, strict=True
-    ):
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *gradients_of_parts)
+    for found, expected in zip(jax.tree.leaves(joined), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -239,7 +238,7 @@ def test_boxes_without_area_give_no_nan():
     batch = batch._replace(boxes=targets, box_valid=box_valid)
     (total, terms), gradients = make_loss(make_config(7))(Predictions(predictions.logits, points), batch)
     assert np.isfinite(total) and all(np.isfinite(value) for value in terms.values())
-    for gradient in gradients:
+    for gradient in jax.tree.leaves(gradients):
         assert np.isfinite(gradient).all()
 
 
@@ -260,9 +259,9 @@ def test_labels_of_queries():
 
 def test_bfloat16_predictions_give_float32_losses():
     predictions, batch = random_problem(np.random.default_rng(8))
-    half = Predictions(*(array.astype(jnp.bfloat16) for array in predictions))
+    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), predictions)
     (total, terms), gradients = make_loss(make_config(7))(half, batch)
-    wide = Predictions(*(array.astype(jnp.float32) for array in half))
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), half)
     (total_of_wide, _), _ = make_loss(make_config(7))(wide, batch)
     assert total.dtype == jnp.float32 and all(value.dtype == jnp.float32 for value in terms.values())
     assert gradients.boxes.dtype == jnp.bfloat16

@@ -1,0 +1,85 @@
+"""Deformable DETR: transformers that look at a few points of several feature maps.
+
+Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection" (arXiv:2010.04159), the recipe of
+its released code:
+
+    python train.py --config=configs/deformable_detr.py:r50 --workdir=runs/deformable --config.data.directory=/data/coco
+
+50 epochs of COCO in batches of 32, learning rate dropped after 40. The released models (COCO val2017) have AP 39.4
+(r50_single_scale), 41.5 (r50_single_scale_dc5), 44.5 (r50), 46.2 (r50_refine) and 46.9 (r50_two_stage). All figures are
+the released code's, not measured with this code.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
+
+
+def get_config(variant: str = "r50") -> ConfigDict:
+    """One of VARIANTS: one level or four, boxes refined layer by layer or not, queries learned or proposed."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/deformable_detr.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
+    config = base()
+    config.model = model()
+    if variant.startswith("r50_single_scale"):
+        config.model.strides = (32,)
+        config.model.extra_levels = 0
+    if variant == "r50_single_scale_dc5":
+        config.model.strides = (16,)
+        config.model.backbone.dilation = True
+    config.model.refine = variant in ("r50_refine", "r50_two_stage")
+    config.model.two_stage = variant == "r50_two_stage"
+
+    config.data.batch_size = 32
+    config.loss.classification = "sigmoid_focal"
+    config.loss.weight_class = 2.0
+    config.matcher.cost_class = 2.0
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.drop_epochs = (40,)
+    config.optimizer.groups = ConfigDict(
+        {
+            "backbone": {"pattern": r"^backbone/", "multiplier": 0.1},
+            "points": {"pattern": r"(^|/)(reference_points|sampling_offsets)/", "multiplier": 0.1},
+            "rest": {"pattern": r"^(?!backbone/)(?!(.*/)?(reference_points|sampling_offsets)/)", "multiplier": 1.0},
+        }
+    )
+    config.train.num_epochs = 50
+    return config
+
+
+def model() -> ConfigDict:
+    """The published multi-scale model without refinement; the slides' ablations are other values of these fields."""
+    m = ConfigDict()
+    m.name = "deformable_detr"
+    m.num_classes = 91  # class slots; train.py sets it from the data set
+    m.no_object_logit = False  # the focal loss asks of every class on its own
+    m.num_queries = 300  # and proposals, with two stages
+    m.embed_dim = 256  # width of tokens and queries; a multiple of 32
+    m.dropout = 0.1  # attention probabilities among queries, sublayer outputs, inside the MLP
+    m.refine = False  # each decoder layer corrects the boxes of the one before
+    m.two_stage = False  # the best proposals of the encoder are the queries; needs refine
+    m.strides = (8, 16, 32)  # of the backbone's feature maps that become levels
+    m.extra_levels = 1  # further levels, each of half the size, below the last
+
+    m.backbone = ConfigDict()
+    m.backbone.depth = 50  # 18 | 34 | 50 | 101
+    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
+    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
+    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
+    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
+    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+
+    m.encoder = ConfigDict()
+    m.encoder.num_layers = 6
+    m.encoder.num_heads = 8
+    m.encoder.num_points = 4  # of each head and level
+    m.encoder.mlp_dim = 1024
+
+    m.decoder = ConfigDict()
+    m.decoder.num_layers = 6
+    m.decoder.num_heads = 8
+    m.decoder.num_points = 4
+    m.decoder.mlp_dim = 1024
+    return m

@@ -1,0 +1,82 @@
+"""Two-stage detection: every token of the memory proposes a box, and the best proposals become the queries.
+
+Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), section 4.2, and its released code.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.deformable_transformer import Pyramid
+from deperceiver_jax.models.heads import BoxHead, ClassHead
+from deperceiver_jax.models.linear import layer_norm, linear, xavier_uniform_init
+from deperceiver_jax.structures import Predictions
+
+
+def token_boxes(pyramid: Pyramid) -> tuple[Float[Array, "B S 4"], Bool[Array, "B S"]]:
+    """The box that each token starts from (cxcywh of the valid area): its own place, 0.05 * 2^level wide and high.
+
+    Valid are those of real tokens whose four numbers all lie inside (0.01, 0.99).
+    """
+    sizes = [
+        jnp.full((1, height * width, 2), 0.05 * 2.0**level) for level, (height, width) in enumerate(pyramid.level_sizes)
+    ]
+    size = jnp.broadcast_to(jnp.concatenate(sizes, axis=1), pyramid.place.shape)
+    boxes = jnp.concatenate([pyramid.place, size], axis=-1)
+    return boxes, pyramid.token_valid & jnp.all((boxes > 0.01) & (boxes < 0.99), axis=-1)
+
+
+def box_encoding(boxes: Float[Array, "B Q 4"], dim: int) -> Float[Array, "B Q 4*dim"]:
+    """`dim` interleaved sines and cosines of 2 pi times each of the four numbers, as of positions in an image."""
+    angle = 2 * jnp.pi * boxes[..., None] / 10000.0 ** (2 * (jnp.arange(dim) // 2) / dim)[None, None, None]
+    waves = jnp.where(jnp.arange(dim) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+    return waves.reshape(*boxes.shape[:2], 4 * dim)
+
+
+class Proposals(nnx.Module):
+    """Memory -> a score and a box for every token; the best of them -> queries."""
+
+    def __init__(self, dim: int, num_logits: int, *, num_proposals: int, dtype, rngs: nnx.Rngs):
+        def layer(width):
+            return linear(width, width, kernel_init=xavier_uniform_init(width, width), dtype=dtype, rngs=rngs)
+
+        self.num_proposals = num_proposals
+        self.output = layer(dim)
+        self.output_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.query = layer(2 * dim)
+        self.query_norm = layer_norm(2 * dim, dtype=dtype, rngs=rngs)
+        self.class_head = ClassHead(dim, num_logits, rngs=rngs)
+        self.box_head = BoxHead(dim, rngs=rngs)
+        self.class_head.linear.bias[...] = jnp.full(num_logits, -math.log(99))
+        for parameter in (self.box_head.mlp.layers[-1].kernel, self.box_head.mlp.layers[-1].bias):
+            parameter[...] = jnp.zeros_like(parameter[...])
+
+    def __call__(
+        self, memory: Float[Array, "B S D"], pyramid: Pyramid
+    ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
+        """(Predictions [1, B, S, ...] of all tokens, content and position of the queries, their reference boxes).
+
+        The score is the logit of class slot 0, which the encoder's loss trains to mean any object; the other logits are
+        trained to stay low. References have no gradient. Invalid tokens propose the whole frame, (1, 1, 1, 1).
+        """
+        num_tokens = memory.shape[1]
+        if num_tokens < self.num_proposals:
+            raise UserError(
+                f"config.model.num_queries is {self.num_proposals}, more than the {num_tokens} tokens that an image of "
+                "this size has to propose boxes."
+            )
+        start, valid = token_boxes(pyramid)
+        start = jnp.where(valid[..., None], start, 0.5)  # a finite logarithm, not used
+        start_logit = jnp.where(valid[..., None], jnp.log(start / (1 - start)), jnp.inf)
+        tokens = self.output_norm(self.output(jnp.where(valid[..., None], memory, 0)))
+        logits = self.class_head(tokens)
+        boxes = jax.nn.sigmoid(self.box_head.mlp(tokens) + start_logit)
+        _, best = jax.lax.top_k(logits[..., 0], self.num_proposals)
+        reference = jax.lax.stop_gradient(jnp.take_along_axis(boxes, best[..., None], axis=1))
+        encoded = box_encoding(reference, memory.shape[-1] // 2).astype(memory.dtype)
+        position, content = jnp.split(self.query_norm(self.query(encoded)), 2, axis=-1)
+        return Predictions(logits=logits[None], boxes=boxes[None]), content, position, reference
