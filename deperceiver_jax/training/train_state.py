@@ -90,7 +90,10 @@ def plan_train_state(build: Callable[[], nnx.Module], config: ConfigDict, schedu
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
     )
-    return Plan(skeleton, optimizer, abstract, jax.jit(new_state, out_shardings=shardings))
+    # This program runs once, so on CPUs it is not worth optimising: that would more than double the time to compile it.
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    initialize = jax.jit(new_state, out_shardings=shardings, compiler_options=quick)
+    return Plan(skeleton, optimizer, abstract, initialize)
 
 
 def inference_arrays(state: TrainState) -> dict[str, Array]:
