@@ -9,10 +9,10 @@ cross-attentions, residuals, several heads, auxiliary losses and the focal loss.
 
 from ml_collections import ConfigDict
 
-from configs import deperceiver
+from configs import deformable_detr, deperceiver, detr
 from configs.base import base
 
-VARIANTS = ("deperceiver",)
+VARIANTS = ("deperceiver", "detr", "deformable_detr")
 
 
 def get_config(variant: str = "deperceiver") -> ConfigDict:
@@ -20,7 +20,11 @@ def get_config(variant: str = "deperceiver") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/demo.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
     config = base()
-    config.model = deperceiver_model()
+    config.model = {"deperceiver": deperceiver_model, "detr": detr_model, "deformable_detr": deformable_detr_model}[
+        variant
+    ]()
+    config.model.no_object_logit = False
+    config.model.backbone.update(depth=18, width=16, norm="group_norm", frozen_stages=0)
 
     config.data.name = "shapes"
     config.data.scales = (88, 96, 104, 112)
@@ -54,10 +58,8 @@ def deperceiver_model() -> ConfigDict:
     m = deperceiver.model()
     m.num_queries = 64
     m.embed_dim = 128
-    m.no_object_logit = False
     m.relative_boxes = True
     m.strides = (8,)
-    m.backbone.update(depth=18, width=16, norm="group_norm", frozen_stages=0)
     m.position.use = "keys"
     m.encoder.update(
         num_latents=64,
@@ -85,4 +87,29 @@ def deperceiver_model() -> ConfigDict:
         anchors=True,
         anchor_width=0.06,
     )
+    return m
+
+
+def detr_model() -> ConfigDict:
+    """DETR at stride 16, two layers each. It needs many more steps than DePerceiver with places does."""
+    m = detr.model()
+    m.num_queries = 64
+    m.embed_dim = 128
+    m.dropout = 0.0
+    m.stride = 16
+    m.encoder.update(num_layers=2, mlp_dim=256)
+    m.decoder.update(num_layers=2, mlp_dim=256)
+    return m
+
+
+def deformable_detr_model() -> ConfigDict:
+    """Deformable DETR on strides 8 and 16, two layers each."""
+    m = deformable_detr.model()
+    m.num_queries = 64
+    m.embed_dim = 128
+    m.dropout = 0.0
+    m.strides = (8, 16)
+    m.extra_levels = 0
+    m.encoder.update(num_layers=2, mlp_dim=256)
+    m.decoder.update(num_layers=2, mlp_dim=256)
     return m

@@ -1,0 +1,35 @@
+"""Every config file and variant builds its detector; parameters all fit the optimiser's groups."""
+
+import importlib
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from deperceiver_jax import build_detector
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.training.optimizer import group_multipliers
+from deperceiver_jax.training.train_state import take_apart
+
+FILES = ("deperceiver", "detr", "deformable_detr", "demo")
+ALL = [(name, variant) for name in FILES for variant in importlib.import_module(f"configs.{name}").VARIANTS]
+
+
+@pytest.mark.parametrize("name, variant", ALL, ids=lambda value: value)
+def test_variant_builds(name, variant):
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    group_multipliers(take_apart(detector)[1], config.optimizer.groups)
+    image = jnp.zeros((1, 128, 160, 3))
+    predictions = nnx.eval_shape(lambda detector: detector(image, jnp.ones((1, 128, 160), bool)), detector)
+    layers, batch, queries, width = predictions.logits.shape
+    assert (batch, queries) == (1, config.model.num_queries)
+    build_classification(config.loss).check_width(width, config.model.num_classes)
+    assert predictions.boxes.shape == (layers, 1, queries, 4)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unknown_variant_lists_the_valid_ones(name):
+    module = importlib.import_module(f"configs.{name}")
+    with pytest.raises(ValueError, match=f"no variant 'r18'; it has {module.VARIANTS[0]}"):
+        module.get_config("r18")
