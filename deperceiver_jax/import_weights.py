@@ -45,9 +45,9 @@ from deperceiver_jax.weights.name_rules import (
     torch_shapes,
 )
 
-QUERIES = "decoder/query_position"
+QUERIES = ("decoder/query_position", "queries")  # the path of the object queries, whichever the family has
 # Parameters whose number of rows the config takes from the file: {path: field of config.model}
-FOLLOWED = {QUERIES: "num_queries", "encoder/latents": "encoder.num_latents"}
+FOLLOWED = {**dict.fromkeys(QUERIES, "num_queries"), "encoder/latents": "encoder.num_latents"}
 
 
 class Imported(NamedTuple):
@@ -162,7 +162,7 @@ def import_detector(
     new = changed_class_head(state, names, theirs)  # {path: why it starts anew}
     if new and not other_classes:
         raise UserError(f"{source}: {next(iter(new.values()))}: give --classes=FILE or --num_classes=N.")
-    queries = {} if QUERIES not in names else changed_queries(state, names[QUERIES][0], theirs)
+    queries = changed_queries(state, names, theirs)
     new |= queries
     left_out = {name for path in new for name in names[path]}
     left_out |= copies_of(left_out, rules).keys()
@@ -182,9 +182,9 @@ def import_detector(
     )
 
     fresh = new_arrays(config, sorted(new))
-    if queries:
-        theirs = state[names[QUERIES][0]][: len(fresh[QUERIES])]
-        fresh[QUERIES][: len(theirs)] = theirs
+    for path in queries:
+        rows = state[names[path][0]][: len(fresh[path])]
+        fresh[path][: len(rows)] = rows
     notes.insert(0, f"Loaded: {len(report.loaded)} arrays of {source} into {len(arrays)} parameters.")
     if report.ignored:
         notes.append(f"Passed over: {len(report.ignored)} arrays that are no parameters, such as {report.ignored[0]}.")
@@ -212,12 +212,15 @@ def changed_class_head(state, names: Mapping[str, list[str]], theirs: Mapping[st
     return {}
 
 
-def changed_queries(state, name: str, theirs: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def changed_queries(state, names: Mapping[str, list[str]], theirs: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """{path: reason} of the object queries, when the file has another number of them."""
-    mine, found = theirs[name], state[name].shape if name in state else ()
-    if found[:1] == mine[:1] or found[1:] != mine[1:]:
-        return {}
-    return {QUERIES: f"the file has {found[0]}, and the first {min(found[0], mine[0])} of these {mine[0]} are its"}
+    changed = {}
+    for path, name in ((path, names[path][0]) for path in QUERIES if path in names):
+        mine, found = theirs[name], state[name].shape if name in state else ()
+        if found[:1] != mine[:1] and found[1:] == mine[1:]:
+            count = min(found[0], mine[0])
+            changed[path] = f"the file has {found[0]}, and the first {count} of these {mine[0]} are its"
+    return changed
 
 
 def require_same_architecture(state, names: Mapping[str, list[str]], source: Path, model: str) -> None:
