@@ -1,12 +1,17 @@
 """A detector of two layers, a loss that is easy to differentiate by hand, and batches for them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from configs.base import base
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.losses.set_loss import set_loss
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.optimizer import learning_rate_schedule
@@ -19,11 +24,11 @@ class Fixed(nnx.Variable):
 
 
 class TinyDetector(nnx.Module):
-    """Mean colour -> a hidden layer with dropout -> one query's two logits and box."""
+    """Mean colour -> a hidden layer with dropout -> two logits and a box for each query."""
 
-    def __init__(self, *, rngs: nnx.Rngs, width: int = 8, dropout: float = 0.5):
+    def __init__(self, *, rngs: nnx.Rngs, width: int, dropout: float, queries: int):
         self.backbone = nnx.Linear(3, width, rngs=rngs)
-        self.head = nnx.Linear(width, 6, rngs=rngs)
+        self.head = nnx.Linear(width, 6 * queries, rngs=rngs)
         self.gain = nnx.Param(jnp.full((width,), 1.0))  # weakly typed
         self.scale = Fixed(jnp.full((3,), 2.0))
         self.dropout = dropout
@@ -33,7 +38,7 @@ class TinyDetector(nnx.Module):
         x = jnp.tanh(self.backbone(x)) * self.gain[...][None]
         if dropout_key is not None:
             x = jnp.where(jax.random.bernoulli(dropout_key, self.dropout, x.shape), 0.0, x)
-        answer = self.head(x)[None, :, None, :]
+        answer = self.head(x).reshape(1, x.shape[0], -1, 6)
         return Predictions(logits=answer[..., :2], boxes=jax.nn.sigmoid(answer[..., 2:]))
 
 
@@ -60,9 +65,18 @@ def tiny_batch(seed: int, size: int = 8, height: int = 6, width: int = 4) -> Bat
 
 
 class Tiny:
-    """The tiny detector, planned and with its step, on a mesh of `devices`."""
+    """The tiny detector, planned and with its step, on a mesh of `devices`; with `backend`, its loss is set_loss."""
 
-    def __init__(self, devices: int = 1, *, loss=tiny_loss, width: int = 8, dropout: float = 0.5, **optimizer):
+    def __init__(
+        self,
+        devices: int = 1,
+        *,
+        width: int = 8,
+        dropout: float = 0.5,
+        queries: int = 1,
+        backend: str = "",
+        **optimizer,
+    ):
         self.config = base()
         self.config.data.batch_size = 8
         for name, value in optimizer.items():
@@ -70,11 +84,17 @@ class Tiny:
         self.mesh = make_mesh(devices=jax.devices()[:devices])
         schedule = learning_rate_schedule(self.config.optimizer, steps_per_epoch=10, num_steps=100)
         self.plan = plan_train_state(
-            lambda: TinyDetector(rngs=nnx.Rngs(self.config.seed), width=width, dropout=dropout),
+            lambda: TinyDetector(rngs=nnx.Rngs(self.config.seed), width=width, dropout=dropout, queries=queries),
             self.config.optimizer,
             schedule,
             self.mesh,
         )
+        loss = tiny_loss
+        if backend:
+            self.config.model = ConfigDict({"num_classes": 1})
+            self.config.matcher.backend = backend
+            classification = build_classification(self.config.loss)
+            loss = partial(set_loss, classification=classification, config=self.config, mesh=self.mesh)
         self.step = make_train_step(self.plan, self.config, loss=loss, schedule=schedule, mesh=self.mesh)
 
     def train(self, state, first: int, last: int):
