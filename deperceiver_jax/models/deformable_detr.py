@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deformable_transformer import DeformableDecoder, DeformableEncoder, make_pyramid
 from deperceiver_jax.models.linear import linear, split_key, xavier_uniform_init
+from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.position_encoding import sine_encoding
 from deperceiver_jax.models.proposals import Proposals
 from deperceiver_jax.models.resnet import ResNet
@@ -107,15 +108,17 @@ class DeformableDETR(nnx.Module):
         self.strides = tuple(sorted(strides))
         self.embed_dim = embed_dim
         self.dtype = dtype
-        self.backbone = ResNet(**backbone, strides=self.strides, dtype=dtype, rngs=rngs)
+        self.backbone = build_part(
+            ResNet, "config.model.backbone", backbone, strides=self.strides, dtype=dtype, rngs=rngs
+        )
         channels = [self.backbone.channels[stride] for stride in self.strides]
         self.levels = Levels(channels, embed_dim, extra_levels=extra_levels, dtype=dtype, rngs=rngs)
         num_levels = len(channels) + extra_levels
         normal = nnx.initializers.normal(1.0)
         self.level_embedding = nnx.Param(normal(rngs.params(), (num_levels, embed_dim)))
-        shared = dict(num_levels=num_levels, dropout=dropout, dtype=dtype, rngs=rngs)
+        shared = dict(dim=embed_dim, num_levels=num_levels, dropout=dropout, dtype=dtype, rngs=rngs)
         num_logits = num_classes + int(no_object_logit)
-        self.encoder = DeformableEncoder(embed_dim, **encoder, **shared)
+        self.encoder = build_part(DeformableEncoder, "config.model.encoder", encoder, **shared)
         if two_stage:
             self.proposals = Proposals(embed_dim, num_logits, num_proposals=num_queries, dtype=dtype, rngs=rngs)
         else:
@@ -129,8 +132,14 @@ class DeformableDETR(nnx.Module):
                 dtype=jnp.float32,
                 rngs=rngs,
             )
-        self.decoder = DeformableDecoder(
-            embed_dim, num_logits, refine=refine, size_bias=0.0 if two_stage else -2.0, **decoder, **shared
+        self.decoder = build_part(
+            DeformableDecoder,
+            "config.model.decoder",
+            decoder,
+            num_logits=num_logits,
+            refine=refine,
+            size_bias=0.0 if two_stage else -2.0,
+            **shared,
         )
 
     def __call__(

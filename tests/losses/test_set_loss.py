@@ -272,3 +272,24 @@ def test_a_missing_no_object_logit_is_a_sentence():
     predictions, batch = random_problem(np.random.default_rng(9))
     with pytest.raises(UserError, match="needs 9 logits, one more than the 8 classes, but the model has 8"):
         make_loss(make_config(8))(predictions, batch)
+
+
+def test_proposals_are_one_more_layer_of_a_single_class():
+    """Its terms are those of an ordinary layer whose boxes are all of class slot 0; without auxiliary losses, none."""
+    predictions, batch = random_problem(np.random.default_rng(9))
+    layer = jax.tree.map(lambda array: array[:1], predictions)
+    config = make_config(7, focal=True)
+    loss = make_loss(config)
+    (alone, expected), expected_gradient = loss(layer, batch._replace(labels=jnp.zeros_like(batch.labels)))
+    (without, terms_without), _ = loss(predictions, batch)
+    (total, terms), gradient = loss(predictions._replace(proposals=layer), batch)
+    np.testing.assert_allclose(total, without + alone, rtol=1e-6)
+    for name in ("loss_focal", "loss_bbox", "loss_giou"):
+        np.testing.assert_allclose(terms[f"{name}_enc"], expected[name], rtol=1e-6)
+    assert set(terms) - set(terms_without) == {"loss_focal_enc", "loss_bbox_enc", "loss_giou_enc"}
+    for ours, theirs in zip(jax.tree.leaves(gradient.proposals), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-8)
+    config.loss.auxiliary = False
+    (_, terms), gradient = make_loss(config)(predictions._replace(proposals=layer), batch)
+    assert not any(name.endswith("_enc") for name in terms)
+    assert not any(x.any() for x in jax.tree.leaves(gradient.proposals))
