@@ -135,9 +135,11 @@ def all_steps(workdir: Path) -> list[int]:
 def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
     """The one of `steps` with the highest AP that metrics.jsonl knows, the earliest among equals; None if none has."""
     try:
-        lines = [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+        text = (workdir / METRICS).read_text()
     except FileNotFoundError:
         return None
+    whole = text[: text.rfind("\n") + 1]  # a run may be writing the next line
+    lines = [json.loads(line) for line in whole.splitlines()]
     scores = {line["step"]: line["AP"] for line in lines if "AP" in line and line["step"] in steps}
     return max(sorted(scores), key=scores.get, default=None)
 
