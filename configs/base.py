@@ -51,7 +51,7 @@ def base() -> ConfigDict:
     config.loss.auxiliary = True  # every decoder layer is trained, not only the last
 
     config.matcher = ConfigDict()
-    config.matcher.backend = "scipy"  # scipy (on each host) | device
+    config.matcher.backend = "scipy"  # scipy (on each host) | device (then the compilation cache keeps the step)
     config.matcher.cost_class = 1.0
     config.matcher.cost_bbox = 5.0
     config.matcher.cost_giou = 2.0
@@ -62,12 +62,12 @@ def base() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 0.1  # global L2 norm of the gradient
+    config.optimizer.clip_norm = 0.1  # global L2 norm of the gradient; 0 does not clip
     config.optimizer.schedule = "step"  # step | cosine
     config.optimizer.drop_epochs = (200,)  # the rate is multiplied by drop_factor after each of these epochs
     config.optimizer.drop_factor = 0.1
     config.optimizer.warmup_steps = 0
-    config.optimizer.accumulate_steps = 1  # a batch is split into so many parts whose gradients are averaged
+    config.optimizer.accumulate_steps = 1  # a batch is gone through in so many parts whose gradients add up
     config.optimizer.ema_decay = 0.0  # 0 keeps no moving average; evaluation uses the average where there is one
     # Parameters by path: every one must match exactly one group, whose multiplier scales its learning rate.
     config.optimizer.groups = ConfigDict(

@@ -142,6 +142,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(shared, tmp_path, capsys):
         (["--config.data.batchsize=8"], "The config has no field data.batchsize; the nearest is data.batch_size"),
         (["--config.data.batch_size=6"], "config.data.batch_size is 6, which does not divide over 8 devices"),
         (["--config.optimizer.accumulate_steps=3"], "is 8, which config.optimizer.accumulate_steps 3 does not divide"),
+        (["--config.optimizer.accumulate_steps=0"], "config.optimizer.accumulate_steps is 0"),
+        (["--config.train.eval_every=-3"], "config.train.eval_every is -3"),
         (["--config.data.directory=/nowhere"], "/nowhere"),
         (["--config.model.name=detectron"], "config.model.name is 'detectron'"),
         (["--config.optimizer.groups.rest.pattern=^heads/"], "none of backbone, rest matches decoder/"),

@@ -73,6 +73,8 @@ def make_train_step(
 def check_parts(batch_size: int, parts: int, mesh: Mesh) -> None:
     """Raises UserError unless every device gets equally many images of every part of a batch."""
     field = "config.data.batch_size"
+    if parts < 1:
+        raise UserError(f"config.optimizer.accumulate_steps is {parts}; it must be at least 1.")
     if parts > 1:
         if batch_size % parts:
             raise UserError(
