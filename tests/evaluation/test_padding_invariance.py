@@ -46,7 +46,7 @@ def test_bucket_and_batch_do_not_matter(norm, random_arrays):
 
     def answer(names, frame, name):
         predictions = run(arrays, *batch_of(names, frame))
-        return [np.asarray(x[-1, names.index(name)]) for x in predictions]
+        return [np.asarray(x[-1, names.index(name)]) for x in (predictions.logits, predictions.boxes)]
 
     near, far = answer(["a"], (128, 160), "a"), answer(["b", "a"], (256, 320), "a")
     farther, other = answer(["a"], (320, 352), "a"), answer(["b", "a"], (256, 320), "b")
