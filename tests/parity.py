@@ -1,0 +1,276 @@
+"""Our training beside the official one, from the same weights and batches: every figure, per model, with its limit.
+
+    python -m tests.parity [--only=detr_r50]
+
+prints the table; test_parity.py asserts it. The official side is in golden/training_*.npz (see the README there), so
+nothing but this package is needed. What runs is what trains: the detector, `set_loss` and `make_train_step`.
+
+Gradients, updates and the trajectory are compared in float64 on both sides. In float32 they are compared as well
+(`single=True`, part of the table), but there a ReLU whose input is zero up to rounding may be on in one program
+and off in the other, which moves single gradients by 1e-3 and grows tenfold with every step of the trajectory.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deperceiver_jax import models
+from deperceiver_jax.evaluation.postprocess import postprocess
+from deperceiver_jax.images import normalize_images
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.losses.matcher import hungarian_assignment, matching_cost
+from deperceiver_jax.losses.set_loss import set_loss
+from deperceiver_jax.models import build_detector
+from deperceiver_jax.sharding import make_mesh
+from deperceiver_jax.structures import Batch
+from deperceiver_jax.training.optimizer import learning_rate_schedule
+from deperceiver_jax.training.train_state import TrainState, plan_train_state
+from deperceiver_jax.training.train_step import make_train_step
+from deperceiver_jax.weights.name_rules import FAMILIES, from_torch, to_torch
+from deperceiver_jax.weights.seeded import seeded_state_dict
+from tests.golden import cases
+
+GOLDEN = Path(__file__).parent / "golden"
+ZERO_GRADIENT = 1e-6  # of the whole gradient's norm: below it a parameter's gradient is rounding noise on both sides
+NOISE_FACTOR = 3.0  # in float32, how much further than the official float32 from its own float64 we may be
+
+
+class Figure(NamedTuple):
+    """One measured difference and the largest that is accepted."""
+
+    name: str
+    value: float
+    limit: float
+    where: str = ""  # the worst place
+
+    @property
+    def passes(self) -> bool:
+        return self.value <= self.limit  # False for NaN
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Runs this package in float64: wherever its code says jnp.float32, it gets float64 meanwhile."""
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr(jnp, "float32", jnp.float64)
+        patch.setitem(models._COMPUTE_TYPES, "float32", jnp.float64)
+        yield
+
+
+class Side:
+    """Our half of a case: a detector with the seeded weights, its loss and its optimiser, in the current precision."""
+
+    def __init__(self, case: cases.Case):
+        family, variant = case.config.split(":")
+        self.config = config = importlib.import_module(f"configs.{family}").get_config(variant)
+        config.model.dropout = 0.0
+        config.data.batch_size = len(case.sizes)
+        config.optimizer.drop_epochs = tuple(range(cases.DROP_EVERY, cases.STEPS, cases.DROP_EVERY))
+        config.update_from_flattened_dict(dict(case.changes))
+        self.rules = FAMILIES[config.model.name](config.model)
+        self.classification = build_classification(config.loss)
+        self.mesh = make_mesh(devices=jax.devices()[:1])
+        self.schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1, num_steps=cases.STEPS)
+        self.plan = plan_train_state(
+            lambda: build_detector(config, rngs=nnx.Rngs(0)), config.optimizer, self.schedule, self.mesh
+        )
+        self.loss = functools.partial(set_loss, classification=self.classification, config=config, mesh=self.mesh)
+        self.batches = [Batch(**cases.batch(case, step)) for step in range(cases.STEPS)]
+
+    def state(self) -> TrainState:
+        """Before the first step, with the parameters that the official side drew from the same names."""
+        abstract = self.plan.abstract
+        shapes = {path: x.shape for path, x in {**abstract.params, **abstract.frozen}.items()}
+        empty = to_torch({path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}, self.rules)
+        official = seeded_state_dict({name: array.shape for name, array in empty.items()})
+        arrays, _ = from_torch(official, shapes, self.rules, source="the seeded weights")
+        real = jnp.zeros((), jnp.float32).dtype
+        params, frozen = (
+            {path: arrays[path].astype(real) for path in part} for part in (abstract.params, abstract.frozen)
+        )
+        state = TrainState(np.zeros((), np.int32), params, frozen, self.plan.optimizer.init(params), {})
+        # Where the step will leave it, so that the second step finds what the first was compiled for.
+        return jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), state, abstract)
+
+
+def predict(case: cases.Case):
+    """(predictions, query of each box slot, loss terms, detections) of the first batch."""
+    side = Side(case)
+    state = side.state()
+    arrays, batch = {**state.frozen, **state.params}, side.batches[0]
+
+    def answer(arrays, batch):
+        predictions = side.plan.skeleton.merge(arrays)(*normalize_images(batch.image, batch.size))
+        cost = matching_cost(predictions, batch, side.classification, side.config.matcher)
+        found = postprocess(predictions, batch.original_size, classification=side.classification, max_detections=100)
+        return predictions, cost, side.loss(predictions, batch)[1], found
+
+    # It runs once: compiled in half the time.
+    answer = jax.jit(answer).lower(arrays, batch).compile({"xla_backend_optimization_level": 0})
+    predictions, cost, terms, detections = jax.device_get(answer(arrays, batch))
+    assignment = hungarian_assignment(cost, batch.box_valid)
+    return predictions, np.where(assignment.matched, assignment.query, -1), terms, detections
+
+
+def train(case: cases.Case):
+    """(losses of all steps, gradient of the first, parameters after it), arrays in the official layout and names."""
+    side = Side(case)
+    state = side.state()
+    train_step = make_train_step(side.plan, side.config, loss=side.loss, schedule=side.schedule, mesh=side.mesh)
+    losses, first = [], None
+    for batch in side.batches:
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+        if first is None:
+            gradients = _gradients(state, float(metrics["grad_norm"]), side.config.optimizer)
+            first = [to_torch(arrays, side.rules) for arrays in (gradients, jax.device_get(state.params))]
+    return np.array(losses), *first
+
+
+def _gradients(state: TrainState, norm: float, config: ConfigDict) -> dict[str, np.ndarray]:
+    """The gradient of the first step, before clipping, out of Adam's first moment: (1 - b1) * factor * gradient."""
+    factor = min(1.0, config.clip_norm / (norm + 1e-6)) * (1 - config.b1)
+    return {path: moment / factor for path, moment in jax.device_get(optax.tree.get(state.opt_state, "mu")).items()}
+
+
+# ------------------------------------------------------------------------------------------------------- the figures
+
+
+def compare(name: str, *, single: bool = False) -> list[Figure]:
+    """All figures of one case; `single` adds those of training in float32."""
+    golden = np.load(GOLDEN / f"training_{name}.npz")
+    case = cases.CASES[name]
+    start = time.perf_counter()
+    predictions, query, terms, detections = predict(case)
+    figures = [
+        *_compare_predictions(predictions, query, golden),
+        _compare_terms(terms, golden),
+        *_compare_detections(detections, golden),
+    ]
+    with double_precision():
+        figures += _compare_training(*train(case), golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
+    figures.append(Figure("seconds", time.perf_counter() - start, np.inf))
+    if single:
+        figures += _compare_training(*train(case), golden, "float32", gradient=1e-3, update=1e-6, loss=1e-3)
+    return figures
+
+
+def _worst(name: str, values: np.ndarray, limits: np.ndarray, names) -> Figure:
+    """The figure nearest to its limit, or furthest beyond it."""
+    worst = int(np.argmax(np.nan_to_num(values / limits, nan=np.inf)))
+    return Figure(name, float(values[worst]), float(limits[worst]), str(names[worst]))
+
+
+def _compare_predictions(predictions, query, golden) -> list[Figure]:
+    """Of every layer; the logits of the layers before the last at the stored queries."""
+    layers = len(golden["boxes"])
+    logits, boxes = predictions.logits[-layers:], predictions.boxes[-layers:]
+    difference = max(
+        np.max(np.abs(logits[-1] - golden["logits"])),
+        np.max(np.abs(logits[:-1, :, :: cases.QUERY_STRIDE] - golden["auxiliary_logits"]), initial=0),
+    )
+    limits = [max(1e-4, NOISE_FACTOR * float(golden[f"{key}_noise"])) for key in ("logits", "boxes")]
+    return [
+        Figure("logits", float(difference), limits[0]),
+        Figure("boxes", float(np.max(np.abs(boxes - golden["boxes"]))), limits[1]),
+        Figure("assignments that differ", float(np.sum(query[-layers:] != golden["query"])), 0.0),
+    ]
+
+
+def _compare_terms(terms, golden) -> Figure:
+    """Relative; the official code also counts cardinality errors of auxiliary layers, which train nothing."""
+    official = dict(zip(golden["term_names"].tolist(), golden["terms"].astype(np.float64), strict=True))
+    names = [name for name in official if not name.startswith("cardinality_error_")]
+    values = np.array([abs(terms[name] - official[name]) / max(abs(official[name]), 1e-6) for name in names])
+    return _worst("loss terms, relative", values, np.full(len(names), 1e-5), names)
+
+
+def _compare_detections(detections, golden) -> list[Figure]:
+    """Ours are sorted by score, the official ones in the order of queries: pairs are those whose boxes are nearest."""
+    values = []
+    for b, official in enumerate(golden["detections_boxes"]):
+        distance = np.max(np.abs(detections.boxes[b][:, None] - official[None]), axis=-1)
+        pair = np.argmin(distance, axis=1)
+        assert sorted(pair) == list(range(len(official))), "Several detections are nearest to one official box."
+        scores, labels = golden["detections_scores"][b][pair], golden["detections_labels"][b][pair]
+        assert np.all(np.diff(detections.scores[b]) <= 0)
+        values.append(
+            (
+                np.sum(labels != detections.labels[b]),
+                np.max(np.abs(scores - detections.scores[b])),
+                np.max(np.min(distance, axis=1)),
+            )
+        )
+    labels, scores, boxes = np.max(np.array(values, np.float64), axis=0).tolist()
+    return [
+        Figure("detections: labels that differ", labels, 0.0),
+        Figure("detections: scores", scores, 1e-5),
+        Figure("detections: boxes, pixels", boxes, 1e-2),
+    ]
+
+
+def _compare_training(losses, gradients, updated, golden, precision, *, gradient, update, loss) -> list[Figure]:
+    """Gradients and parameters after the first step, parameter by parameter, and the losses of all steps.
+
+    The norm of a gradient's error is estimated from its random projections. Gradients that are zero in exact
+    arithmetic (all values of an attention alike) are only compared with the norm of the whole gradient.
+    """
+    names = golden["parameter_names"].tolist()
+    assert sorted(names) == sorted(gradients), set(names) ^ set(gradients)
+    suffix, noise = ("_float64", 0.0) if precision == "float64" else ("", NOISE_FACTOR)
+    official = {key: golden[key + suffix].astype(np.float64) for key in ("gradients", "updated", "losses")}
+    rounding = {key: np.abs(golden[key] - golden[f"{key}_float64"]) for key in official}
+
+    norms = golden["gradient_norms"]
+    zero = norms < ZERO_GRADIENT * np.linalg.norm(norms)
+    projected = np.stack([cases.project(name, gradients[name]) for name in names])
+    scale = np.where(zero, np.linalg.norm(norms), norms)
+    limits = np.where(zero, ZERO_GRADIENT, np.maximum(gradient, noise * _rms(rounding["gradients"]) / scale))
+    figures = [
+        _worst(f"{precision} gradients, relative", _rms(projected - official["gradients"]) / scale, limits, names)
+    ]
+
+    sampled = np.stack([cases.sample(name, updated[name]) for name in names])
+    limits = np.maximum(update, noise * np.max(rounding["updated"], axis=1))
+    difference = np.max(np.abs(sampled - official["updated"]), axis=1)
+    # What float32 makes of a zero gradient, noise over noise, differs by more; it moves no prediction.
+    real = np.flatnonzero(~zero | (precision == "float64"))
+    figures.append(
+        _worst(f"{precision} parameters after a step", difference[real], limits[real], np.array(names)[real])
+    )
+
+    limits = np.maximum(loss, noise * np.maximum.accumulate(rounding["losses"]) / official["losses"])
+    steps = [f"step {step}" for step in range(len(losses))]
+    difference = np.abs(losses - official["losses"]) / official["losses"]
+    return [*figures, _worst(f"{precision} trajectory of losses, relative", difference, limits, steps)]
+
+
+def _rms(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(x), axis=-1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints how far we are from the official code.")
+    parser.add_argument("--only", choices=cases.CASES, nargs="*", default=list(cases.CASES))
+    for name in parser.parse_args().only:
+        print(f"{name}\n{'-' * len(name)}")
+        for figure in compare(name, single=True):
+            verdict = "" if figure.passes else "  BEYOND"
+            print(f"{figure.name:44}{figure.value:10.2e}  of {figure.limit:8.1e}  {figure.where}{verdict}", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()
