@@ -2,12 +2,13 @@
 
     python -m tests.parity [--only=detr_r50]
 
-prints the table; test_parity.py asserts it. The official side is in golden/training_*.npz (see the README there), so
-nothing but this package is needed. What runs is what trains: the detector, `set_loss` and `make_train_step`.
+prints the table; test_parity.py asserts all of it but training in float32. The official side is in
+golden/training_*.npz (see the README there), so nothing but this package is needed. What runs is what trains: the
+detector, `set_loss` and `make_train_step`.
 
-Gradients, updates and the trajectory are compared in float64 on both sides. In float32 they are compared as well
-(`single=True`, part of the table), but there a ReLU whose input is zero up to rounding may be on in one program
-and off in the other, which moves single gradients by 1e-3 and grows tenfold with every step of the trajectory.
+Gradients, updates and the trajectory are compared in float64 on both sides. The table shows them in float32 too,
+but there a ReLU whose input is zero up to rounding may be on in one program and off in the other, which moves single
+gradients by some 1e-3 and grows tenfold with every step of the trajectory.
 """
 
 import argparse
