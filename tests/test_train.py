@@ -109,31 +109,25 @@ def test_a_run_can_be_made_longer_but_not_another_one(workdir, shared, capsys):
     assert rows_of(workdir)[-1]["step"] == 7
 
 
-def test_a_run_starts_from_another_ones_parameters(finished, shared, tmp_path):
-    """Learning nothing, it keeps them."""
+def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, shared, tmp_path, capsys):
+    """The first step learns nothing, so it keeps the parameters; with the second epoch the rate explodes."""
     workdir = tmp_path / "second"
-    still = ["--config.optimizer.learning_rate=0.0", "--config.train.num_steps=1", "--config.train.eval_every=1"]
-    assert train(CONFIG, f"--workdir={workdir}", *shared, *still, f"--config.init_from={finished}") == 0
+    rates = [f"--config.optimizer.{field}" for field in ("learning_rate=1e-20", "drop_epochs=(1,)", "drop_factor=1e38")]
+    often = [f"--config.train.{field}" for field in ("eval_every=1", "checkpoint_every=1")]
+    assert train(CONFIG, f"--workdir={workdir}", *shared, *rates, *often, f"--config.init_from={finished}") == 1
+    error = capsys.readouterr().err
+    assert (
+        error == f"error: update_norm is inf in step 2, where the run stops; {workdir} has the checkpoint of step 1.\n"
+    )
+    assert all_steps(workdir) == [1]
+    assert [(row["step"], row["split"]) for row in rows_of(workdir)] == [(1, "validation")]
+
     first, second = (load_params(find_detector(directory).items) for directory in (finished, workdir))
     assert first.keys() == second.keys()
     for path, array in first.items():
-        np.testing.assert_allclose(second[path], array, rtol=1e-6, err_msg=path)
-    score = (directory / "eval" / step / "metrics.json" for directory, step in ((finished, "6"), (workdir, "1")))
-    assert next(score).read_bytes() == next(score).read_bytes()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(shared, tmp_path, capsys):
-    """The rate explodes after three epochs of one step each, and every step is saved."""
-    workdir = tmp_path / "run"
-    explode = [f"--config.optimizer.{field}" for field in ("drop_epochs=(3,)", "drop_factor=1e30")]
-    assert train(CONFIG, f"--workdir={workdir}", *shared, *explode, "--config.train.checkpoint_every=1") == 1
-    error = capsys.readouterr().err
-    assert (
-        error == f"error: update_norm is inf in step 4, where the run stops; {workdir} has the checkpoint of step 3.\n"
-    )
-    assert all_steps(workdir) == [2, 3]
-    assert all(np.isfinite(array).all() for array in load_params(find_detector(workdir).items).values())
-    assert all("NaN" not in line for line in (workdir / "metrics.jsonl").read_text().splitlines())
+        np.testing.assert_allclose(second[path], array, rtol=1e-6, atol=1e-12, err_msg=path)
+    scores = [json.loads((run / "metrics.json").read_text()) for run in (finished / "eval/6", workdir / "eval/1")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
 @pytest.mark.parametrize(
