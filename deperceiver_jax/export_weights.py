@@ -17,7 +17,8 @@ from deperceiver_jax.command_line import parse_flags, run
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.load import load_for_command
 from deperceiver_jax.training.workdir import flat_fields
-from deperceiver_jax.weights.name_rules import LAYOUTS, WRAPPERS, official_buffers, to_torch, with_copies
+from deperceiver_jax.weights.name_rules import to_torch, with_copies
+from deperceiver_jax.weights.tables import LAYOUTS, WRAPPERS, official_buffers
 from deperceiver_jax.weights.torch_writer import ENDINGS, write_state_dict
 
 # Fields of config.model that the published code has no switch for, or not by name of a parameter: with another value

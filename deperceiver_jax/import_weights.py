@@ -33,17 +33,9 @@ from deperceiver_jax.training.start import CLASS_HEAD
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.training.workdir import read_classes
 from deperceiver_jax.weights import read_state_dict
-from deperceiver_jax.weights.name_rules import (
-    LAYOUTS,
-    NameRules,
-    backbone_from_torch,
-    copies_of,
-    from_torch,
-    is_only_a_backbone,
-    layout_of,
-    official_names,
-    torch_shapes,
-)
+from deperceiver_jax.weights.backbone import backbone_from_torch, is_only_a_backbone
+from deperceiver_jax.weights.name_rules import NameRules, copies_of, from_torch, official_names, torch_shapes
+from deperceiver_jax.weights.tables import LAYOUTS, layout_of
 
 QUERIES = ("decoder/query_position", "queries")  # the path of the object queries, whichever the family has
 # Parameters whose number of rows the config takes from the file: {path: field of config.model}

@@ -39,8 +39,9 @@ from deperceiver_jax.structures import Batch
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.train_state import TrainState, plan_train_state
 from deperceiver_jax.training.train_step import make_train_step
-from deperceiver_jax.weights.name_rules import FAMILIES, from_torch, to_torch
+from deperceiver_jax.weights.name_rules import from_torch, to_torch
 from deperceiver_jax.weights.seeded import seeded_state_dict
+from deperceiver_jax.weights.tables import FAMILIES
 from tests.golden import cases
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -28,8 +28,10 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.checkpoint import find_detector, load_params
 from deperceiver_jax.training.workdir import flat_fields
 from deperceiver_jax.weights import to_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import LAYOUTS, NameRules, resnet_rules
+from deperceiver_jax.weights.name_rules import NameRules
 from deperceiver_jax.weights.seeded import seeded_state_dict
+from deperceiver_jax.weights.tables import LAYOUTS
+from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.torch_writer import write_state_dict
 
 DETR = {

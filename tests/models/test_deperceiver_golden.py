@@ -11,8 +11,8 @@ from flax import nnx
 from configs.deperceiver import get_config
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.weights import load_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import FAMILIES
 from deperceiver_jax.weights.seeded import seeded_state_dict
+from deperceiver_jax.weights.tables import FAMILIES
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "deperceiver_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame

@@ -11,8 +11,9 @@ from flax import nnx
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.resnet import Block, Conv, Frozen, FrozenBatchNorm, GroupNorm, ResNet, _max_pool
 from deperceiver_jax.weights import load_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import NameRules, resnet_rules
+from deperceiver_jax.weights.name_rules import NameRules
 from deperceiver_jax.weights.seeded import seeded_state_dict
+from deperceiver_jax.weights.tables.parts import resnet_rules
 
 
 def resnet(depth=18, *, width=4, strides=(32,), norm="frozen_batch_norm", frozen_stages=2, dilation=False, **kwargs):

@@ -11,8 +11,9 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.weights import FAMILIES, load_backbone, load_torch_state, to_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import NameRules, Rule, resnet_rules
+from deperceiver_jax.weights.name_rules import NameRules, Rule
 from deperceiver_jax.weights.seeded import seeded_array, seeded_state_dict
+from deperceiver_jax.weights.tables.parts import resnet_rules
 
 AUXILIARY = {"num_layers": 3, "self_attention": True, "final_norm": True}
 

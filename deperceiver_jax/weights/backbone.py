@@ -1,0 +1,48 @@
+"""Pretrained ResNets, alone or inside a detector's checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.weights.name_rules import NameRules, from_torch
+from deperceiver_jax.weights.tables.parts import NOT_PARAMETERS, resnet_rules
+from deperceiver_jax.weights.torch_checkpoint import read_state_dict
+
+_BACKBONE_PREFIXES = (
+    "",  # torchvision, timm
+    "backbone.0.body.",  # DETR, Deformable DETR, SMCA
+    "backbone.backbone.body.",  # DePerceiver
+    "model.backbone.conv_encoder.model.",  # DETR in transformers
+    "module.",  # what DistributedDataParallel leaves
+)
+
+
+def load_backbone(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{our path: array} of the ResNet in a torchvision, timm or detector checkpoint.
+
+    `shapes` are those of a detector's parameters and frozen arrays, by path; those under `backbone/` are answered, all
+    of them. The classifier and the stages that they do without are passed over. Raises UserError as `from_torch` does.
+    """
+    return backbone_from_torch(read_state_dict(path), shapes, source=path)
+
+
+def is_only_a_backbone(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict is that of a torchvision or timm ResNet."""
+    return any(f"{prefix}conv1.weight" in state for prefix in ("", "module."))
+
+
+def backbone_from_torch(
+    state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, source: str | Path
+) -> dict[str, np.ndarray]:
+    """`load_backbone`, of a state dict that was read from `source`."""
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith("backbone/")}
+    prefix = next((p for p in _BACKBONE_PREFIXES if f"{p}conv1.weight" in state), None)
+    if prefix is None:
+        raise UserError(f"{source} holds no ResNet: conv1.weight is not in it.")
+    state = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+    stages = {stage for stage in range(4) if any(name.startswith(f"backbone/stages/{stage}/") for name in shapes)}
+    absent = tuple(rf"^layer{stage + 1}\." for stage in set(range(4)) - stages)
+    rules = NameRules(tuple(resnet_rules("backbone/")), (*NOT_PARAMETERS, r"^fc\.(weight|bias)$", *absent))
+    return from_torch(state, shapes, rules, source=source)[0]

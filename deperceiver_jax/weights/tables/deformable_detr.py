@@ -1,0 +1,81 @@
+"""The names of fundamentalvision/Deformable-DETR."""
+
+from ml_collections import ConfigDict
+
+from deperceiver_jax.weights.name_rules import CONV, POINTWISE, NameRules, Rule
+from deperceiver_jax.weights.tables.parts import (
+    NOT_PARAMETERS,
+    linear_rules,
+    norm_rules,
+    resnet_rules,
+    torch_attention_rules,
+)
+
+
+def _deformable_attention_rules(ours: str, theirs: str) -> list[Rule]:
+    names = {"value": "value_proj", "out": "output_proj"}
+    layers = ("value", "out", "sampling_offsets", "attention_weights")
+    return [r for a in layers for r in linear_rules(f"{ours}/{a}", f"{theirs}.{names.get(a, a)}", 0)]
+
+
+def _deformable_transformer_rules() -> list[Rule]:
+    """The decoder attends to itself first, but its norms are numbered as if it did so second."""
+    rules = []
+    for half, norms in (
+        ("encoder", ("attention_norm", "mlp_norm")),
+        ("decoder", ("cross_attention_norm", "self_attention_norm", "mlp_norm")),
+    ):
+        ours, theirs = f"{half}/layers/layers", f"transformer.{half}.layers.{{layer}}"
+        for number, norm in enumerate(norms, start=1):
+            rules += norm_rules(f"{ours}/{norm}", f"{theirs}.norm{number}", 0)
+        for layer in (0, 1):
+            rules += linear_rules(f"{ours}/mlp/layers/{layer}", f"{theirs}.linear{layer + 1}", 0)
+    decoder = "transformer.decoder.layers.{layer}"
+    return [
+        *rules,
+        *_deformable_attention_rules("encoder/layers/layers/attention", "transformer.encoder.layers.{layer}.self_attn"),
+        *torch_attention_rules("decoder/layers/layers/self_attention", f"{decoder}.self_attn", 0),
+        *_deformable_attention_rules("decoder/layers/layers/cross_attention", f"{decoder}.cross_attn"),
+    ]
+
+
+def _deformable_head_rules(ours: str, number: str, first_layer=None) -> list[Rule]:
+    return [
+        *linear_rules(f"{ours}class_head/linear", f"class_embed.{number}", first_layer),
+        *linear_rules(rf"{ours}box_head/mlp/layers/(\d)", rf"bbox_embed.{number}.layers.\1", first_layer),
+    ]
+
+
+def deformable_detr_rules(model: ConfigDict) -> NameRules:
+    """The released Deformable DETR's names.
+
+    Its state dict repeats the heads: those that all layers share, once a layer; those of refining layers, and of the
+    proposals, under the decoder too. Files of the README's first links hold counts of operations beside parameters.
+    """
+    layers = model.decoder.num_layers
+    rules = [
+        *resnet_rules("backbone/", "backbone.0.body."),
+        *norm_rules(r"levels/norms/(\d+)", r"input_proj.\1.1"),
+        Rule(r"levels/projections/(\d+)/bias", r"input_proj.\1.0.bias"),
+        Rule("level_embedding", "transformer.level_embed"),
+        *_deformable_transformer_rules(),
+        *_deformable_head_rules("decoder/heads/", "0"),
+        *_deformable_head_rules("decoder/layers/layers/heads/", "{layer}", 0),
+        Rule("queries", "query_embed.weight"),
+        *linear_rules("reference_points", "transformer.reference_points"),
+        *linear_rules("proposals/output", "transformer.enc_output"),
+        *norm_rules("proposals/output_norm", "transformer.enc_output_norm"),
+        *linear_rules("proposals/query", "transformer.pos_trans"),
+        *norm_rules("proposals/query_norm", "transformer.pos_trans_norm"),
+        *_deformable_head_rules("proposals/", str(layers)),
+    ]
+    for level in range(len(model.strides) + model.extra_levels):
+        layout = POINTWISE if level < len(model.strides) else CONV
+        rules.append(Rule(f"levels/projections/{level}/kernel", f"input_proj.{level}.0.weight", layout))
+    if model.refine:
+        heads = ("bbox_embed", "class_embed") if model.two_stage else ("bbox_embed",)
+        copies = [(rf"({'|'.join(heads)})\.(.*)", r"transformer.decoder.\1.\2")]
+    else:
+        copies = [(r"(class_embed|bbox_embed)\.0\.(.*)", rf"\1.{layer}.\2") for layer in range(1, layers)]
+    ignored = (*NOT_PARAMETERS, r"(^|\.)total_(params|ops)$")
+    return NameRules(tuple(rules), ignored, tuple(copies))
