@@ -1,5 +1,6 @@
 # make demo   installs, trains on the built-in dataset, evaluates, draws detections: about ten minutes on two cores
 # make test   installs and runs the tests, as CI does
+# make parity prints how far every model is from its official code: half an hour
 # make lint   ruff, as CI does
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 RUN = runs/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test parity lint clean
 
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "deperceiver_jax needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 demo")'
@@ -22,6 +23,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=logical --dist=loadfile
+
+parity: $(VENV)/installed
+	$(BIN)/python -m tests.parity
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Five steps of training equal to the official ones; `python -m tests.parity` compares the full-size models as well."""
+"""Five steps of training equal to the official ones. `make parity` compares every model of tests/golden/cases.py."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.parity import compare
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["detr_small_no_auxiliary", "detr_small_pre_norm_learned"])
+@pytest.mark.parametrize("name", ["detr_small_no_auxiliary", "detr_small_pre_norm_learned", "detr_r50", "deperceiver_r50_16"])
 def test_training_is_the_official_one(name):
     failures = [figure for figure in compare(name) if not figure.passes]
     assert not failures, "\n".join(str(figure) for figure in failures)
