@@ -4,7 +4,7 @@ from deperceiver_jax.weights.name_rules import CONV, LINEAR, SAME, Rule
 
 NORM = (("scale", "weight"), ("bias", "bias"))
 BATCH_NORM = (*NORM, ("mean", "running_mean"), ("var", "running_var"))
-LINEAR = (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
+KERNEL_AND_BIAS = (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
 NOT_PARAMETERS = (r"(^|\.)num_batches_tracked$",)
 
 
@@ -24,7 +24,7 @@ def resnet_rules(ours: str = "", theirs: str = "") -> list[Rule]:
 
 
 def linear_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
-    return [Rule(f"{ours}/{a}", f"{theirs}.{b}", layout, first_layer) for a, b, layout in LINEAR]
+    return [Rule(f"{ours}/{a}", f"{theirs}.{b}", layout, first_layer) for a, b, layout in KERNEL_AND_BIAS]
 
 
 def norm_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
