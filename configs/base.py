@@ -48,6 +48,7 @@ def base() -> ConfigDict:
     config.loss.weight_class = 1.0
     config.loss.weight_bbox = 5.0
     config.loss.weight_giou = 2.0
+    config.loss.proposal_repeats = 1  # of each box among a two-stage detector's proposals: so many of them learn it
     config.loss.auxiliary = True  # every decoder layer is trained, not only the last
 
     config.matcher = ConfigDict()
@@ -93,5 +94,5 @@ def base() -> ConfigDict:
     config.eval.score_threshold = 0.0  # of what is evaluated and written; the published tables leave out nothing
 
     config.mesh = ConfigDict()
-    config.mesh.model = 1  # devices along the `model` axis; all others are along `data`
+    config.mesh.model = 1  # devices over which parameters, moments and averages are split; changes no number
     return config

@@ -34,7 +34,9 @@ def set_loss(
     Source: DETR's SetCriterion.
 
     Proposals of a two-stage detector are matched with all boxes as class slot 0 and trained with the same weights, as
-    one more layer whose terms end in _enc; like these they need `config.loss.auxiliary`. Source: Deformable DETR.
+    one more layer whose terms end in _enc; like these they need `config.loss.auxiliary`. Source: Deformable DETR. With
+    `config.loss.proposal_repeats` k each box has k proposals, and the terms are normalised by k times the boxes (the
+    one-to-many matching of H-DETR, arXiv:2207.13080).
     """
     classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
     proposals = predictions.proposals if config.loss.auxiliary else None
@@ -50,13 +52,23 @@ def set_loss(
         terms |= {f"{name}_{layer}": layers[layer] for name, (_, layers) in weighted.items()}
     if proposals is not None:
         any_object = batch._replace(labels=jnp.zeros_like(batch.labels))
-        weighted, _, _ = _layer_losses(proposals, any_object, **shared)
+        repeats = config.loss.proposal_repeats
+        shared["whole_valid"] = jnp.concatenate([whole_valid] * repeats, axis=1)
+        weighted, _, _ = _layer_losses(proposals, _repeat_slots(any_object, repeats), **shared)
         total += sum(weight * layers[0] for weight, layers in weighted.values())
         terms |= {f"{name}_enc": layers[0] for name, (_, layers) in weighted.items()}
     terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
     terms["num_boxes"] = _num_boxes(whole_valid)
     terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
     return total, jax.lax.stop_gradient(terms)
+
+
+def _repeat_slots(batch: Batch, times: int) -> Batch:
+    """Every box `times` times: the matching then gives each of them so many proposals."""
+    repeated = {
+        name: jnp.concatenate([getattr(batch, name)] * times, axis=1) for name in ("boxes", "labels", "box_valid")
+    }
+    return batch._replace(**repeated)
 
 
 def _num_boxes(whole_valid):

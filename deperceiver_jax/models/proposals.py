@@ -37,18 +37,13 @@ def box_encoding(boxes: Float[Array, "B Q 4"], dim: int) -> Float[Array, "B Q 4*
     return waves.reshape(*boxes.shape[:2], 4 * dim)
 
 
-class Proposals(nnx.Module):
-    """Memory -> a score and a box for every token; the best of them -> queries."""
+class TokenProposals(nnx.Module):
+    """Memory -> a score and a box for every token, and which of them are best."""
 
     def __init__(self, dim: int, num_logits: int, *, num_proposals: int, dtype, rngs: nnx.Rngs):
-        def layer(width):
-            return linear(width, width, kernel_init=xavier_uniform_init(width, width), dtype=dtype, rngs=rngs)
-
         self.num_proposals = num_proposals
-        self.output = layer(dim)
+        self.output = _square(dim, dtype=dtype, rngs=rngs)
         self.output_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.query = layer(2 * dim)
-        self.query_norm = layer_norm(2 * dim, dtype=dtype, rngs=rngs)
         self.class_head = ClassHead(dim, num_logits, rngs=rngs)
         self.box_head = BoxHead(dim, rngs=rngs)
         self.class_head.linear.bias[...] = jnp.full(num_logits, -math.log(99))
@@ -57,11 +52,11 @@ class Proposals(nnx.Module):
 
     def __call__(
         self, memory: Float[Array, "B S D"], pyramid: Pyramid
-    ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
-        """(Predictions [1, B, S, ...] of all tokens, content and position of the queries, their reference boxes).
+    ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
+        """(Predictions [1, B, S, ...] of all tokens, the best tokens, their boxes without gradient).
 
         The score is the logit of class slot 0, which the encoder's loss trains to mean any object; the other logits are
-        trained to stay low. References have no gradient. Invalid tokens propose the whole frame, (1, 1, 1, 1).
+        trained to stay low. Invalid tokens propose the whole frame, (1, 1, 1, 1).
         """
         num_tokens = memory.shape[1]
         if num_tokens < self.num_proposals:
@@ -77,6 +72,27 @@ class Proposals(nnx.Module):
         boxes = jax.nn.sigmoid(self.box_head.mlp(tokens) + start_logit)
         _, best = jax.lax.top_k(logits[..., 0], self.num_proposals)
         reference = jax.lax.stop_gradient(jnp.take_along_axis(boxes, best[..., None], axis=1))
+        best_tokens = jnp.take_along_axis(tokens, best[..., None], axis=1)
+        return Predictions(logits=logits[None], boxes=boxes[None]), best_tokens, reference
+
+
+class Proposals(TokenProposals):
+    """The best proposals become the queries of Deformable DETR, which are made from the boxes alone."""
+
+    def __init__(self, dim: int, num_logits: int, *, num_proposals: int, dtype, rngs: nnx.Rngs):
+        super().__init__(dim, num_logits, num_proposals=num_proposals, dtype=dtype, rngs=rngs)
+        self.query = _square(2 * dim, dtype=dtype, rngs=rngs)
+        self.query_norm = layer_norm(2 * dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, memory: Float[Array, "B S D"], pyramid: Pyramid
+    ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
+        """(Predictions of all tokens, content and position of the queries, their reference boxes)."""
+        predictions, _, reference = super().__call__(memory, pyramid)
         encoded = box_encoding(reference, memory.shape[-1] // 2).astype(memory.dtype)
         position, content = jnp.split(self.query_norm(self.query(encoded)), 2, axis=-1)
-        return Predictions(logits=logits[None], boxes=boxes[None]), content, position, reference
+        return predictions, content, position, reference
+
+
+def _square(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return linear(width, width, kernel_init=xavier_uniform_init(width, width), dtype=dtype, rngs=rngs)

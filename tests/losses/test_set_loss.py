@@ -293,3 +293,16 @@ def test_proposals_are_one_more_layer_of_a_single_class():
     (_, terms), gradient = make_loss(config)(predictions._replace(proposals=layer), batch)
     assert not any(name.endswith("_enc") for name in terms)
     assert not any(x.any() for x in jax.tree.leaves(gradient.proposals))
+
+
+def test_every_box_has_so_many_proposals():
+    config = make_config(3, focal=True)
+    config.loss.proposal_repeats = 2
+    batch = make_batch([[[0.3, 0.3, 0.2, 0.2]]], [[1]], [[True]])
+    boxes = jnp.array([[0.3, 0.3, 0.2, 0.2], [0.3, 0.4, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]])[None, None]
+    proposals = Predictions(jnp.zeros((1, 1, 3, 3)), boxes)
+    (_, terms), _ = make_loss(config)(proposals._replace(proposals=proposals), batch)
+    # The two nearest proposals have the box, 0 and 0.1 away; their mean counts.
+    np.testing.assert_allclose(terms["loss_bbox_enc"], 0.05, rtol=1e-5)
+    np.testing.assert_allclose(terms["loss_giou_enc"], (0 + (1 - 1 / 3)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(terms["loss_bbox"], 0.0, atol=1e-6)

@@ -1,0 +1,64 @@
+"""DePerceiver+: DePerceiver whose latents have places in the image, so that its cost is linear and its answers local.
+
+    python train.py --config=configs/deperceiver_plus.py:r50_8 --workdir=runs/plus --config.data.directory=/data/coco
+
+Ours, not published; docs/deperceiver_plus.md says what led to it and what was measured. No AP on COCO is known.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+_STRIDES = {"16": (16,), "8": (8,), "multiscale": (8, 16, 32)}
+_MODELS = ("r50_16", "r50_8", "r50_multiscale", "r101_multiscale")
+_EPOCHS = {"12ep": (12, 11), "50ep": (50, 40)}  # epochs, of which the last ones are at a tenth of the rate
+VARIANTS = (*_MODELS, *(f"{model}_{epochs}" for model in _MODELS for epochs in _EPOCHS))
+
+
+def get_config(variant: str = "r50_multiscale") -> ConfigDict:
+    """One of VARIANTS: backbone, strides of the tokens and, if not 50, epochs."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/deperceiver_plus.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
+    net, scale, epochs = (*variant.split("_"), "50ep")[:3]
+    config = base()
+    config.model = model()
+    config.model.backbone.depth = int(net[1:])
+    config.model.strides = _STRIDES[scale]
+
+    config.loss.classification = "sigmoid_focal"
+    config.loss.weight_class = 2.0
+    config.loss.proposal_repeats = 4
+    config.matcher.cost_class = 2.0
+    config.optimizer.learning_rate = 2e-4
+    config.train.num_epochs, drop = _EPOCHS[epochs]
+    config.optimizer.drop_epochs = (drop,)
+    return config
+
+
+def model() -> ConfigDict:
+    """Every remedy on; each field below is one effect."""
+    m = ConfigDict()
+    m.name = "deperceiver_plus"
+    m.num_classes = 91  # class slots; train.py sets it from the data set
+    m.no_object_logit = False  # the focal loss asks of every class on its own
+    m.num_queries = 300  # latents: each answers for one object
+    m.embed_dim = 256  # width of tokens and latents
+    m.dropout = 0.0
+    m.strides = (8, 16, 32)  # of the maps whose cells are the tokens
+    m.top_down = True  # deeper maps of the backbone are mixed into the finer ones
+    m.start = "proposals"  # proposals (the best tokens of the image) | learned (the same for every image)
+
+    m.backbone = ConfigDict()
+    m.backbone.depth = 50  # 18 | 34 | 50 | 101
+    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
+    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
+    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
+    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
+    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+
+    m.decoder = ConfigDict()
+    m.decoder.num_layers = 6
+    m.decoder.num_heads = 8
+    m.decoder.mlp_dim = 1024
+    m.decoder.least_width = 0.01  # half of a box counts as at least this share of the image in the Gaussians
+    return m

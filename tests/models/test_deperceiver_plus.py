@@ -1,0 +1,116 @@
+"""DePerceiver+: shapes, gradients, places, padding, bad fields."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import deperceiver_plus
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models import build_detector
+from deperceiver_jax.models.deperceiver_plus import BoxGaussian, MixedLevels, enlarge, sources
+
+
+def small(**changes):
+    """A DePerceiver+ of two narrow layers; `changes` are fields of config.model, __ for dots."""
+    config = deperceiver_plus.get_config("r50_multiscale")
+    fields = {"num_classes": 5, "num_queries": 7, "embed_dim": 32, "strides": (16, 32), "backbone.depth": 18}
+    fields |= {"backbone.width": 8, "backbone.norm": "group_norm", "backbone.frozen_stages": 0}
+    fields |= {"decoder.num_layers": 2, "decoder.num_heads": 4, "decoder.mlp_dim": 48}
+    config.model.update_from_flattened_dict({**fields, **{k.replace("__", "."): v for k, v in changes.items()}})
+    return config
+
+
+def example(frame=(64, 96), size=(50, 70)):
+    image = np.zeros((1, *frame, 3), np.float32)
+    image[:, : size[0], : size[1]] = np.random.default_rng(0).standard_normal((*size, 3))
+    valid = np.zeros((1, *frame), bool)
+    valid[:, : size[0], : size[1]] = True
+    return jnp.asarray(image), jnp.asarray(valid)
+
+
+@pytest.mark.parametrize("changes", [{}, {"start": "learned", "top_down": False, "strides": (32,)}])
+def test_every_parameter_learns(changes):
+    config = small(**changes)
+    graphdef, state = nnx.split(build_detector(config, rngs=nnx.Rngs(0)))
+    # The heads' last layers start at zero, and with them the gradient of what only they read.
+    state = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state)
+    image, valid = example()
+
+    def answer(state):
+        return nnx.merge(graphdef, state)(image, valid)
+
+    def total(state):
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(answer(state)))
+
+    predictions, gradients = jax.jit(answer)(state), jax.jit(jax.grad(total))(state)
+    assert predictions.logits.shape == (2, 1, 7, 5) and predictions.boxes.shape == (2, 1, 7, 4)
+    assert (predictions.proposals is None) == (config.model.start == "learned")
+    still = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(gradients) if not g.any()]
+    # A softmax does not see what is added to all its logits.
+    assert all("'key'" in path and "'bias'" in path for path in still), still
+
+
+@pytest.mark.parametrize("start", ["learned", "proposals"])
+def test_padding_changes_nothing(start):
+    detector = build_detector(small(start=start), rngs=nnx.Rngs(0))
+    call = nnx.jit(lambda detector, image, valid: detector(image, valid))
+    tight, wide = (call(detector, *example(frame)) for frame in ((64, 96), (96, 128)))
+    np.testing.assert_allclose(tight.boxes, wide.boxes, atol=1e-5)
+    np.testing.assert_allclose(tight.logits, wide.logits, atol=1e-4)
+
+
+def test_the_gaussian_is_around_the_box():
+    gaussian = BoxGaussian(8, 2, least_width=0.1, rngs=nnx.Rngs(0))
+    content = jnp.ones((1, 1, 8))
+    box = jnp.array([[[0.5, 0.5, 0.4, 0.02]]])  # half 0.2 wide; its height counts as 0.1
+    place = jnp.array([[[0.5, 0.5], [0.7, 0.5], [0.5, 0.6], [0.3, 0.5]]])
+    # Head 0 looks at the middle, head 1 half a box to the left of it.
+    expected = [[0.0, -0.5, -0.5, -0.5], [-0.5, -2.0, -1.0, 0.0]]
+    np.testing.assert_allclose(gaussian(content, box, place)[0, :, 0], expected, atol=1e-5)
+
+
+def test_mixing_carries_deep_features_into_fine_maps():
+    channels = {4: 3, 8: 3, 16: 3, 32: 3}
+    features = {8: jnp.zeros((1, 5, 7, 3)), 16: jnp.zeros((1, 3, 4, 3)), 32: jnp.zeros((1, 2, 2, 3))}
+    valid = jnp.ones((1, 40, 56), bool)
+    for top_down in (False, True):
+        levels = MixedLevels(channels, 4, strides=(8,), top_down=top_down, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        still, _ = levels(features, valid)
+        moved, (map_valid,) = levels({**features, 32: features[32].at[0, 1, 1].set(9.0)}, valid)
+        changed = np.abs(moved[0] - still[0]).max(axis=-1)[0] > 1e-4
+        assert map_valid.shape == (1, 5, 7)
+        # The deep cell covers rows and columns from 4 on; the convolution reaches one further.
+        assert changed[3:, 3:].all() == top_down and not changed[:3].any() and not changed[:, :3].any()
+
+
+def test_enlarging_repeats_cells():
+    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    np.testing.assert_array_equal(enlarge(x, 3, 4)[0, ..., 0], [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]])
+
+
+def test_mixing_needs_the_deeper_strides():
+    assert sources((8,), top_down=True) == (8, 16, 32)
+    assert sources((4, 16), top_down=False) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"start": "random"}, "config.model.start is 'random'; it can be learned or proposals."),
+        ({"decoder__num_layers": 0}, "config.model.decoder.num_layers is 0; it must be at least 1."),
+        ({"decoder__num_heads": 5}, "5 heads do not divide"),
+    ],
+)
+def test_bad_fields(changes, sentence):
+    with pytest.raises((UserError, ValueError), match=sentence):
+        build_detector(small(**changes), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("variant", ["r50_16", "r50_8", "r50_multiscale", "r101_multiscale"])
+def test_variants_build(variant):
+    config = deperceiver_plus.get_config(variant)
+    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    assert len(detector.level_embedding.get_value()) == len(config.model.strides)
+    assert config.train.num_epochs == 50 and deperceiver_plus.get_config(f"{variant}_12ep").train.num_epochs == 12
