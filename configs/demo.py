@@ -9,10 +9,10 @@ cross-attentions, residuals, several heads, auxiliary losses and the focal loss.
 
 from ml_collections import ConfigDict
 
-from configs import deformable_detr, deperceiver, detr
+from configs import deformable_detr, deperceiver, detr, smca
 from configs.base import base
 
-VARIANTS = ("deperceiver", "detr", "deformable_detr")
+VARIANTS = ("deperceiver", "detr", "deformable_detr", "smca")
 
 
 def get_config(variant: str = "deperceiver") -> ConfigDict:
@@ -20,9 +20,13 @@ def get_config(variant: str = "deperceiver") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/demo.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
     config = base()
-    config.model = {"deperceiver": deperceiver_model, "detr": detr_model, "deformable_detr": deformable_detr_model}[
-        variant
-    ]()
+    models = {
+        "deperceiver": deperceiver_model,
+        "detr": detr_model,
+        "deformable_detr": deformable_detr_model,
+        "smca": smca_model,
+    }
+    config.model = models[variant]()
     config.model.no_object_logit = False
     config.model.backbone.update(depth=18, width=16, norm="group_norm", frozen_stages=0)
 
@@ -111,5 +115,18 @@ def deformable_detr_model() -> ConfigDict:
     m.strides = (8, 16)
     m.extra_levels = 0
     m.encoder.update(num_layers=2, mlp_dim=256)
+    m.decoder.update(num_layers=2, mlp_dim=256)
+    return m
+
+
+def smca_model() -> ConfigDict:
+    """SMCA on strides 8, 16 and 32: one layer within each, one across, then two decoder layers."""
+    m = smca.model()
+    smca.multiscale(m)
+    m.num_queries = 64
+    m.embed_dim = 128
+    m.dropout = 0.0
+    m.strides = (8, 16)
+    m.encoder.update(layout=("intra", "multi"), mlp_dim=256)
     m.decoder.update(num_layers=2, mlp_dim=256)
     return m

@@ -11,7 +11,7 @@ from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.training.train_state import take_apart
 
-FILES = ("deperceiver", "detr", "deformable_detr", "demo")
+FILES = ("deperceiver", "detr", "deformable_detr", "smca", "demo")
 ALL = [(name, variant) for name in FILES for variant in importlib.import_module(f"configs.{name}").VARIANTS]
 
 

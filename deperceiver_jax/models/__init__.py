@@ -7,10 +7,18 @@ from ml_collections import ConfigDict
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deformable_detr import DeformableDETR
 from deperceiver_jax.models.deperceiver import DePerceiver
+from deperceiver_jax.models.deperceiver_plus import DePerceiverPlus
 from deperceiver_jax.models.detr import DETR
 from deperceiver_jax.models.parts import build_part
+from deperceiver_jax.models.smca import SMCA
 
-DETECTORS = {"deperceiver": DePerceiver, "detr": DETR, "deformable_detr": DeformableDETR}
+DETECTORS = {
+    "deperceiver": DePerceiver,
+    "deperceiver_plus": DePerceiverPlus,
+    "detr": DETR,
+    "deformable_detr": DeformableDETR,
+    "smca": SMCA,
+}
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

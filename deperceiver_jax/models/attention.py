@@ -1,13 +1,15 @@
 """Multi-head attention, the only dense attention of every detector here."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deperceiver_jax.models.linear import dropout, linear, xavier_uniform_init
+from deperceiver_jax.models.linear import dropout, linear, split_key, xavier_uniform_init
 
 # Attention matrices of at least so many entries a head are computed again in the backward pass instead of kept: the 18
 # self-attentions of 2048 latents would keep about 7 GB an image in float32.
@@ -84,25 +86,48 @@ class MultiHeadAttention(nnx.Module):
         query_in: Float[Array, "B Q C"],
         key_in: Float[Array, "B K C2"],
         value_in: Float[Array, "B K C3"],
+        **attention,
+    ) -> Float[Array, "B Q out_dim"]:
+        """`attention`: the masks, biases and segments of `attend`."""
+        return self.out(self.attend(self.query(query_in), self.key(key_in), self.value(value_in), **attention))
+
+    def attend(
+        self,
+        query: Float[Array, "B Q D"],
+        key: Float[Array, "B K D"],
+        value: Float[Array, "B K D"],
         *,
         key_valid: Bool[Array, "B K"] | None = None,
         bias: Float[Array, "B Hb Qb K"] | None = None,
+        segments: Sequence[int] | None = None,
+        segment_weight: Float[Array, "B Q S"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "B Q out_dim"]:
-        """`key_valid` is False on padding; `bias` is added to the scaled logits. Dropout is on the probabilities."""
+    ) -> Float[Array, "B Q D"]:
+        """What lies between the linear layers: projected queries, keys and values in, the heads side by side out.
+
+        `key_valid` is False on padding; `bias` is added to the scaled logits. Dropout is on the probabilities.
+        `segments`: lengths of consecutive runs of keys. Each has a softmax of its own, and their results are added,
+        times `segment_weight` if that is given.
+        """
         attend = functools.partial(dense_attention, dropout_rate=self.dropout)
-        if query_in.shape[1] * key_in.shape[1] >= RECOMPUTED_FROM:
+        if query.shape[1] * key.shape[1] >= RECOMPUTED_FROM:
             attend = jax.checkpoint(attend)
-        attended = attend(
-            self._split_heads(self.query(query_in)),
-            self._split_heads(self.key(key_in)),
-            self._split_heads(self.value(value_in)),
-            key_valid,
-            bias,
-            dropout_key=dropout_key,
-        )
+        query, key, value = (self._split_heads(x) for x in (query, key, value))
+        if segments is None:
+            attended = attend(query, key, value, key_valid, bias, dropout_key=dropout_key)
+        else:
+            ends = list(itertools.accumulate(segments))
+            attended = jnp.zeros_like(query)
+            for i, part_key in enumerate(split_key(dropout_key, len(ends))):
+                part = slice(ends[i] - segments[i], ends[i])
+                valid = None if key_valid is None else key_valid[:, part]
+                part_bias = None if bias is None else bias[..., part]
+                result = attend(query, key[:, :, part], value[:, :, part], valid, part_bias, dropout_key=part_key)
+                if segment_weight is not None:
+                    result = result * segment_weight[:, None, :, i, None].astype(result.dtype)
+                attended = attended + result
         batch, _, length, _ = attended.shape
-        return self.out(attended.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return attended.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def _split_heads(self, x):
         batch, length, width = x.shape

@@ -23,19 +23,25 @@ class ClassHead(nnx.Module):
 class BoxHead(nnx.Module):
     """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32.
 
-    With a reference (x, y), its logit is added to the centre's: the MLP answers an offset (Deformable DETR, eq. 9).
+    With a reference (x, y), its logit is added to the centre's: the MLP answers an offset (Deformable DETR, eq. 9). A
+    `center_logit` is such a logit itself.
     """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.mlp = MLP([dim, dim, dim, 4], activation=jax.nn.relu, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
-        self, decoded: Float[Array, "L B Q D"], reference: Float[Array, "Q 2"] | None = None
+        self,
+        decoded: Float[Array, "L B Q D"],
+        reference: Float[Array, "Q 2"] | None = None,
+        *,
+        center_logit: Float[Array, "Q 2"] | None = None,
     ) -> Float[Array, "L B Q 4"]:
         boxes = self.mlp(decoded)
         if reference is not None:
-            center = jnp.log(reference) - jnp.log1p(-reference)
-            boxes = boxes + jnp.pad(center, ((0, 0), (0, 2)))[None, None]
+            center_logit = jnp.log(reference) - jnp.log1p(-reference)
+        if center_logit is not None:
+            boxes = boxes + jnp.pad(center_logit, ((0, 0), (0, 2)))[None, None]
         return jax.nn.sigmoid(boxes)
 
 
@@ -46,5 +52,7 @@ class PredictionHeads(nnx.Module):
         self.class_head = ClassHead(dim, num_logits, rngs=rngs)
         self.box_head = BoxHead(dim, rngs=rngs)
 
-    def __call__(self, decoded: Float[Array, "L B Q D"], reference: Float[Array, "Q 2"] | None = None) -> Predictions:
-        return Predictions(logits=self.class_head(decoded), boxes=self.box_head(decoded, reference))
+    def __call__(
+        self, decoded: Float[Array, "L B Q D"], reference: Float[Array, "Q 2"] | None = None, **center
+    ) -> Predictions:
+        return Predictions(logits=self.class_head(decoded), boxes=self.box_head(decoded, reference, **center))

@@ -36,6 +36,11 @@ class LayerStack(nnx.Module):
 
         self.layers = make_layers(rngs)
 
+    def layer(self, index: int) -> nnx.Module:
+        """One layer alone, with its own arrays."""
+        graphdef, stacked = nnx.split(self.layers)
+        return nnx.merge(graphdef, jax.tree.map(operator.itemgetter(index), stacked))
+
     def __call__(
         self,
         x: jax.Array,

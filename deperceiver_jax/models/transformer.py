@@ -104,8 +104,12 @@ class DecoderLayer(TransformerLayer):
         token_valid: Bool[Array, "B M"],
         *,
         dropout_key=None,
+        **modulation,
     ) -> Float[Array, "B Q D"]:
-        """`memory_key` is the memory with its position; `memory` itself makes the values."""
+        """`memory_key` is the memory with its position; `memory` itself makes the values.
+
+        `modulation`: a bias and segments for the cross-attention, see MultiHeadAttention.
+        """
         keys = split_key(dropout_key, 5)
 
         def attend_queries(y):
@@ -114,7 +118,8 @@ class DecoderLayer(TransformerLayer):
 
         def attend_memory(y):
             query = _add(y, query_position)
-            return self.cross_attention(query, memory_key, memory, key_valid=token_valid, dropout_key=keys[1])
+            mask = dict(key_valid=token_valid, dropout_key=keys[1])
+            return self.cross_attention(query, memory_key, memory, **mask, **modulation)
 
         content = self.sublayer(content, self.self_attention_norm, attend_queries, keys[2])
         content = self.sublayer(content, self.cross_attention_norm, attend_memory, keys[3])

@@ -1,0 +1,178 @@
+"""The encoder of the released multi-scale SMCA: large depthwise convolutions instead of attention.
+
+Source: the released code of Gao et al. (arXiv:2101.07448); the paper has attention in their place. Padding is not
+masked: as in the released code, an image's features depend a little on the padding around it.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.deformable_transformer import start_alike
+from deperceiver_jax.models.layer_stack import LayerStack
+from deperceiver_jax.models.linear import (
+    layer_norm,
+    linear,
+    split_key,
+    torch_bias_init,
+    torch_kernel_init,
+    xavier_uniform_init,
+)
+from deperceiver_jax.models.smca_transformer import Tokens, split_levels
+from deperceiver_jax.models.tokens import flatten_map
+from deperceiver_jax.models.transformer import TransformerLayer
+
+
+def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """[size_out, size_in] linear interpolation in which first and last cells coincide (PyTorch's align_corners)."""
+    place = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
+    return np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(size_in)[None]))
+
+
+def resize_align_corners(x: Float[Array, "B h w D"], height: int, width: int) -> Float[Array, "B H W D"]:
+    """Bilinear. `jax.image.resize` puts the cells of both maps on one square instead, and gives other numbers."""
+    rows, columns = (
+        jnp.asarray(interpolation_matrix(*sizes), x.dtype) for sizes in ((x.shape[1], height), (x.shape[2], width))
+    )
+    return jnp.einsum("Ww,bHwd->bHWd", columns, jnp.einsum("Hh,bhwd->bHwd", rows, x))
+
+
+class ConvolutionLayer(TransformerLayer):
+    """A depthwise convolution on each level, exchange with the next finer and coarser one, then the MLP.
+
+    With `pointwise`, a linear layer stands before and after; nothing bends in between. `share_crossings`: one
+    convolution downwards and one upwards for all pairs of levels, else one a pair.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_levels: int,
+        kernel_size: int,
+        pointwise: bool,
+        share_crossings: bool,
+        dtype,
+        rngs: nnx.Rngs,
+        **layer,
+    ):
+        super().__init__(dim, pre_norm=False, dtype=dtype, rngs=rngs, **layer)
+
+        def depthwise(stride):
+            return nnx.Conv(
+                dim,
+                dim,
+                (kernel_size, kernel_size),
+                strides=stride,
+                padding=kernel_size // 2,
+                feature_group_count=dim,
+                kernel_init=xavier_uniform_init(kernel_size**2, dim * kernel_size**2),
+                bias_init=torch_bias_init(kernel_size**2),
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        def mixture():
+            return linear(dim, dim, kernel_init=xavier_uniform_init(dim, dim), dtype=dtype, rngs=rngs)
+
+        crossings = 1 if share_crossings else num_levels - 1
+        self.before = mixture() if pointwise else None
+        self.within = nnx.List([depthwise(1) for _ in range(num_levels)])
+        self.down = nnx.List([depthwise(2) for _ in range(crossings)])
+        self.up = nnx.List([depthwise(1) for _ in range(crossings)])
+        self.after = mixture() if pointwise else None
+        self.convolution_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], position: Float[Array, "B S D"], tokens: Tokens, *, dropout_key=None
+    ) -> Float[Array, "B S D"]:
+        """`tokens` says how x is made of maps."""
+        key_convolution, key_mlp = split_key(dropout_key, 2)
+        x = self.sublayer(x, self.convolution_norm, lambda y: self._mix(y + position, tokens), key_convolution)
+        return self.mlp_sublayer(x, key_mlp)
+
+    def _mix(self, y, tokens):
+        y = y if self.before is None else self.before(y)
+        maps = [within(x) for within, x in zip(self.within, to_maps(y, tokens), strict=True)]
+        mixed = list(maps)
+        for finer in range(len(maps) - 1):
+            down, up = (convolutions[finer % len(convolutions)] for convolutions in (self.down, self.up))
+            mixed[finer + 1] = mixed[finer + 1] + down(maps[finer])
+            mixed[finer] = mixed[finer] + resize_align_corners(up(maps[finer + 1]), *maps[finer].shape[1:3])
+        mixed = jnp.concatenate([flatten_map(x) for x in mixed], axis=1)
+        return mixed if self.after is None else self.after(mixed)
+
+
+def to_maps(x: Float[Array, "B S D"], tokens: Tokens) -> list[Float[Array, "B h w D"]]:
+    levels = split_levels(x, tokens.lengths)
+    return [level.reshape(len(x), *size, -1) for level, size in zip(levels, tokens.sizes, strict=True)]
+
+
+class ConvolutionEncoder(nnx.Module):
+    """Convolution layers; then the finest map is halved, and decoded as a second map of the next level's size.
+
+    The halved map takes position and mask of that level.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        strides: Sequence[int],
+        num_layers: int,
+        kernel_size: int,
+        pointwise: bool,
+        share_crossings: bool,
+        mlp_dim: int,
+        dropout: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        if any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)) or len(strides) < 2:
+            raise UserError(
+                f"config.model.encoder.kind convolution needs two or more levels, each of half the size of the one "
+                f"before; config.model.strides and extra_levels make the strides {tuple(strides)}."
+            )
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(f"config.model.encoder.kernel_size is {kernel_size}; it must be odd.")
+        for name, value in (("num_layers", num_layers), ("mlp_dim", mlp_dim)):
+            if value < 1:
+                raise UserError(f"config.model.encoder.{name} is {value}; it must be at least 1.")
+        convolutions = dict(kernel_size=kernel_size, pointwise=pointwise, share_crossings=share_crossings)
+        layer = dict(num_levels=len(strides), mlp_dim=mlp_dim, dropout=dropout, dtype=dtype, **convolutions)
+        self.layers = LayerStack(
+            lambda rngs: ConvolutionLayer(dim, rngs=rngs, **layer), num_layers, unroll_on_cpu=True, rngs=rngs
+        )
+        start_alike(self.layers.layers, kernels=False)
+        self.reduce = nnx.Conv(
+            dim,
+            dim,
+            (3, 3),
+            strides=2,
+            padding=1,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(9 * dim),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, tokens: Tokens, *, dropout_key=None) -> Tokens:
+        x = self.layers(tokens.content, tokens.position, tokens, dropout_key=dropout_key)
+        finest = tokens.lengths[0]
+        reduced = flatten_map(self.reduce(to_maps(x, tokens)[0]))
+        after, twice = slice(finest, None), slice(finest, finest + tokens.lengths[1])
+
+        def repeat_second(array):
+            return jnp.concatenate([array[:, twice], array[:, after]], axis=1)
+
+        return Tokens(
+            content=jnp.concatenate([reduced, x[:, after]], axis=1),
+            position=repeat_second(tokens.position),
+            valid=repeat_second(tokens.valid),
+            sizes=(tokens.sizes[1], *tokens.sizes[1:]),
+            strides=(tokens.strides[1], *tokens.strides[1:]),
+        )
