@@ -75,11 +75,13 @@ def model() -> ConfigDict:
     m.encoder.num_layers = 6
     m.encoder.num_heads = 8
     m.encoder.num_points = 4  # of each head and level
+    m.encoder.sampling = "auto"  # gather | matmul | auto (matmul on TPUs, else gather): how points are read
     m.encoder.mlp_dim = 1024
 
     m.decoder = ConfigDict()
     m.decoder.num_layers = 6
     m.decoder.num_heads = 8
     m.decoder.num_points = 4
+    m.decoder.sampling = "auto"
     m.decoder.mlp_dim = 1024
     return m

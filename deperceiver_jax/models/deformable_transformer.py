@@ -197,13 +197,14 @@ class DeformableEncoder(nnx.Module):
         num_layers: int,
         num_heads: int,
         num_points: int,
+        sampling: str,
         mlp_dim: int,
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         _check("encoder", num_layers, mlp_dim)
-        attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points)
+        attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points, sampling=sampling)
         layer = dict(attention=attention, dropout=dropout, mlp_dim=mlp_dim, dtype=dtype)
         self.layers = LayerStack(lambda rngs: DeformableEncoderLayer(dim, **layer, rngs=rngs), num_layers, rngs=rngs)
         start_alike(self.layers.layers.mlp, kernels=False)
@@ -232,13 +233,14 @@ class DeformableDecoder(nnx.Module):
         num_layers: int,
         num_heads: int,
         num_points: int,
+        sampling: str,
         mlp_dim: int,
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         _check("decoder", num_layers, mlp_dim)
-        attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points)
+        attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points, sampling=sampling)
         refined = dict(num_logits=num_logits, size_bias=0.0) if refine else None
         layer = dict(attention=attention, refine=refined, dropout=dropout, mlp_dim=mlp_dim, dtype=dtype)
         self.layers = LayerStack(lambda rngs: DeformableDecoderLayer(dim, **layer, rngs=rngs), num_layers, rngs=rngs)

@@ -1,5 +1,6 @@
 """Multi-scale deformable attention: by hand, against the published formulation, and by finite differences."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -10,10 +11,19 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.multi_scale_deformable_attention import MultiScaleDeformableAttention, sample_levels
+from deperceiver_jax.models import level_sampling
+from deperceiver_jax.models.level_sampling import sample_levels
+from deperceiver_jax.models.multi_scale_deformable_attention import MultiScaleDeformableAttention
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "deformable_attention.npz")
 SIZES = ((5, 7), (3, 4), (1, 2))
+both_ways = pytest.mark.parametrize("sampling", ["gather", "matmul"])
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_four_queries(monkeypatch):
+    """So that six queries are two blocks, the second half empty."""
+    monkeypatch.setattr(level_sampling, "MATMUL_QUERIES", 4)
 
 
 def example(dtype=np.float32):
@@ -27,32 +37,34 @@ def example(dtype=np.float32):
     return tuple(jnp.asarray(x, dtype) for x in (value, location, weight, cotangent))
 
 
-@jax.jit
-def output_and_gradients(value, location, weight, cotangent):
+@functools.partial(jax.jit, static_argnames="sampling")
+def output_and_gradients(value, location, weight, cotangent, sampling):
     """Flattened output, and gradients of its product with the cotangent."""
 
     def product(value, location, weight):
-        output = sample_levels(value, SIZES, location, weight).reshape(2, 6, 12)
-        return jnp.sum(output * cotangent), output
+        output = sample_levels(value, SIZES, location, weight, sampling=sampling).reshape(2, 6, 12)
+        return jnp.sum(output.astype(jnp.float32) * cotangent), output
 
     gradients, output = jax.grad(product, argnums=(0, 1, 2), has_aux=True)(value, location, weight)
     return output, *gradients
 
 
-def test_values_and_gradients_are_those_of_the_published_formulation():
-    found = output_and_gradients(*example())
+@both_ways
+def test_values_and_gradients_are_those_of_the_published_formulation(sampling):
+    found = output_and_gradients(*example(), sampling)
     for name, array in zip(("output", "value", "location", "weight"), found, strict=True):
         np.testing.assert_allclose(array, GOLDEN[name], rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_gradients_are_finite_differences():
+@both_ways
+def test_gradients_are_finite_differences(sampling):
     """Along random directions, of steps too small to carry a point over the edge of a cell."""
     value, location, weight, cotangent = example()
-    _, *gradients = output_and_gradients(value, location, weight, cotangent)
+    _, *gradients = output_and_gradients(value, location, weight, cotangent, sampling)
     rng = np.random.default_rng(1)
 
     def product(*arguments):
-        output = output_and_gradients(*arguments, cotangent)[0]
+        output = output_and_gradients(*arguments, cotangent, sampling)[0]
         return float(np.sum(np.asarray(output, np.float64) * np.asarray(cotangent, np.float64)))
 
     for position, gradient in enumerate(gradients):
@@ -70,6 +82,49 @@ def test_gradients_are_finite_differences():
         assert difference == pytest.approx(float(np.sum(np.asarray(gradient) * direction)), rel=2e-3)
 
 
+def cell_centre_location():
+    """Points exactly on the centres of cells, on the edges of maps and one cell outside, where bilinear has a kink."""
+    sizes = np.array([(width, height) for height, width in SIZES], np.float32)[None, None, None, :, None]
+    cells = np.random.default_rng(2).integers(-2, 9, (2, 6, 3, 3, 2, 2)).astype(np.float32) / 2
+    return jnp.asarray((cells + 0.5) / sizes)
+
+
+@pytest.mark.parametrize("place", ["anywhere", "centre"])
+def test_both_ways_are_equal(place):
+    """Also where a point sits on a kink and a gradient is a choice; a star of whole cells starts every training."""
+    value, location, weight, cotangent = example()
+    location = location if place == "anywhere" else cell_centre_location()
+    gathered = output_and_gradients(value, location, weight, cotangent, "gather")
+    multiplied = output_and_gradients(value, location, weight, cotangent, "matmul")
+    for first, second in zip(gathered, multiplied, strict=True):
+        np.testing.assert_allclose(second, first, rtol=1e-5, atol=1e-5)
+        assert np.abs(first).max() > 0.5
+
+
+def test_auto_gathers_on_cpus():
+    arguments = example()
+    for first, second in zip(*(output_and_gradients(*arguments, way) for way in ("auto", "gather")), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_auto_multiplies_on_tpus():
+    """A lowering for a platform needs no such device."""
+
+    def lowered(sampling, platform):
+        function = functools.partial(sample_levels, level_sizes=SIZES, sampling=sampling)
+        value, location, weight, _ = example()
+        exported = jax.export.export(jax.jit(function), platforms=[platform])(
+            value=value, location=location, weight=weight
+        )
+        return exported.mlir_module()
+
+    for sampling, platform, gathers in (("auto", "tpu", 0), ("auto", "cuda", 1), ("gather", "tpu", 1)):
+        module = lowered(sampling, platform)
+        assert ("stablehlo.gather" in module) == gathers, (sampling, platform)
+        assert ("stablehlo.dot_general" in module) != gathers, (sampling, platform)
+
+
+@both_ways
 @pytest.mark.parametrize(
     "point, expected",
     [
@@ -82,39 +137,52 @@ def test_gradients_are_finite_differences():
         ((-9, 3), 0),
     ],
 )
-def test_bilinear_by_hand(point, expected):
+def test_bilinear_by_hand(point, expected, sampling):
     """The map [[1, 2], [3, 4]]: half a cell outside, half of a value is left; a whole one, nothing."""
     value = jnp.arange(1.0, 5.0).reshape(1, 4, 1, 1)
     location = jnp.asarray(point, jnp.float32).reshape(1, 1, 1, 1, 1, 2)
-    found = sample_levels(value, ((2, 2),), location, jnp.ones((1, 1, 1, 1, 1)))
+    found = sample_levels(value, ((2, 2),), location, jnp.ones((1, 1, 1, 1, 1)), sampling=sampling)
     assert found.shape == (1, 1, 1, 1)
     assert float(found[0, 0, 0, 0]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_far_points_give_zero_and_no_gradient():
+@both_ways
+def test_far_points_give_zero_and_no_gradient(sampling):
     value, location, weight, cotangent = example()
-    output, of_value, of_location, of_weight = output_and_gradients(value, location * 1e30, weight, cotangent)
+    output, of_value, of_location, of_weight = output_and_gradients(value, location * 1e30, weight, cotangent, sampling)
     for array in (output, of_value, of_location, of_weight):
         np.testing.assert_array_equal(array, np.zeros_like(array))
 
 
-def test_bfloat16_rounds_values_and_not_places():
+def test_bfloat16_gather_rounds_values_and_not_places():
     value, location, weight, _ = example()
-    exact = sample_levels(value.astype(jnp.bfloat16).astype(jnp.float32), SIZES, location, weight)
-    half = sample_levels(value.astype(jnp.bfloat16), SIZES, location, weight)
+    exact = sample_levels(value.astype(jnp.bfloat16).astype(jnp.float32), SIZES, location, weight, sampling="gather")
+    half = sample_levels(value.astype(jnp.bfloat16), SIZES, location, weight, sampling="gather")
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(half, exact.astype(jnp.bfloat16))
 
 
+def test_bfloat16_matmul_is_as_good_as_bfloat16():
+    """Weights of cells are rounded, places are not: outputs and gradients stay within 1 % of their largest."""
+    value, location, weight, cotangent = example()
+    value = value.astype(jnp.bfloat16)
+    gathered = output_and_gradients(value, location, weight, cotangent, "gather")
+    multiplied = output_and_gradients(value, location, weight, cotangent, "matmul")
+    for first, second in zip(gathered, multiplied, strict=True):
+        assert first.dtype == second.dtype
+        first, second = (np.asarray(x, np.float32) for x in (first, second))
+        np.testing.assert_allclose(second, first, rtol=0, atol=1e-2 * np.abs(first).max())
+
+
 def new_attention(dtype=jnp.float32, **changes):
-    sizes = dict(num_heads=4, num_levels=2, num_points=3) | changes
+    sizes = dict(num_heads=4, num_levels=2, num_points=3, sampling="gather") | changes
     return MultiScaleDeformableAttention(16, **sizes, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def test_start_is_a_star():
     """Eight heads look along eight directions, points one step further each; all weigh alike."""
     attention = MultiScaleDeformableAttention(
-        16, num_heads=8, num_levels=2, num_points=4, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        16, num_heads=8, num_levels=2, num_points=4, sampling="auto", dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
     star = np.asarray(attention.sampling_offsets.bias[...]).reshape(8, 2, 4, 2)
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
@@ -129,10 +197,11 @@ def test_start_is_a_star():
         assert 0.9 * bound < np.abs(layer.kernel[...]).max() <= bound
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_padded_tokens_are_zeros(dtype):
+def test_padded_tokens_are_zeros(dtype, sampling):
     """Also their bias: a query whose every point lies on padding gets the output layer's bias alone."""
-    attention = new_attention(dtype)
+    attention = new_attention(dtype, sampling=sampling)
     attention.value.bias[...] = jnp.ones(16)
     attention.out.bias[...] = jnp.arange(16.0)
     sizes = ((4, 6), (2, 3))
@@ -150,7 +219,14 @@ def test_padded_tokens_are_zeros(dtype):
     np.testing.assert_array_equal(changed, answer)
 
 
-@pytest.mark.parametrize("changes, sentence", [({"num_heads": 3}, "3 heads do not divide"), ({"num_points": 0}, "0 p")])
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"num_heads": 3}, "3 heads do not divide"),
+        ({"num_points": 0}, "0 points looks nowhere"),
+        ({"sampling": "scatter"}, "sampling is 'scatter'; it can be auto, gather or matmul"),
+    ],
+)
 def test_bad_sizes(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         new_attention(**changes)
