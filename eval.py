@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from deperceiver_jax import processes
 from deperceiver_jax.command_line import parse_flags, run
 from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data import open_source
@@ -29,13 +30,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
     flags.DEFINE_string("split", None, "Default: config.data.eval_split.", flag_values=values)
     flags.DEFINE_string("output", None, "Where the two files go.", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "Join the other processes of a pod or cluster.", flag_values=values)
+    processes.define_flags(values)
 
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    if values.distributed:
-        jax.distributed.initialize()
+    processes.join(values)
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     config = loaded.config
     split = values.split or config.data.eval_split

@@ -15,6 +15,7 @@ import jax
 from absl import flags
 from flax import nnx
 
+from deperceiver_jax import processes
 from deperceiver_jax.command_line import parse_config, parse_flags, run
 from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data import TrainBatches, open_source
@@ -38,7 +39,7 @@ from deperceiver_jax.training.workdir import check_workdir, write_workdir
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Where the run lives; continued if it is there.", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "Join the other processes of a pod or cluster.", flag_values=values)
+    processes.define_flags(values)
 
 
 def main(argv: list[str]) -> None:
@@ -50,8 +51,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir).expanduser()
 
     # Chapter 2: devices.
-    if values.distributed:
-        jax.distributed.initialize()
+    processes.join(values)
     keep_compiled(config.train.compilation_cache)
     mesh = make_mesh(config.mesh.model)
 

@@ -1,4 +1,8 @@
-"""Where arrays live: one mesh with axes `data` (images are split) and `model` (parameters may be split).
+"""Where arrays live: one mesh with axes `data` and `model`.
+
+Images are split over all devices. What a run keeps between steps (parameters, optimiser state, averages) is whole along
+`data` and split along `model`, so that with `model` devices along that axis each holds one part in `model`; a step
+gathers the parameters before it computes with them (ZeRO; FSDP in PyTorch), so no number depends on the mesh's shape.
 
 One process or many, one device or a pod: the same calls. Sharding is left to the compiler (`AxisType.Auto`): the step
 is written for the global batch, and a sum over images is a sum over all devices.
@@ -12,6 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deperceiver_jax.errors import UserError
 
+ALL_DEVICES = ("data", "model")  # along which images are split
+SMALLEST_SPLIT = 4096  # numbers; less is not worth a collective of its own
+
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices of all hosts (or `devices`): `model` of them along that axis, the others along `data`."""
@@ -23,8 +30,8 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Images split along `data`, the leading axis of every array of a `Batch`; the same along `model`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Images split over all devices, along the leading axis of every array of a `Batch`."""
+    return NamedSharding(mesh, PartitionSpec(ALL_DEVICES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -33,13 +40,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(abstract_state, mesh: Mesh):
-    """A sharding for each array of a state (real, or `jax.eval_shape` of it), in the same tree: all replicated."""
-    return jax.tree.map(lambda _: replicated(mesh), abstract_state)
+    """A sharding for each array of a state (real, or `jax.eval_shape` of it), in the same tree.
+
+    An array is split along its longest axis that divides over `model`; small ones, and those without such an axis, are
+    replicated. It depends on the shape alone, so a parameter, its moments and its average lie alike.
+    """
+    return jax.tree.map(lambda x: NamedSharding(mesh, _split_spec(x.shape, mesh.shape["model"])), abstract_state)
+
+
+def _split_spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    lengths = {axis: length for axis, length in enumerate(shape) if length % parts == 0}
+    if parts == 1 or not lengths or np.prod(shape) < SMALLEST_SPLIT:
+        return PartitionSpec()
+    longest = max(lengths, key=lengths.get)
+    return PartitionSpec(*[None] * longest, "model")
+
+
+def gather(arrays, mesh: Mesh):
+    """Inside a jitted function: a tree of arrays, each whole on every device. Its gradient is split like the input."""
+    return jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, field: str) -> None:
     """Raises UserError unless a global batch of this size divides over the devices. `field` is what a person set."""
-    shards = mesh.shape["data"]
+    shards = mesh.size
     if batch_size % shards:
         raise UserError(
             f"{field} is {batch_size}, which does not divide over {shards} devices; take a multiple of {shards}."

@@ -10,6 +10,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.sharding import (
     batch_sharding,
     check_batch_size,
+    gather,
     make_mesh,
     replicated,
     shard_batch,
@@ -51,23 +52,23 @@ def test_model_axis_must_divide_the_devices(model):
 
 
 @pytest.mark.parametrize("model", [1, 2])
-def test_batch_is_split_over_data_and_unchanged(model):
+def test_batch_is_split_over_all_devices_and_unchanged(model):
     mesh, batch = make_mesh(model), make_batch(16)
     on_devices = shard_batch(batch, mesh)
     assert isinstance(on_devices, Batch)
     for host, device in zip(batch, on_devices, strict=True):
         assert device.sharding.is_equivalent_to(batch_sharding(mesh), device.ndim)
         assert device.dtype == host.dtype
-        assert device.addressable_shards[0].data.shape[0] == 16 * model // 8
+        assert device.addressable_shards[0].data.shape[0] == 2
         np.testing.assert_array_equal(device, host)
 
 
 def test_batch_that_does_not_divide_is_a_sentence():
     with pytest.raises(UserError, match="global batch size is 12, .* 8 devices; take a multiple of 8"):
         shard_batch(make_batch(12), make_mesh())
-    with pytest.raises(UserError, match="^config.data.batch_size is 6, "):
-        check_batch_size(6, make_mesh(2), field="config.data.batch_size")
-    check_batch_size(12, make_mesh(2), field="config.data.batch_size")
+    with pytest.raises(UserError, match="^config.data.batch_size is 12, "):
+        check_batch_size(12, make_mesh(2), field="config.data.batch_size")
+    check_batch_size(16, make_mesh(2), field="config.data.batch_size")
 
 
 def test_arrays_of_a_batch_have_equally_many_images():
@@ -75,14 +76,38 @@ def test_arrays_of_a_batch_have_equally_many_images():
         shard_batch({"a": np.zeros((8, 2)), "b": np.zeros((16,))}, make_mesh())
 
 
-def test_state_is_replicated_from_its_shapes_alone():
+def test_state_is_whole_on_every_device_unless_the_model_axis_splits_it():
     mesh = make_mesh()
-    abstract = jax.eval_shape(lambda: {"kernel": jnp.zeros((3, 4)), "step": jnp.int32(0)})
+    abstract = jax.eval_shape(lambda: {"kernel": jnp.zeros((64, 128)), "step": jnp.int32(0)})
     shardings = state_sharding(abstract, mesh)
     assert shardings == {"kernel": replicated(mesh), "step": replicated(mesh)}
     assert replicated(mesh).spec == PartitionSpec()
-    state = jax.jit(lambda: {"kernel": jnp.ones((3, 4)), "step": jnp.int32(0)}, out_shardings=shardings)()
-    assert len(state["kernel"].addressable_shards) == 8
+    state = jax.jit(lambda: {"kernel": jnp.ones((64, 128)), "step": jnp.int32(0)}, out_shardings=shardings)()
+    assert {shard.data.shape for shard in state["kernel"].addressable_shards} == {(64, 128)}
+
+
+def test_the_model_axis_splits_the_longest_axis_that_divides():
+    mesh = make_mesh(4)
+    shapes = {"tall": (128, 64), "stack": (6, 64, 64), "odd": (66, 124), "prime": (67, 67), "small": (8, 511)}
+    specs = {name: s.spec for name, s in state_sharding({n: jnp.zeros(x) for n, x in shapes.items()}, mesh).items()}
+    assert specs == {
+        "tall": PartitionSpec("model"),
+        "stack": PartitionSpec(None, "model"),
+        "odd": PartitionSpec(None, "model"),
+        "prime": PartitionSpec(),
+        "small": PartitionSpec(),
+    }
+    tall = jax.device_put(jnp.zeros((128, 64)), state_sharding(jnp.zeros((128, 64)), mesh))
+    assert {shard.data.shape for shard in tall.addressable_shards} == {(32, 64)}
+
+
+def test_a_gathered_array_has_a_gradient_that_is_split_again():
+    mesh = make_mesh(4)
+    kernel = jnp.arange(128 * 64, dtype=jnp.float32).reshape(128, 64)
+    split = jax.device_put(kernel, state_sharding(kernel, mesh))
+    square = jax.jit(jax.grad(lambda x: jnp.square(gather(x, mesh)).sum()), out_shardings=split.sharding)
+    np.testing.assert_array_equal(square(split), 2 * kernel)
+    assert "all-gather" in square.lower(split).compile().as_text()
 
 
 def test_a_sum_over_images_is_a_sum_over_all_devices():

@@ -18,7 +18,7 @@ from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, gr
 from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.sharding import check_batch_size, replicated, shard_batch
+from deperceiver_jax.sharding import check_batch_size, gather, replicated, shard_batch
 from deperceiver_jax.structures import Batch, Detections
 
 DetectStep = Callable[[dict[str, Array], Batch], tuple[Int32[Array, " B"], Detections]]
@@ -27,8 +27,8 @@ DetectStep = Callable[[dict[str, Array], Batch], tuple[Int32[Array, " B"], Detec
 def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh) -> DetectStep:
     """`detect_step(arrays, batch) -> (example, detections)`: compiled once per size bucket, wherever it is called from.
 
-    merge: arrays by path -> the detector that computes with them. The batch lies along the mesh's `data` axis; the
-    answer is gathered, so every process holds all of it. Raises UserError when config.eval does not fit the mesh.
+    merge: arrays by path -> the detector that computes with them. The batch is split over all devices; the answer is
+    gathered, so every process holds all of it. Raises UserError when config.eval does not fit the mesh.
     """
     check_batch_size(config.eval.batch_size, mesh, field="config.eval.batch_size")
     if config.eval.max_detections < 1:
@@ -37,7 +37,8 @@ def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh) -> DetectS
 
     def detect_step(arrays, batch):
         image, pixel_valid = normalize_images(batch.image, batch.size)
-        predictions = merge(arrays)(image, pixel_valid)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
+            predictions = merge(gather(arrays, mesh))(image, pixel_valid)
         classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
         detections = postprocess(
             predictions,

@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
+from deperceiver_jax.sharding import ALL_DEVICES
 from deperceiver_jax.structures import Assignment, Batch, Predictions
 
 # No assignment needs costs beyond this: with the published weights they stay below 100. Small enough for float32 to
@@ -55,7 +56,7 @@ def matching_cost(
 def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backend: str, mesh: Mesh) -> Assignment:
     """The assignment of least total cost for each layer and image: min(Q, number of boxes) pairs.
 
-    Every device solves its own images (the `data` axis), on its own host for `scipy`; along `model` all do the same.
+    Every device solves its own images, on its own host for `scipy`.
     NaN counts as the largest cost there is, and costs beyond LARGEST_COST are cut to it, so there always is an answer;
     stopping at a non-finite loss is the training loop's part. Where several assignments cost the same, either
     solver may return any of them. More boxes than queries are legal: those whose cost is least are matched.
@@ -73,9 +74,9 @@ def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backe
     per_device = jax.shard_map(
         solve,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, "data"), PartitionSpec("data")),
-        out_specs=PartitionSpec(None, "data"),
-        check_vma=False,  # a callback does not say that its answer is the same along `model`
+        in_specs=(PartitionSpec(None, ALL_DEVICES), PartitionSpec(ALL_DEVICES)),
+        out_specs=PartitionSpec(None, ALL_DEVICES),
+        check_vma=False,  # the solvers' loops start from constants, which are the same on all devices
     )
     return per_device(jnp.clip(cost, -LARGEST_COST, LARGEST_COST), box_valid)
 

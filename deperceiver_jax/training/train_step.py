@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.sharding import batch_sharding, check_batch_size, replicated
+from deperceiver_jax.sharding import ALL_DEVICES, batch_sharding, check_batch_size, gather, replicated
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.train_state import Plan, TrainState
 
@@ -42,10 +42,11 @@ def make_train_step(
         step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_of_part(params: dict[str, Array], part: Batch, part_index: int | Array):
-            detector = plan.skeleton.merge({**state.frozen, **params})
+            detector = plan.skeleton.merge(gather({**state.frozen, **params}, mesh))
             image, pixel_valid = normalize_images(part.image, part.size)
             dropout_key = jax.random.fold_in(step_key, part_index)
-            predictions = detector(image, pixel_valid, dropout_key=dropout_key)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
+                predictions = detector(image, pixel_valid, dropout_key=dropout_key)
             return loss(predictions, part, whole=batch)
 
         gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)
@@ -89,7 +90,7 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
     def split(x: Array) -> Array:
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, "data")))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ALL_DEVICES)))
 
     return jax.tree.map(split, batch)
 
