@@ -113,7 +113,11 @@ class Latents(NamedTuple):
 
 
 class AnchoredLayer(TransformerLayer):
-    """Self-attention among the latents, Gaussian cross-attention to the image tokens, the MLP, and an answer."""
+    """Self-attention among the latents, Gaussian cross-attention to the image tokens, the MLP, and an answer.
+
+    With `separate_levels` each level has a softmax of its own and a predicted weight, as SMCA's scale selection; else
+    one softmax runs over the tokens of all levels. Without `refine` the first boxes stay the references of all layers.
+    """
 
     def __init__(
         self,
@@ -121,19 +125,25 @@ class AnchoredLayer(TransformerLayer):
         num_heads: int,
         num_logits: int,
         *,
+        num_levels: int,
+        gaussian: bool,
         least_width: float,
+        separate_levels: bool,
+        refine: bool,
         dropout: float,
         mlp_dim: int,
         dtype,
         rngs: nnx.Rngs,
     ):
         super().__init__(dim, mlp_dim=mlp_dim, dropout=dropout, pre_norm=False, dtype=dtype, rngs=rngs)
+        self.refine = refine
         attention = dict(dropout=dropout, xavier=True, dtype=dtype, rngs=rngs)
         self.self_attention = MultiHeadAttention(dim, num_heads, **attention)
         self.self_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.cross_attention = MultiHeadAttention(dim, num_heads, **attention)
         self.cross_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.gaussian = BoxGaussian(dim, num_heads, least_width=least_width, rngs=rngs)
+        self.gaussian = BoxGaussian(dim, num_heads, least_width=least_width, rngs=rngs) if gaussian else None
+        self.level_weight = linear(dim, num_levels, dtype=jnp.float32, rngs=rngs) if separate_levels else None
         self.position = MLP([2 * dim, dim, dim], activation=jax.nn.relu, dtype=dtype, rngs=rngs)
         self.heads = RelativeHeads(dim, num_logits, size_bias=0.0, rngs=rngs)
 
@@ -155,16 +165,20 @@ class AnchoredLayer(TransformerLayer):
             return self.self_attention(query, query, x, dropout_key=keys[0])
 
         def attend_image(x):
-            bias = self.gaussian(x, latents.reference, pyramid.place)
-            return self.cross_attention(
-                x + position, memory_key, memory, key_valid=pyramid.token_valid, bias=bias, dropout_key=keys[1]
-            )
+            how = dict(key_valid=pyramid.token_valid, dropout_key=keys[1])
+            if self.gaussian is not None:
+                how["bias"] = self.gaussian(x, latents.reference, pyramid.place)
+            if self.level_weight is not None:
+                how["segments"] = [height * width for height, width in pyramid.level_sizes]
+                how["segment_weight"] = jax.nn.softmax(self.level_weight(x), axis=-1)
+            return self.cross_attention(x + position, memory_key, memory, **how)
 
         content = self.sublayer(latents.content, self.self_attention_norm, attend_latents, keys[2])
         content = self.sublayer(content, self.cross_attention_norm, attend_image, keys[3])
         content = self.mlp_sublayer(content, keys[4])
         predictions = self.heads(content, latents.reference)
-        return Latents(content, jax.lax.stop_gradient(predictions.boxes), predictions)
+        reference = jax.lax.stop_gradient(predictions.boxes) if self.refine else latents.reference
+        return Latents(content, reference, predictions)
 
 
 class AnchoredLayers(nnx.Module):
@@ -177,15 +191,20 @@ class AnchoredLayers(nnx.Module):
         *,
         num_layers: int,
         num_heads: int,
-        mlp_dim: int,
+        gaussian: bool,
         least_width: float,
+        separate_levels: bool,
+        refine: bool,
+        mlp_dim: int,
+        num_levels: int,
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         if num_layers < 1:
             raise UserError(f"config.model.decoder.num_layers is {num_layers}; it must be at least 1.")
-        layer = dict(least_width=least_width, dropout=dropout, mlp_dim=mlp_dim, dtype=dtype)
+        layer = dict(gaussian=gaussian, least_width=least_width, separate_levels=separate_levels, refine=refine)
+        layer |= dict(num_levels=num_levels, dropout=dropout, mlp_dim=mlp_dim, dtype=dtype)
         self.num_logits = num_logits
         self.layers = LayerStack(
             lambda rngs: AnchoredLayer(dim, num_heads, num_logits, **layer, rngs=rngs), num_layers, rngs=rngs
@@ -287,6 +306,7 @@ class DePerceiverPlus(nnx.Module):
             decoder,
             dim=embed_dim,
             num_logits=num_logits,
+            num_levels=len(strides),
             dropout=dropout,
             dtype=dtype,
             rngs=rngs,
