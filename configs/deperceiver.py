@@ -83,6 +83,7 @@ def model() -> ConfigDict:
     m.decoder.num_layers = 1
     m.decoder.self_attention = False  # among queries, before each cross-attention
     m.decoder.self_attention_value = "query"  # query (content + query position) | content
+    m.decoder.read_tokens = False  # the queries look at the image tokens as well as at the latents
     m.decoder.residual = "none"  # around the cross-attention: none | content | query (content + query position)
     m.decoder.final_norm = False  # one LayerNorm shared by the outputs of all layers
     m.decoder.cross_heads = 1

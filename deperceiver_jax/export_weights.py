@@ -38,6 +38,7 @@ FIXED_IN_PUBLISHED_CODE = {
         "encoder.cross_heads": 1,
         "encoder.self_heads": 8,
         "decoder.self_attention_value": "query",
+        "decoder.read_tokens": False,
         "decoder.residual": "none",
         "decoder.cross_heads": 1,
         "decoder.self_heads": 1,
@@ -50,6 +51,15 @@ FIXED_IN_PUBLISHED_CODE = {
         "decoder.query_position": "attention",
     },
     "deformable_detr": {"no_object_logit": False, "backbone.norm": "frozen_batch_norm"},
+    "smca": {
+        "no_object_logit": True,
+        "backbone.norm": "frozen_batch_norm",
+        "decoder.num_heads": 8,
+        "decoder.modulation": "multi_head",
+        "decoder.scale_form": "inverse",
+        "decoder.stride_factor": True,
+        "decoder.scale_selection": True,
+    },
 }
 
 

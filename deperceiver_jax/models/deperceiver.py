@@ -125,7 +125,9 @@ class DePerceiver(nnx.Module):
     ):
         if relative_boxes and not decoder["anchors"]:
             raise UserError("config.model.relative_boxes needs config.model.decoder.anchors, which is off.")
+        decoder = dict(decoder)
         self.relative_boxes = relative_boxes
+        self.read_tokens = decoder.pop("read_tokens")
         self.backbone = build_part(
             ResNet, "config.model.backbone", backbone, strides=tuple(strides), dtype=dtype, rngs=rngs
         )
@@ -149,6 +151,11 @@ class DePerceiver(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        if self.read_tokens and self.levels.token_dim != encoder["latent_dim"]:
+            raise UserError(
+                f"config.model.decoder.read_tokens needs latents as wide as the tokens, which have "
+                f"{self.levels.token_dim} channels; config.model.encoder.latent_dim is {encoder['latent_dim']}."
+            )
         self.decoder = build_part(
             PerceiverDecoder,
             "config.model.decoder",
@@ -174,6 +181,15 @@ class DePerceiver(nnx.Module):
         features = self.backbone(image, pixel_valid)
         tokens, token_valid, key_position, token_place = self.levels(features, pixel_valid)
         latents = self.encoder(tokens, token_valid, key_position, token_place, dropout_key=key_encoder)
-        latent_place = None if self.encoder.anchors is None else self.encoder.anchors()[None]
-        decoded = self.decoder(latents, latent_place, dropout_key=key_decoder)
+        place = None if self.encoder.anchors is None else self.encoder.anchors()[None]
+        if not self.read_tokens:
+            decoded = self.decoder(latents, place, dropout_key=key_decoder)
+        else:
+            if place is not None:
+                place = jnp.broadcast_to(place, (len(latents), *place.shape[1:]))
+                place = jnp.concatenate([place, token_place], axis=1)
+            valid = jnp.concatenate([jnp.ones(latents.shape[:2], bool), token_valid], axis=1)
+            key_position = None if key_position is None else jnp.concatenate([0 * latents, key_position], axis=1)
+            both = jnp.concatenate([latents, tokens], axis=1)
+            decoded = self.decoder(both, place, valid, key_position, dropout_key=key_decoder)
         return self.heads(decoded, self.decoder.anchors() if self.relative_boxes else None)

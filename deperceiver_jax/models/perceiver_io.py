@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.attention import MultiHeadAttention
+from deperceiver_jax.models.attention_record import is_recording
 from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import dropout, layer_norm, split_key
 from deperceiver_jax.models.mlp import MLP, exact_gelu
@@ -190,6 +191,10 @@ class PerceiverEncoder(nnx.Module):
     def _apply_remaining_blocks(self, first, latents, keys):
         if not self.share_blocks:
             return self.blocks(latents, start=first * self.layers_per_block, dropout_key=keys[first])
+        if is_recording():  # a loop of JAX would keep what happens inside to itself
+            for key in keys[first:]:
+                latents = self.blocks(latents, dropout_key=key)
+            return latents
         keys = None if keys[first] is None else jnp.stack(keys[first:])
 
         def apply_block(latents, key):
@@ -250,6 +255,8 @@ class PerceiverDecoderLayer(nnx.Module):
         query_position: Float[Array, "B Q D"],
         latents: Float[Array, "B N C"],
         places: tuple[Float[Array, "A Q 2"], Float[Array, "A N 2"]] | None = None,
+        valid: Bool[Array, "B N"] | None = None,
+        key_position: Float[Array, "B N C"] | None = None,
         *,
         dropout_key=None,
     ) -> Float[Array, "B Q D"]:
@@ -261,7 +268,15 @@ class PerceiverDecoderLayer(nnx.Module):
             content = self.self_attention_norm(content + attended)
         query = content + query_position
         residual = {"none": None, "content": content, "query": query}[self.residual]
-        return self.cross_attention(query, latents, places=places, residual=residual, dropout_key=key_cross)
+        return self.cross_attention(
+            query,
+            latents,
+            token_valid=valid,
+            key_position=key_position,
+            places=places,
+            residual=residual,
+            dropout_key=key_cross,
+        )
 
 
 class PerceiverDecoder(nnx.Module):
@@ -321,13 +336,17 @@ class PerceiverDecoder(nnx.Module):
         self,
         latents: Float[Array, "B N C"],
         latent_place: Float[Array, "A N 2"] | None = None,
+        valid: Bool[Array, "B N"] | None = None,
+        key_position: Float[Array, "B N C"] | None = None,
         *,
         dropout_key=None,
     ) -> Float[Array, "L B Q D"]:
+        """`valid` and `key_position` are for latents with image tokens after them."""
         query_position = jnp.broadcast_to(
             self.query_position[...].astype(self.dtype), (latents.shape[0], *self.query_position.shape)
         )
         places = None if self.anchors is None or latent_place is None else (self.anchors()[None], latent_place)
         content = jnp.zeros_like(query_position)
-        decoded = self.layers(content, query_position, latents, places, dropout_key=dropout_key, collect=True)
+        context = (latents, places, valid, key_position)
+        decoded = self.layers(content, query_position, *context, dropout_key=dropout_key, collect=True)
         return decoded if self.norm is None else self.norm(decoded)

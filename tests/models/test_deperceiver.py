@@ -112,6 +112,25 @@ def test_residuals_make_queries_differ_when_latents_start_small():
     assert spread("query") > 20 * spread("none")
 
 
+@pytest.mark.parametrize("use", ["add", "keys"])
+def test_queries_can_read_the_tokens(use):
+    """What the latents lost reaches the answers then: with latents that carry nothing, images still differ."""
+
+    def spread(read_tokens):
+        config = small_config()
+        config.model.decoder.update(read_tokens=read_tokens, anchors=True, residual="query")
+        config.model.encoder.anchors = True
+        config.model.position.use = use
+        detector = build_detector(config, rngs=nnx.Rngs(0))
+        for layer in detector.encoder.cross_attentions:
+            layer.attention.out.kernel[...] = jnp.zeros_like(layer.attention.out.kernel[...])
+        image = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+        predictions = detector(image, jnp.ones(image.shape[:3], bool))
+        return float(jnp.max(jnp.abs(predictions.boxes[:, 0] - predictions.boxes[:, 1])))
+
+    assert spread(False) == 0 and spread(True) > 1e-3
+
+
 def test_dropout_needs_a_key_and_is_its_function():
     config = small_config()
     config.model.dropout = config.model.decoder.dropout = 0.3

@@ -1,0 +1,189 @@
+"""Trains a ladder of detectors on the same pictures of many small objects, with several seeds, and compares them.
+
+    python benchmarks/small_objects.py --rows=published,gaussian,proposals --seeds=0,1,2        # the built-in pictures
+    python benchmarks/small_objects.py --rows=detr,one_to_many --coco=/data/folder --steps=3000
+
+Rows are variants of configs/ladder.py. Every row and seed is a run of train.py in OUTPUT/ROW/SEED: what is finished is
+not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added. Writes
+OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs import ladder  # noqa: E402
+
+METRICS = ("AP", "AP50", "APs", "APm", "APl")
+GOALS = (0.3, 0.5)  # of AP50, whose first evaluation is reported
+
+
+class Run(NamedTuple):
+    """One row, one seed."""
+
+    curve: list[tuple[int, dict[str, float]]]  # (step, metrics) of every evaluation
+    step_seconds: float  # median over the logged intervals
+    peak_gib: float  # largest resident memory of the process: its host memory; a GPU's own is not in it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=_names, default=list(ladder.VARIANTS), help="variants of configs/ladder.py")
+    parser.add_argument("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=0, help="of each run; 0: the config's")
+    parser.add_argument("--coco", default="", help="a COCO-format folder instead of the built-in pictures")
+    parser.add_argument("--output", type=Path, default=Path("runs/small_objects"))
+    parser.add_argument("--table_only", action="store_true", help="train nothing, tell what is there")
+    parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.optimizer.learning_rate=5e-4")
+    arguments, further = parser.parse_known_args()
+    fields = [*arguments.fields, *further]
+    if wrong := [field for field in fields if not field.startswith("--config.")]:
+        parser.error(f"{wrong[0]} is neither a flag of this program nor a field of the config.")
+    if arguments.steps:
+        every = max(arguments.steps // 10, 1)
+        fields += [f"--config.train.{name}={every}" for name in ("eval_every", "checkpoint_every")]
+        fields.append(f"--config.train.num_steps={arguments.steps}")
+    if arguments.coco:
+        fields += ["--config.data.name=coco_directory", f"--config.data.directory={arguments.coco}"]
+
+    if not arguments.table_only:
+        for seed in arguments.seeds:  # a first seed of every row, before the second of any
+            for row in arguments.rows:
+                train(row, seed, arguments.output, fields)
+    runs = {row: read_runs(arguments.output / row) for row in arguments.rows}
+    runs = {row: found for row, found in runs.items() if found}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    table = make_table(runs)
+    (arguments.output / "table.md").write_text(table)
+    print(table)
+    draw_curves(runs, arguments.output / "curves.png")
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ladder.VARIANTS]:
+        raise argparse.ArgumentTypeError(f"no row {unknown[0]!r}; there are {', '.join(ladder.VARIANTS)}")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def train(row: str, seed: int, output: Path, fields: list[str]) -> None:
+    """A run of train.py in output/row/seed, unless it has finished. Stops everything if it fails."""
+    workdir = output / row / str(seed)
+    done = workdir / "run.json"
+    if done.exists():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs/ladder.py'}:{row}"]
+    command += [f"--workdir={workdir / 'run'}", f"--config.seed={seed}", *fields]
+    print(f"{row}, seed {seed}: {workdir / 'log'}", flush=True)
+    start = time.perf_counter()
+    with open(workdir / "log", "a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{row}, seed {seed} ended with status {os.waitstatus_to_exitcode(status)}; see {workdir / 'log'}.")
+    facts = {"seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20, "machine": machine()}
+    done.write_text(json.dumps(facts) + "\n")
+
+
+def read_runs(directory: Path) -> list[Run]:
+    """The finished runs of a row."""
+    return [read_run(done.parent) for done in sorted(directory.glob("*/run.json"))]
+
+
+def read_run(directory: Path) -> Run:
+    """What a run's metrics.jsonl says."""
+    lines = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
+    config = json.loads((directory / "run/config.json").read_text())
+    curve = [(line["step"], {name: line[name] for name in METRICS}) for line in lines if "AP50" in line]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]  # the first one compiled
+    seconds = config["data"]["batch_size"] / statistics.median(rates) if rates else float("nan")
+    return Run(curve, seconds, json.loads((directory / "run.json").read_text())["peak_gib"])
+
+
+def machine() -> str:
+    """Where it ran, in words."""
+    import jax
+
+    device = jax.devices()[0]
+    return f"{platform.platform()}, {os.cpu_count()} cores, {device.device_kind}, jax {jax.__version__}"
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def make_table(runs: dict[str, list[Run]]) -> str:
+    """Markdown: a line a row, means over the seeds with the lowest and highest in brackets where there are several."""
+    head = ["row", "seeds", *METRICS[:3], "APs/AP", *(f"steps to AP50 {goal}" for goal in GOALS), "s/step", "GiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, found in runs.items():
+        last = [run.curve[-1][1] for run in found]
+        cells = [row, str(len(found)), *(spread([m[name] for m in last]) for name in METRICS[:3])]
+        cells.append(spread([m["APs"] / m["AP"] if m["AP"] > 0 else float("nan") for m in last]))
+        cells += [reached([steps_to(run, goal) for run in found]) for goal in GOALS]
+        cells += [f"{statistics.mean(run.step_seconds for run in found):.2f}"]
+        cells += [f"{statistics.mean(run.peak_gib for run in found):.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the range of several."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def steps_to(run: Run, goal: float) -> int | None:
+    """The first evaluated step with AP50 of at least `goal`."""
+    return next((step for step, metrics in run.curve if metrics["AP50"] >= goal), None)
+
+
+def reached(steps: list[int | None]) -> str:
+    """Mean steps of the seeds that got there, and how many did not."""
+    there = [step for step in steps if step is not None]
+    missing = len(steps) - len(there)
+    text = f"{statistics.mean(there):.0f}" if there else "never"
+    return f"{text} ({missing} of {len(steps)} never)" if there and missing else text
+
+
+def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
+    """AP50 and APs against steps: a line a row, the range of its seeds as a band."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No curves: matplotlib is missing (pip install '.[plots]').")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharex=True, layout="constrained")
+    for ax, name in zip(axes, ("AP50", "APs"), strict=True):
+        for number, (row, found) in enumerate(runs.items()):
+            color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
+            steps = [step for step, _ in found[0].curve]
+            values = [[metrics[name] for _, metrics in run.curve] for run in found]
+            values = [list(at) for at in zip(*(v for v in values if len(v) == len(steps)), strict=True)]
+            ax.plot(steps, [statistics.mean(at) for at in values], style, color=color, label=row.replace("_", " "))
+            ax.fill_between(steps, [min(at) for at in values], [max(at) for at in values], color=color, alpha=0.15)
+        ax.set(xlabel="steps", title=name, ylim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=110)
+    print(f"Drew {path}.")
+
+
+if __name__ == "__main__":
+    main()

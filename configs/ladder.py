@@ -1,0 +1,201 @@
+"""From the published DePerceiver to DePerceiver+, one change a row, and the other families beside them.
+
+    python benchmarks/small_objects.py --rows=published,gaussian --seeds=0,1,2
+
+All rows see the same images (many small shapes on clutter), through the same narrow ResNet, for the same steps. Each
+row is the one before it with the change that its function makes; docs/deperceiver_plus.md says what came of each.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import deformable_detr, demo, deperceiver, deperceiver_plus, detr, smca
+
+
+def get_config(variant: str = "published") -> ConfigDict:
+    """One of VARIANTS."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/ladder.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
+    config = demo.get_config("detr")
+    config.data.name = "shapes/small"
+    config.data.batch_size = 8
+    config.train.num_steps = 1500
+    config.train.eval_every = 150
+    config.train.checkpoint_every = 150
+    if variant in FAMILIES:
+        FAMILIES[variant](config)
+    else:
+        for name, change in ROWS.items():
+            change(config)
+            if name == variant:
+                break
+    return config
+
+
+def _use(config: ConfigDict, model: ConfigDict, **sizes) -> None:
+    """`model` with the benchmark's backbone and widths."""
+    backbone = config.model.backbone
+    config.model = model
+    config.model.backbone = backbone
+    config.model.update(num_queries=64, embed_dim=128, dropout=0.0, **sizes)
+
+
+# ---------------------------------------------------------------------------------------------------- the ladder
+
+
+def _published(config: ConfigDict) -> None:
+    """The published architecture and losses, narrow: 128 latents, blocks of two layers instead of six."""
+    _use(config, deperceiver.model(), strides=(16,))
+    config.model.encoder.update(num_latents=128, latent_dim=128, layers_per_block=2)
+    config.loss.update(classification="softmax_no_object", weight_class=1.0, auxiliary=False)
+    config.matcher.cost_class = 1.0
+
+
+def _small_latents(config: ConfigDict) -> None:
+    """Latents of scale 0.02 rather than 1, and a residual around the decoder's cross-attention."""
+    config.model.encoder.update(latent_init="truncated_normal", latent_scale=0.02)
+    config.model.decoder.residual = "query"
+
+
+def _heads(config: ConfigDict) -> None:
+    """Eight heads in the cross-attentions, MLPs twice as wide as their input."""
+    config.model.encoder.update(cross_heads=8, mlp_ratio=2.0)
+    config.model.decoder.update(cross_heads=8, self_heads=8, mlp_ratio=2.0)
+
+
+def _talking_queries(config: ConfigDict) -> None:
+    """Three decoder layers with self-attention among the queries, all of them trained."""
+    config.model.decoder.update(num_layers=3, self_attention=True, final_norm=True)
+    config.model.decoder.update(self_attention_value="content", residual="content")
+    config.loss.auxiliary = True
+
+
+def _key_positions(config: ConfigDict) -> None:
+    """Positions on the keys of every cross-attention, rather than added to the tokens once."""
+    config.model.position.use = "keys"
+
+
+def _repeated_reading(config: ConfigDict) -> None:
+    """The latents read the image before each of the three blocks, which no longer share weights."""
+    config.model.encoder.update(num_cross_attentions=3, share_blocks=False)
+
+
+def _reading_queries(config: ConfigDict) -> None:
+    """The decoder's queries look at the image tokens as well as at the latents."""
+    config.model.decoder.read_tokens = True
+
+
+def _latent_queries(config: ConfigDict) -> None:
+    """The queries are the latents: six layers of self-attention and cross-attention to the image, each answering."""
+    _use(config, deperceiver_plus.model(), strides=(16,), top_down=False, start="learned")
+    config.model.no_object_logit = True
+    config.model.decoder.update(num_layers=3, mlp_dim=256, gaussian=False, refine=False, least_width=0.03)
+
+
+def _gaussian(config: ConfigDict) -> None:
+    """Each latent has a box, around which it looks first, and relative to which it answers."""
+    config.model.decoder.gaussian = True
+
+
+def _refinement(config: ConfigDict) -> None:
+    """Each layer starts from the boxes of the one before."""
+    config.model.decoder.refine = True
+
+
+def _focal(config: ConfigDict) -> None:
+    """The focal loss, of each class on its own."""
+    config.model.no_object_logit = False
+    config.loss.update(classification="sigmoid_focal", weight_class=2.0)
+    config.matcher.cost_class = 2.0
+
+
+def _two_scales(config: ConfigDict) -> None:
+    """Tokens of strides 8 and 16 in one softmax."""
+    config.model.strides = (8, 16)
+
+
+def _mixing(config: ConfigDict) -> None:
+    """Deeper features mixed into the finer maps."""
+    config.model.top_down = True
+
+
+def _proposals(config: ConfigDict) -> None:
+    """Latents start as the best tokens of the image instead of the same for all images."""
+    config.model.start = "proposals"
+
+
+def _one_to_many(config: ConfigDict) -> None:
+    """In training, four proposals for every box."""
+    config.loss.proposal_repeats = 4
+
+
+def _separate_levels(config: ConfigDict) -> None:
+    """A softmax for each level, with predicted weights."""
+    config.model.decoder.separate_levels = True
+
+
+ROWS = {
+    "published": _published,
+    "small_latents": _small_latents,
+    "heads": _heads,
+    "talking_queries": _talking_queries,
+    "key_positions": _key_positions,
+    "repeated_reading": _repeated_reading,
+    "reading_queries": _reading_queries,
+    "latent_queries": _latent_queries,
+    "gaussian": _gaussian,
+    "refinement": _refinement,
+    "focal": _focal,
+    "two_scales": _two_scales,
+    "mixing": _mixing,
+    "proposals": _proposals,
+    "one_to_many": _one_to_many,
+    "separate_levels": _separate_levels,
+}
+
+
+# ------------------------------------------------------------------------------------------------ the other families
+
+
+def _detr(config: ConfigDict) -> None:
+    """DETR at stride 16, three layers each."""
+    _use(config, detr.model(), stride=16)
+    config.model.no_object_logit = False
+    config.model.encoder.update(num_layers=3, mlp_dim=256)
+    config.model.decoder.update(num_layers=3, mlp_dim=256)
+
+
+def _deformable_detr(config: ConfigDict) -> None:
+    """Deformable DETR on strides 8 and 16, three layers each."""
+    _use(config, deformable_detr.model(), strides=(8, 16), extra_levels=0)
+    config.model.encoder.update(num_layers=3, mlp_dim=256)
+    config.model.decoder.update(num_layers=3, mlp_dim=256)
+
+
+def _deformable_detr_single(config: ConfigDict) -> None:
+    """Deformable DETR on stride 16."""
+    _deformable_detr(config)
+    config.model.strides = (16,)
+
+
+def _deformable_detr_two_stage(config: ConfigDict) -> None:
+    """Deformable DETR on strides 8 and 16 with refinement and proposals."""
+    _deformable_detr(config)
+    config.model.update(refine=True, two_stage=True)
+
+
+def _smca(config: ConfigDict) -> None:
+    """SMCA at stride 16, three layers each."""
+    _use(config, smca.model(), strides=(16,))
+    config.model.no_object_logit = False
+    config.model.encoder.update(layout=("intra",) * 3, mlp_dim=256)
+    config.model.decoder.update(num_layers=3, mlp_dim=256)
+
+
+FAMILIES = {
+    "detr": _detr,
+    "deformable_detr_single": _deformable_detr_single,
+    "deformable_detr": _deformable_detr,
+    "deformable_detr_two_stage": _deformable_detr_two_stage,
+    "smca": _smca,
+}
+VARIANTS = (*ROWS, *FAMILIES)

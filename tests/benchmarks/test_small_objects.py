@@ -1,0 +1,48 @@
+"""The ladder's rows build one on the other, and the report says what the runs were."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.small_objects import make_table, reached, read_run, spread, steps_to
+from configs import ladder
+
+
+def write_run(directory, ap50):
+    """A finished run of 20 steps that evaluated twice."""
+    (directory / "run").mkdir(parents=True)
+    lines = [{"step": 5 * i, "split": "train", "images_per_second": rate} for i, rate in enumerate((1.0, 16.0, 32.0))]
+    for step, value in zip((10, 20), ap50, strict=True):
+        metrics = {"AP": value / 2, "AP50": value, "APs": value / 4, "APm": 0.1, "APl": 0.2}
+        lines.append({"step": step, "split": "validation", **metrics})
+    (directory / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "run/config.json").write_text('{"data": {"batch_size": 8}}')
+    (directory / "run.json").write_text('{"seconds": 9.0, "peak_gib": 1.5}')
+    return read_run(directory)
+
+
+def test_the_table_has_means_ranges_and_steps(tmp_path):
+    slow, fast = write_run(tmp_path / "0", (0.1, 0.4)), write_run(tmp_path / "1", (0.3, 0.6))
+    assert steps_to(slow, 0.3) == 20 and steps_to(fast, 0.3) == 10 and steps_to(slow, 0.5) is None
+    head, _, line = make_table({"detr": [slow, fast]}).splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
+    assert cells["AP50"] == "0.500 [0.400, 0.600]" and cells["APs/AP"] == "0.500 [0.500, 0.500]"
+    assert cells["steps to AP50 0.3"] == "15" and cells["steps to AP50 0.5"] == "20 (1 of 2 never)"
+    assert cells["s/step"] == "0.33" and cells["GiB"] == "1.5"  # 16 and 32 images a second: the median is 24
+
+
+def test_nothing_reached_is_said():
+    assert reached([None, None]) == "never" and spread([math.nan]) == "nan"
+
+
+def test_every_row_changes_something_and_keeps_the_data():
+    configs = {name: ladder.get_config(name) for name in ladder.ROWS}
+    texts = [config.to_json() for config in configs.values()]
+    assert len(set(texts)) == len(texts)
+    for config in [*configs.values(), *map(ladder.get_config, ladder.FAMILIES)]:
+        assert config.data == configs["published"].data and config.train == configs["published"].train
+        assert config.model.backbone == configs["published"].model.backbone
+        assert config.optimizer == configs["published"].optimizer
+    with pytest.raises(ValueError, match="has no variant 'rungs'"):
+        ladder.get_config("rungs")
