@@ -5,6 +5,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.attention import MultiHeadAttention
+from deperceiver_jax.models.attention_choice import IMPLEMENTATIONS
 from deperceiver_jax.models.deformable_detr import DeformableDETR
 from deperceiver_jax.models.deperceiver import DePerceiver
 from deperceiver_jax.models.deperceiver_plus import DePerceiverPlus
@@ -34,5 +36,12 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
         raise UserError(f"config.model.name is {name!r}; the detectors are {', '.join(DETECTORS)}.")
     if config.precision not in _COMPUTE_TYPES:
         raise UserError(f"config.precision is {config.precision!r}; it can be {' or '.join(_COMPUTE_TYPES)}.")
+    if config.attention not in IMPLEMENTATIONS:
+        raise UserError(f"config.attention is {config.attention!r}; it can be {', '.join(IMPLEMENTATIONS)}.")
     model["backbone"].pop("weights")
-    return build_part(DETECTORS[name], "config.model", model, dtype=_COMPUTE_TYPES[config.precision], rngs=rngs)
+    dtype = _COMPUTE_TYPES[config.precision]
+    detector = build_part(DETECTORS[name], "config.model", model, dtype=dtype, rngs=rngs)
+    for _, part in nnx.iter_graph(detector):
+        if isinstance(part, MultiHeadAttention):
+            part.implementation = config.attention
+    return detector
