@@ -9,11 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from deperceiver_jax.models.attention_choice import attention_of
 from deperceiver_jax.models.linear import dropout, linear, split_key, xavier_uniform_init
-
-# Attention matrices of at least so many entries a head are computed again in the backward pass instead of kept: the 18
-# self-attentions of 2048 latents would keep about 7 GB an image in float32.
-RECOMPUTED_FROM = 2**20
 
 
 def dense_attention(
@@ -76,6 +73,7 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError(f"{num_heads} heads do not divide an attention of width {qk_dim}.")
         self.num_heads = num_heads
         self.dropout = dropout
+        self.implementation = "auto"  # build_detector sets it: config.attention
         self.query = layer(query_dim, qk_dim, parts=3)
         self.key = layer(key_dim or query_dim, qk_dim, parts=3)
         self.value = layer(value_dim or key_dim or query_dim, qk_dim, parts=3)
@@ -109,9 +107,7 @@ class MultiHeadAttention(nnx.Module):
         `segments`: lengths of consecutive runs of keys. Each has a softmax of its own, and their results are added,
         times `segment_weight` if that is given.
         """
-        attend = functools.partial(dense_attention, dropout_rate=self.dropout)
-        if query.shape[1] * key.shape[1] >= RECOMPUTED_FROM:
-            attend = jax.checkpoint(attend)
+        attend = functools.partial(attention_of(self.implementation, dense_attention), dropout_rate=self.dropout)
         query, key, value = (self._split_heads(x) for x in (query, key, value))
         if segments is None:
             attended = attend(query, key, value, key_valid, bias, dropout_key=dropout_key)
