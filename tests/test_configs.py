@@ -11,7 +11,7 @@ from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.training.train_state import take_apart
 
-FILES = ("deperceiver", "detr", "deformable_detr", "smca", "demo")
+FILES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "demo", "ladder")
 ALL = [(name, variant) for name in FILES for variant in importlib.import_module(f"configs.{name}").VARIANTS]
 
 
@@ -20,8 +20,8 @@ def test_variant_builds(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
     group_multipliers(take_apart(detector)[1], config.optimizer.groups)
-    image = jnp.zeros((1, 128, 160, 3))
-    predictions = nnx.eval_shape(lambda detector: detector(image, jnp.ones((1, 128, 160), bool)), detector)
+    image = jnp.zeros((1, 256, 320, 3))
+    predictions = nnx.eval_shape(lambda detector: detector(image, jnp.ones((1, 256, 320), bool)), detector)
     layers, batch, queries, width = predictions.logits.shape
     assert (batch, queries) == (1, config.model.num_queries)
     build_classification(config.loss).check_width(width, config.model.num_classes)
