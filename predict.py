@@ -28,7 +28,7 @@ from deperceiver_jax.evaluation.evaluate import detect, make_detect_step
 from deperceiver_jax.load import load_for_command
 from deperceiver_jax.sharding import make_mesh, replicated
 from deperceiver_jax.structures import Detections
-from deperceiver_jax.visualize import draw_detections
+from deperceiver_jax.visualize.boxes import draw_detections
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # what is taken from a folder
 

@@ -1,0 +1,130 @@
+"""Sheets of ground truth beside detections, from what an evaluated run has written.
+
+    python -m deperceiver_jax.visualize detections --workdir=runs/demo --output=runs/demo/detections.png
+
+What it draws is read from the run's newest `eval/<step>`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from deperceiver_jax.command_line import parse_config, parse_flags
+from deperceiver_jax.data import open_source
+from deperceiver_jax.data.pixels import decode_image
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.workdir import CONFIG, read_config
+from deperceiver_jax.visualize.boxes import draw_detections
+from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, check_output, need
+
+
+class Comparison(NamedTuple):
+    """One held-out image: what is in it and what was found. Boxes are xyxy in pixels of `image`."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    true_boxes: Float[np.ndarray, "N 4"]
+    true_labels: Int[np.ndarray, " N"]
+    boxes: Float[np.ndarray, "K 4"]
+    labels: Int[np.ndarray, " K"]
+    scores: Float[np.ndarray, " K"]
+
+
+def save_comparison(
+    path: str | Path,
+    rows: Sequence[Comparison],
+    name_of: Callable[[int], str],
+    *,
+    title: str,
+    note: str = "",
+    cell: int = 400,
+) -> None:
+    """Writes a sheet with two pairs a line, each pair "ground truth | detections" of one image, under a title.
+
+    cell: longest side of every image on the sheet, in pixels.
+    """
+    pairs = min(2, len(rows))
+    lines = math.ceil(len(rows) / pairs)
+    gap, gutter, head, foot = 6, 28, 104, 20
+    pair_width = 2 * cell + gap
+    drawn = []
+    for row in rows:
+        left = draw_detections(row.image, row.true_boxes, row.true_labels, None, name_of, long_side=cell)
+        right = draw_detections(row.image, row.boxes, row.labels, row.scores, name_of, long_side=cell)
+        drawn.append((left, right))
+    heights = [max(left.shape[0] for left, _ in drawn[i * pairs : (i + 1) * pairs]) for i in range(lines)]
+    width = 2 * foot + pairs * pair_width + (pairs - 1) * gutter
+    sheet = Image.new("RGB", (width, head + sum(heights) + (lines - 1) * gutter // 2 + foot), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((foot, 18), title, fill=INK, font=ImageFont.load_default(26))
+    draw.text((foot, 52), note, fill=FAINT, font=ImageFont.load_default(16))
+    for pair in range(pairs):
+        x = foot + pair * (pair_width + gutter)
+        for text, start in (("ground truth", x), ("detections", x + cell + gap)):
+            draw.text((start, head - 8), text, fill=INK, font=ImageFont.load_default(16), anchor="ls")
+    y = head
+    for i, height in enumerate(heights):
+        for pair, (left, right) in enumerate(drawn[i * pairs : (i + 1) * pairs]):
+            x = foot + pair * (pair_width + gutter)
+            for start, picture in ((x, left), (x + cell + gap, right)):
+                draw.rectangle((start, y, start + cell - 1, y + height - 1), fill=MOUNT)
+                spare = cell - picture.shape[1], height - picture.shape[0]
+                sheet.paste(Image.fromarray(picture), (start + spare[0] // 2, y + spare[1] // 2))
+        y += height + gutter // 2
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def newest_evaluation(workdir: Path) -> Path:
+    """The directory of the run's latest evaluation. Raises UserError when it has none."""
+    done = [path.parent for path in (workdir / "eval").glob("*/metrics.json")]
+    if not done:
+        raise UserError(f"{workdir} has no evaluation; make one with: python eval.py --workdir={workdir}.")
+    return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
+
+
+def compare(source, results: list[dict], positions: Sequence[int], score_threshold: float) -> list[Comparison]:
+    """Images of a split with their targets, and the detections that `results` (COCO's format) has for them."""
+    slots = dict(zip(source.classes.category_ids, source.classes.slots, strict=True))
+    rows = []
+    for i in positions:
+        found = [r for r in results if r["image_id"] == source.image_ids[i] and r["score"] >= score_threshold]
+        boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        labels = np.array([slots[r["category_id"]] for r in found], int)
+        image = decode_image(source.image_bytes(i))
+        rows.append(Comparison(image, *source.targets(i), boxes, labels, np.array([r["score"] for r in found])))
+    return rows
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "An evaluated run.", flag_values=values)
+    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
+    flags.DEFINE_integer("images", 8, "How many images, taken evenly from the split.", flag_values=values)
+    flags.DEFINE_float("score_threshold", 0.5, "Detections below it are left out.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    need(values, "workdir", "output")
+    check_output(values.output)
+    workdir = Path(values.workdir).expanduser()
+    config = parse_config(config_arguments, read_config(workdir / CONFIG))
+    evaluation = newest_evaluation(workdir)
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    results = json.loads((evaluation / "detections.json").read_text())
+
+    source = open_source(config.data, config.data.eval_split)
+    positions = np.linspace(0, len(source) - 1, min(values.images, len(source))).round().astype(int)
+    rows = compare(source, results, positions, values.score_threshold)
+    title = f"{config.model.name} on {config.data.name}, {config.data.eval_split} images"
+    note = f"step {evaluation.name}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, APs {metrics['APs']:.3f} on "
+    note += f"{len(source)} images; drawn are detections with a score of at least {values.score_threshold:g}"
+    save_comparison(values.output, rows, source.classes.name, title=title, note=note)
+    print(f"Wrote {values.output}.")
