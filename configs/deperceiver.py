@@ -42,6 +42,7 @@ def model() -> ConfigDict:
     m.embed_dim = 256  # width of tokens, queries and decoder
     m.dropout = 0.0
     m.relative_boxes = False  # centres as offsets from the queries' anchors
+    m.read_tokens = False  # the queries look at the image tokens as well as at the latents
     m.strides = (16,)  # one level, or several concatenated
 
     m.backbone = ConfigDict()
@@ -83,7 +84,6 @@ def model() -> ConfigDict:
     m.decoder.num_layers = 1
     m.decoder.self_attention = False  # among queries, before each cross-attention
     m.decoder.self_attention_value = "query"  # query (content + query position) | content
-    m.decoder.read_tokens = False  # the queries look at the image tokens as well as at the latents
     m.decoder.residual = "none"  # around the cross-attention: none | content | query (content + query position)
     m.decoder.final_norm = False  # one LayerNorm shared by the outputs of all layers
     m.decoder.cross_heads = 1

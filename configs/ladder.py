@@ -81,7 +81,7 @@ def _repeated_reading(config: ConfigDict) -> None:
 
 def _reading_queries(config: ConfigDict) -> None:
     """The decoder's queries look at the image tokens as well as at the latents."""
-    config.model.decoder.read_tokens = True
+    config.model.read_tokens = True
 
 
 def _latent_queries(config: ConfigDict) -> None:

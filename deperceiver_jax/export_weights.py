@@ -27,6 +27,7 @@ FIXED_IN_PUBLISHED_CODE = {
     "deperceiver": {
         "no_object_logit": True,
         "relative_boxes": False,
+        "read_tokens": False,
         "backbone.norm": "frozen_batch_norm",
         "position.encoding": "sine",
         "position.use": "add",
@@ -38,7 +39,6 @@ FIXED_IN_PUBLISHED_CODE = {
         "encoder.cross_heads": 1,
         "encoder.self_heads": 8,
         "decoder.self_attention_value": "query",
-        "decoder.read_tokens": False,
         "decoder.residual": "none",
         "decoder.cross_heads": 1,
         "decoder.self_heads": 1,

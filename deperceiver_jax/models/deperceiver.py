@@ -120,14 +120,14 @@ class DePerceiver(nnx.Module):
         encoder: dict,
         decoder: dict,
         relative_boxes: bool,
+        read_tokens: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
         if relative_boxes and not decoder["anchors"]:
             raise UserError("config.model.relative_boxes needs config.model.decoder.anchors, which is off.")
-        decoder = dict(decoder)
         self.relative_boxes = relative_boxes
-        self.read_tokens = decoder.pop("read_tokens")
+        self.read_tokens = read_tokens
         self.backbone = build_part(
             ResNet, "config.model.backbone", backbone, strides=tuple(strides), dtype=dtype, rngs=rngs
         )
@@ -153,7 +153,7 @@ class DePerceiver(nnx.Module):
         )
         if self.read_tokens and self.levels.token_dim != encoder["latent_dim"]:
             raise UserError(
-                f"config.model.decoder.read_tokens needs latents as wide as the tokens, which have "
+                f"config.model.read_tokens needs latents as wide as the tokens, which have "
                 f"{self.levels.token_dim} channels; config.model.encoder.latent_dim is {encoder['latent_dim']}."
             )
         self.decoder = build_part(

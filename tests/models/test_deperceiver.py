@@ -118,7 +118,8 @@ def test_queries_can_read_the_tokens(use):
 
     def spread(read_tokens):
         config = small_config()
-        config.model.decoder.update(read_tokens=read_tokens, anchors=True, residual="query")
+        config.model.read_tokens = read_tokens
+        config.model.decoder.update(anchors=True, residual="query")
         config.model.encoder.anchors = True
         config.model.position.use = use
         detector = build_detector(config, rngs=nnx.Rngs(0))
