@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.attention_choice import attention_of
+from deperceiver_jax.models.attention_record import record_dense
 from deperceiver_jax.models.linear import dropout, linear, split_key, xavier_uniform_init
 
 
@@ -109,6 +110,7 @@ class MultiHeadAttention(nnx.Module):
         """
         attend = functools.partial(attention_of(self.implementation, dense_attention), dropout_rate=self.dropout)
         query, key, value = (self._split_heads(x) for x in (query, key, value))
+        record_dense(self, query, key, key_valid, bias, segments, segment_weight)
         if segments is None:
             attended = attend(query, key, value, key_valid, bias, dropout_key=dropout_key)
         else:

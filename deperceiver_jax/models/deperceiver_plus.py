@@ -312,6 +312,11 @@ class DePerceiverPlus(nnx.Module):
             rngs=rngs,
         )
 
+    @property
+    def token_strides(self) -> tuple[int, ...]:
+        """Pixels between the cells of each map that becomes tokens, in the order of the tokens."""
+        return self.levels.strides
+
     def __call__(
         self,
         image: Float[Array, "B H W 3"],

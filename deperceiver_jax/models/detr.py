@@ -60,6 +60,11 @@ class DETR(nnx.Module):
         self.decoder = TransformerDecoder(embed_dim, num_queries, **decoder, **shared)
         self.heads = PredictionHeads(embed_dim, num_classes + int(no_object_logit), rngs=rngs)
 
+    @property
+    def token_strides(self) -> tuple[int, ...]:
+        """Pixels between the cells of each map that becomes tokens, in the order of the tokens."""
+        return (self.stride,)
+
     def __call__(
         self,
         image: Float[Array, "B H W 3"],

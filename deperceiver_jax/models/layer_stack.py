@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deperceiver_jax.models.attention_record import is_recording, name_layer
+
 
 class LayerStack(nnx.Module):
     """`num_layers` layers of one kind; every parameter has a leading axis [num_layers].
@@ -57,9 +59,12 @@ class LayerStack(nnx.Module):
             stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
         keys = None if dropout_key is None else jax.random.split(dropout_key, stop - start)
 
-        def apply_layer(x, state_and_key):
+        def apply_layer(x, state_and_key, index=None):
             state, key = state_and_key
-            y = nnx.merge(graphdef, state)(x, *args, dropout_key=key)
+            layer = nnx.merge(graphdef, state)
+            if index is not None:
+                name_layer(self, index, layer)
+            y = layer(x, *args, dropout_key=key)
             return y, (y if collect else None)
 
         def scan_layers(x, stacked, keys):
@@ -68,12 +73,14 @@ class LayerStack(nnx.Module):
         def loop_layers(x, stacked, keys):
             outputs = []
             for i in range(stop - start):
-                x, output = apply_layer(x, jax.tree.map(operator.itemgetter(i), (stacked, keys)))
+                x, output = apply_layer(x, jax.tree.map(operator.itemgetter(i), (stacked, keys)), start + i)
                 outputs.append(output)
-            return x, (jnp.stack(outputs) if collect else None)
+            return x, (jax.tree.map(lambda *layers: jnp.stack(layers), *outputs) if collect else None)
 
         if self.unroll_on_cpu:
             last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=loop_layers, default=scan_layers)
+        elif is_recording():
+            last, outputs = loop_layers(x, stacked, keys)
         else:
             last, outputs = scan_layers(x, stacked, keys)
         return outputs if collect else last

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.attention_record import record_points
 from deperceiver_jax.models.level_sampling import check_sampling, sample_levels
 from deperceiver_jax.models.linear import linear, xavier_uniform_init
 
@@ -76,5 +77,6 @@ class MultiScaleDeformableAttention(nnx.Module):
         location = reference[:, :, None, :, None] + offsets * offset_scale[:, :, None, :, None]
         weight = self.attention_weights(query).reshape(batch, num_queries, self.num_heads, num_levels * num_points)
         weight = jax.nn.softmax(weight, axis=-1).reshape(location.shape[:-1])
+        record_points(self, location, weight, reference)
         sampled = sample_levels(value, level_sizes, location, weight, sampling=self.sampling)
         return self.out(sampled.reshape(batch, num_queries, -1))

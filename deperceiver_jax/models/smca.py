@@ -109,6 +109,13 @@ class SMCA(nnx.Module):
         self.heads = PredictionHeads(embed_dim, num_logits, rngs=rngs)
         self.heads.class_head.linear.bias[...] = jnp.full(num_logits, -math.log(99))  # classes start at 1 %
 
+    @property
+    def token_strides(self) -> tuple[int, ...]:
+        """Pixels between the cells of each map that the decoder looks at, in the order of its tokens."""
+        if isinstance(self.encoder, ConvolutionEncoder):  # halves the finest map
+            return (self.level_strides[1], *self.level_strides[1:])
+        return self.level_strides
+
     def __call__(
         self,
         image: Float[Array, "B H W 3"],
