@@ -11,12 +11,14 @@ from deperceiver_jax.weights.tables.deperceiver import deperceiver_rules
 from deperceiver_jax.weights.tables.detr import detr_rules
 from deperceiver_jax.weights.tables.hugging_face import hugging_face_detr_rules, hugging_face_resnet_rules
 from deperceiver_jax.weights.tables.parts import resnet_rules
+from deperceiver_jax.weights.tables.smca import smca_rules
 
 # config.model.name -> the rules of the detector that config.model describes
 FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {
     "deperceiver": deperceiver_rules,
     "detr": detr_rules,
     "deformable_detr": deformable_detr_rules,
+    "smca": smca_rules,
 }
 
 # The same, for each program whose names a file can have: `hugging_face` is transformers with a timm backbone, as the
@@ -29,7 +31,7 @@ LAYOUTS: dict[str, dict[str, Callable[[ConfigDict], NameRules]]] = {
 
 
 # config.model.name -> the key under which the official programs keep the state dict in a .pth or .ckpt
-WRAPPERS = {"deperceiver": "state_dict", "detr": "model", "deformable_detr": "model"}
+WRAPPERS = {"deperceiver": "state_dict", "detr": "model", "deformable_detr": "model", "smca": "model"}
 
 
 def official_buffers(config: ConfigDict) -> dict[str, np.ndarray]:
