@@ -63,6 +63,27 @@ def test_heads_are_contiguous_channel_blocks():
         np.testing.assert_allclose(out[..., head], one, atol=1e-6)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_segments_have_a_softmax_each(weighted):
+    """The results for two runs of keys, added; with weights of each query if there are any."""
+    attention = MultiHeadAttention(8, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(2, n, 8)), jnp.float32) for n in (3, 7))
+    bias = jnp.asarray(rng.normal(size=(2, 2, 3, 7)), jnp.float32)
+    valid = jnp.ones((2, 7), bool).at[1, 2:4].set(False)
+    weight = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32) if weighted else None
+    projected = attention.query(x), attention.key(y), attention.value(y)
+    expected = 0
+    for i, part in enumerate((slice(0, 4), slice(4, 7))):
+        keys = [a[:, part] for a in projected[1:]]
+        result = attention.attend(projected[0], *keys, key_valid=valid[:, part], bias=bias[..., part])
+        expected += result if weight is None else result * weight[..., i, None]
+    segments = dict(segments=(4, 3), segment_weight=weight)
+    answer = attention(x, y, y, key_valid=valid, bias=bias, **segments)
+    np.testing.assert_allclose(answer, attention.out(expected), atol=1e-5)
+    assert np.abs(answer - attention(x, y, y, key_valid=valid, bias=bias)).max() > 1e-2
+
+
 def test_dropout_keeps_the_mean_and_needs_a_key():
     attention = MultiHeadAttention(8, 2, dropout=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
