@@ -1,0 +1,263 @@
+"""Figure 2 of the DePerceiver paper: memory of the encoder-decoder for one image, DETR's beside DePerceiver's.
+
+    JAX_PLATFORMS=cpu python benchmarks/encoder_decoder_memory.py --output=runs/memory [--compile] [--topology=v5e:2x2]
+
+For every stride, and for the two sizes 800 x 800 (the paper's) and 800 x 1333:
+
+- outputs: numbers that matrix products write in one forward pass, millions, which is what the paper plots (see PAPER);
+- kept: MiB that the forward pass keeps for the backward pass, parameters not counted, as JAX's differentiation finds it
+  (nothing is run or compiled);
+- compiled (--compile): MiB of temporaries of the compiled forward and backward pass, of this machine's platform or of a
+  TPU that need not be there (--topology, with libtpu).
+
+Both models come plain, with memory-efficient attention, and with that and rematerialised layers. Float32, batch 1, no
+dropout. Writes OUTPUT/memory.json, and OUTPUT/memory.png with matplotlib (pip install '.[plots]').
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+from jax.extend.core import ClosedJaxpr, Jaxpr  # noqa: E402
+
+from configs import deperceiver, detr  # noqa: E402
+from deperceiver_jax.models.attention import MultiHeadAttention  # noqa: E402
+from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
+from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder  # noqa: E402
+from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
+
+STRIDES = {"32": (32,), "16": (16,), "8": (8,), "multi-scale": (8, 16, 32), "4": (4,)}
+SIZES = ((800, 800), (800, 1333))
+KINDS = {  # config.attention, config.rematerialize
+    "plain": ("xla", False),
+    "memory-efficient attention": ("chunked", False),
+    "rematerialised layers": ("chunked", True),
+}
+# Millions of numbers in the paper's figure 2 at 800 x 800, read from its drawing; DETR had no memory for the last.
+PAPER = {
+    "DETR": {"32": 40, "16": 377, "8": 5097},
+    "DePerceiver": {"32": 187, "16": 190, "8": 202, "multi-scale": 206},
+}
+WIDTH, QUERIES, LATENTS = 256, 100, 1024  # as the paper's figure
+MODELS = ("DETR", "DePerceiver")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--compile", action="store_true", help="also compile, for minutes")
+    parser.add_argument("--topology", default="", help="compile for this TPU topology, such as v5e:2x2")
+    arguments = parser.parse_args()
+    device = compile_for(arguments.topology) if arguments.compile or arguments.topology else None
+    rows = []
+    for size in SIZES:
+        for stride in STRIDES:
+            for model in MODELS:
+                for kind in KINDS:
+                    rows.append(measure(model, kind, size, stride, device))
+                    print(line(rows[-1]), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for text in judge(rows):
+        print(text)
+    draw(rows, arguments.output / "memory.png")
+
+
+def compile_for(topology: str):
+    """The device to compile for: a described TPU, or this machine's first."""
+    if not topology:
+        return jax.devices()[0]
+    from jax.experimental import topologies
+
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def count_tokens(size: tuple[int, int], stride: str) -> int:
+    return sum(math.prod(-(-side // s) for side in size) for s in STRIDES[stride])
+
+
+def encoder_decoder(model: str, kind: str) -> nnx.List:
+    """(encoder, decoder) with abstract parameters."""
+
+    def build():
+        shared = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
+        if model == "DETR":
+            m = detr.get_config("r50").model
+            shared |= dict(pre_norm=False, dropout=0.0)
+            halves = [
+                TransformerEncoder(WIDTH, **m.encoder.to_dict(), **shared),
+                TransformerDecoder(WIDTH, QUERIES, **m.decoder.to_dict(), **shared),
+            ]
+        else:
+            m = deperceiver.get_config("r50_16").model
+            m.encoder.num_latents = LATENTS
+            decoder = dict(m.decoder.to_dict(), latents_have_places=False)
+            halves = [
+                PerceiverEncoder(WIDTH, **m.encoder.to_dict(), dropout=0.0, **shared),
+                PerceiverDecoder(WIDTH, WIDTH, QUERIES, **decoder, **shared),
+            ]
+        return nnx.List(halves)
+
+    halves = nnx.eval_shape(build)
+    attention, rematerialize = KINDS[kind]
+    for _, part in nnx.iter_graph(halves):
+        if isinstance(part, MultiHeadAttention):
+            part.implementation = attention
+        if isinstance(part, LayerStack):
+            part.rematerialize = rematerialize
+    return halves
+
+
+def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=None) -> dict:
+    """One row of the table; see the top of the file."""
+    graphdef, params = nnx.split(encoder_decoder(model, kind))
+    tokens = count_tokens(size, stride)
+    x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.float32)
+
+    def apply(params, x):
+        encoder, decoder = nnx.merge(graphdef, params)
+        valid = jnp.ones(x.shape[:2], bool)
+        return decoder(encoder(x, x, valid), x, valid) if model == "DETR" else decoder(encoder(x, valid))
+
+    kept = jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], params, x)
+    row = dict(model=model, kind=kind, size=size, stride=stride, tokens=tokens)
+    row["outputs"] = matrix_outputs(jax.make_jaxpr(apply)(params, x).jaxpr) / 1e6
+    row["kept"] = _mebibytes(without(jax.tree.leaves(kept), jax.tree.leaves(params)))
+    if device is not None:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        step = jax.grad(lambda *inputs: jnp.sum(apply(*inputs) ** 2), argnums=(0, 1))
+        compiled = jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(params, x).compile()
+        row["compiled"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        row["platform"] = device.device_kind
+    return row
+
+
+def matrix_outputs(jaxpr: Jaxpr, times: int = 1) -> int:
+    """Numbers that all matrix products of a program write; a loop's body counts as often as it runs."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            total += times * sum(math.prod(v.aval.shape) for v in eqn.outvars)
+        inner = [p for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program) if _is_program(p)]
+        inner = inner[:1] if eqn.primitive.name in ("cond", "platform_dependent") else inner
+        for program in inner:
+            program = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+            total += matrix_outputs(program, times * eqn.params.get("length", 1))
+    return total
+
+
+def _is_program(x) -> bool:
+    return isinstance(x, (Jaxpr, ClosedJaxpr))
+
+
+def without(arrays: list, parameters: list) -> list:
+    """`arrays` without one of the shape and type of each parameter: a backward pass keeps parameters as they are."""
+    left = [(x.shape, x.dtype) for x in parameters]
+    kept = []
+    for x in arrays:
+        if (x.shape, x.dtype) in left:
+            left.remove((x.shape, x.dtype))
+        else:
+            kept.append(x)
+    return kept
+
+
+def _mebibytes(arrays: list) -> float:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays) / 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def line(row: dict) -> str:
+    compiled = f"  compiled {row['compiled']:9.0f} MiB" if "compiled" in row else ""
+    return (
+        f"{row['size'][0]}x{row['size'][1]}  {row['stride']:12}{row['tokens']:7} tokens  {row['model']:12}"
+        f"{row['kind']:28} outputs {row['outputs']:9.1f} M  kept {row['kept']:9.0f} MiB{compiled}"
+    )
+
+
+def judge(rows: list[dict]) -> list[str]:
+    """Who needs less, and how straight DePerceiver's cost is against tokens."""
+    texts = []
+    figure = "compiled" if "compiled" in rows[0] else "kept"
+    for size in SIZES:
+        here = {(r["model"], r["kind"], r["stride"]): r[figure] for r in rows if r["size"] == size}
+        for stride in STRIDES:
+            best = {model: min(here[model, kind, stride] for kind in KINDS) for model in MODELS}
+            ours, plain = best["DePerceiver"], here["DETR", "plain", stride]
+            texts.append(
+                f"{size[0]}x{size[1]} stride {stride}, {figure}: DePerceiver's best {ours:.0f} MiB is "
+                f"{ours / plain:.3f} of DETR's plain {plain:.0f} and {ours / best['DETR']:.3f} of its best "
+                f"{best['DETR']:.0f}."
+            )
+    for kind in KINDS:
+        points = [(r["tokens"], r[figure]) for r in rows if (r["model"], r["kind"]) == ("DePerceiver", kind)]
+        texts.append(f"DePerceiver, {kind}: {figure} against tokens is a line with R^2 = {r_squared(points):.5f}.")
+    return texts
+
+
+def r_squared(points: list[tuple[float, float]]) -> float:
+    """Of the least-squares line through (x, y)."""
+    x, y = np.array(points, np.float64).T
+    residual = y - np.polyval(np.polyfit(x, y, 1), x)
+    return float(1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """What is kept (or compiled) at each stride, on a logarithmic scale."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No figure: matplotlib is missing (pip install '.[plots]').")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figures = [("outputs", "numbers written by matrix products, millions")]
+    figures.append(("compiled", "temporaries, MiB") if "compiled" in rows[0] else ("kept", "kept for backward, MiB"))
+    figure, axes = pyplot.subplots(len(SIZES), len(figures), figsize=(13, 9), layout="constrained", squeeze=False)
+    styles = dict(zip(KINDS, ("-", "--", ":"), strict=True))
+    colors = dict(zip(MODELS, ("C1", "C0"), strict=True))
+    for (i, size), (j, (name, label)) in ((a, b) for a in enumerate(SIZES) for b in enumerate(figures)):
+        ax = axes[i][j]
+        for model in MODELS:
+            for kind in (
+                KINDS if name != "outputs" else ("plain",)
+            ):  # the others write as much, or a little padding more
+                values = [r[name] for r in rows if (r["model"], r["kind"], r["size"]) == (model, kind, size)]
+                ax.plot(list(STRIDES), values, styles[kind], marker="o", color=colors[model], label=f"{model}, {kind}")
+            if name == "outputs" and size == (800, 800):
+                known = PAPER[model]
+                ax.plot(
+                    list(known),
+                    list(known.values()),
+                    "x",
+                    color="black",
+                    markersize=9,
+                    label="paper" * (model == "DETR"),
+                )
+        ax.set(title=f"{size[0]} x {size[1]}", ylabel=label, xlabel="stride of the tokens", yscale="log")
+        ax.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    print(f"Drew {path}.")
+
+
+if __name__ == "__main__":
+    main()
