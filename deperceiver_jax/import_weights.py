@@ -2,8 +2,9 @@
 
     python -m deperceiver_jax.import_weights --config=configs/detr.py:r50 --torch=detr-r50-e632da11.pth --output=DIR
 
-Reads, without PyTorch and without running anything that is in the file: DETR's released .pth, a Lightning .ckpt of
-DePerceiver, DETR's safetensors of transformers, and ResNets of torchvision and timm (then all but the backbone is new).
+Reads, without PyTorch and without running anything that is in the file: the released .pth of DETR and
+Deformable DETR, a Lightning .ckpt of DePerceiver, the safetensors of transformers for both DETRs, and ResNets of
+torchvision and timm (then all but the backbone is new).
 The numbers of latents and queries are the file's, unless --config.model.num_queries=N asks for more or fewer queries.
 
 A file with other classes: --classes=FILE or --num_classes=N. If the file's class head is not of that many classes, it
@@ -34,7 +35,14 @@ from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.training.workdir import read_classes
 from deperceiver_jax.weights import read_state_dict
 from deperceiver_jax.weights.backbone import backbone_from_torch, is_only_a_backbone
-from deperceiver_jax.weights.name_rules import NameRules, copies_of, from_torch, official_names, torch_shapes
+from deperceiver_jax.weights.name_rules import (
+    NameRules,
+    copies_of,
+    from_torch,
+    official_names,
+    torch_shapes,
+    with_originals,
+)
 from deperceiver_jax.weights.tables import LAYOUTS, layout_of
 
 QUERIES = ("decoder/query_position", "queries")  # the path of the object queries, whichever the family has
@@ -147,6 +155,7 @@ def import_detector(
     rules = rules_for(config, state, source)
     shapes = abstract_arrays(config)
     names = official_names({path: x.shape for path, x in shapes.items()}, rules)
+    state = with_originals(state, {name for theirs in names.values() for name in theirs}, rules)
     require_same_architecture(state, names, source, config.model.name)
     notes = follow_file(config, state, names, given)
     shapes, theirs = abstract_arrays(config), official_shapes(config, rules)

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from configs import deperceiver, detr
+from configs import deformable_detr, deperceiver, detr
 from deperceiver_jax import export_weights as program
 from deperceiver_jax import import_weights
 from deperceiver_jax.command_line import run
@@ -19,6 +19,15 @@ SMALL = {
     "detr": {
         "model.backbone.width": 2,
         "model.embed_dim": 16,
+        "model.num_queries": 7,
+        "model.encoder.num_heads": 2,
+        "model.encoder.mlp_dim": 8,
+        "model.decoder.num_heads": 2,
+        "model.decoder.mlp_dim": 8,
+    },
+    "deformable_detr": {
+        "model.backbone.width": 2,
+        "model.embed_dim": 32,
         "model.num_queries": 7,
         "model.encoder.num_heads": 2,
         "model.encoder.mlp_dim": 8,
@@ -50,7 +59,8 @@ def trained(tmp_path, random_arrays):
     """Writes a directory of random weights for a variant at small size -> its arrays by path."""
 
     def make(family, variant, **changes):
-        config = {"detr": detr, "deperceiver": deperceiver}[family].get_config(variant)
+        files = {"detr": detr, "deformable_detr": deformable_detr, "deperceiver": deperceiver}
+        config = files[family].get_config(variant)
         config.update_from_flattened_dict({**SMALL[family], **changes})
         arrays = random_arrays(import_weights.abstract_arrays(config))
         classes = ClassMap.from_categories(COCO_CATEGORIES.items())
@@ -66,6 +76,7 @@ def trained(tmp_path, random_arrays):
     [
         ("detr", "r50", "official", 458),
         ("detr", "r50_dc5", "hugging_face", 530),
+        ("deformable_detr", "r50_two_stage", "hugging_face", 654),
         ("deperceiver", "r50_32", "official", 410),
         ("deperceiver", "r50_multiscale", "official", 417),
     ],

@@ -18,7 +18,7 @@ from flax import nnx
 import eval as eval_program
 import predict as predict_program
 import train as train_program
-from configs import deperceiver, detr
+from configs import deformable_detr, deperceiver, detr
 from deperceiver_jax import export_weights as export_program
 from deperceiver_jax import import_weights as program
 from deperceiver_jax import load_detector
@@ -28,7 +28,7 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.checkpoint import find_detector, load_params
 from deperceiver_jax.training.workdir import flat_fields
 from deperceiver_jax.weights import to_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import NameRules
+from deperceiver_jax.weights.name_rules import NameRules, copies_of, with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
 from deperceiver_jax.weights.tables import LAYOUTS
 from deperceiver_jax.weights.tables.parts import resnet_rules
@@ -44,6 +44,7 @@ DETR = {
     "model.decoder.num_heads": 2,
     "model.decoder.mlp_dim": 8,
 }
+DEFORMABLE_DETR = {**DETR, "model.embed_dim": 32, "model.backbone.depth": 18}
 DEPERCEIVER = {"model.backbone.width": 2, "model.embed_dim": 32, "model.encoder.latent_dim": 32}
 AUXILIARY = {"model.decoder.num_layers": 3, "model.decoder.self_attention": True, "model.decoder.final_norm": True}
 
@@ -125,6 +126,57 @@ def test_deperceiver(tmp_path, variant, decoder):
     for name, array in back.items():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, state[f"module.{name}"], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        ("r50_single_scale", "hugging_face"),
+        ("r50", "hugging_face_resnet"),
+        ("r50_refine", "hugging_face"),
+        ("r50_two_stage", "official"),
+        ("r50_two_stage", "hugging_face"),
+    ],
+)
+def test_deformable_detr(tmp_path, variant, layout, capsys):
+    """Official files hold shared arrays several times; transformers keeps one of them, and of two names the longer."""
+    config = deformable_detr.get_config(variant)
+    fields = DEFORMABLE_DETR | ({"model.backbone.depth": 50} if layout == "hugging_face_resnet" else {})
+    state = make_state(config, fields, layout, **{"model.num_queries": 7})
+    rules = LAYOUTS[layout]["deformable_detr"](config.model)
+    held = with_copies(state, rules)
+    if layout == "hugging_face":
+        left_out = [name if copy.startswith("model.") else copy for copy, name in copies_of(state, rules).items()]
+        assert left_out
+        held = {name: array for name, array in held.items() if name not in left_out}
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(held, path)
+    arguments = arguments_of("deformable_detr", variant, fields)
+    assert import_weights(*arguments, f"--torch={path}", f"--output={tmp_path}/out") == 0
+    assert "Re-initialised" not in capsys.readouterr().out
+    _, config, classes = load_detector(tmp_path / "out")
+    assert config.model.num_queries == (300 if config.model.two_stage else 7)  # proposals are no parameters
+    assert classes.name(18) == "dog"
+    back = state_of(tmp_path / "out", layout)
+    assert set(back) == set(with_copies(state, rules))
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_deformable_detr_with_other_classes(tmp_path, capsys):
+    """All class heads start anew, the proposals' too; their copies in the file are no obstacle."""
+    config = deformable_detr.get_config("r50_two_stage")
+    state = make_state(config, DEFORMABLE_DETR)
+    rules = LAYOUTS["official"]["deformable_detr"](config.model)
+    write_state_dict(tmp_path / "x.pth", with_copies(state, rules), wrapper="model")
+    files = [f"--torch={tmp_path}/x.pth", f"--output={tmp_path}/out", "--num_classes=3"]
+    assert import_weights(*arguments_of("deformable_detr", "r50_two_stage", DEFORMABLE_DETR), *files) == 0
+    assert "Re-initialised: decoder/layers/layers/heads/class_head/linear/kernel" in capsys.readouterr().out
+    back = state_of(tmp_path / "out")
+    assert {name for name in state if not np.array_equal(back[name], state[name])} == {
+        f"class_embed.{layer}.{part}" for layer in range(3) for part in ("weight", "bias")
+    }
+    assert back["class_embed.2.weight"].shape == (3, 32)
 
 
 def test_only_a_backbone(tmp_path, capsys):

@@ -139,6 +139,12 @@ def copies_of(names: Iterable[str], rules: NameRules) -> dict[str, str]:
     return found
 
 
+def with_originals(state: Mapping[str, np.ndarray], names: Iterable[str], rules: NameRules) -> dict[str, np.ndarray]:
+    """`state`, and where it lacks one of `names` but has a copy of it, that: files may keep any one of equal arrays."""
+    found = {name: state[copy] for copy, name in copies_of(names, rules).items() if copy in state}
+    return {**found, **state}
+
+
 def with_copies(state: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:
     """What `to_torch` gives, with the arrays that the official state dict holds more than once."""
     return {**state, **{copy: state[name] for copy, name in copies_of(state, rules).items()}}

@@ -9,7 +9,11 @@ from deperceiver_jax.weights.name_rules import NameRules
 from deperceiver_jax.weights.tables.deformable_detr import deformable_detr_rules
 from deperceiver_jax.weights.tables.deperceiver import deperceiver_rules
 from deperceiver_jax.weights.tables.detr import detr_rules
-from deperceiver_jax.weights.tables.hugging_face import hugging_face_detr_rules, hugging_face_resnet_rules
+from deperceiver_jax.weights.tables.hugging_face import (
+    hugging_face_deformable_detr_rules,
+    hugging_face_detr_rules,
+    hugging_face_resnet_rules,
+)
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.tables.smca import smca_rules
 
@@ -25,8 +29,14 @@ FAMILIES: dict[str, Callable[[ConfigDict], NameRules]] = {
 # published files are, `hugging_face_resnet` transformers with its own.
 LAYOUTS: dict[str, dict[str, Callable[[ConfigDict], NameRules]]] = {
     "official": FAMILIES,
-    "hugging_face": {"detr": lambda model: hugging_face_detr_rules(resnet_rules)},
-    "hugging_face_resnet": {"detr": lambda model: hugging_face_detr_rules(hugging_face_resnet_rules)},
+    "hugging_face": {
+        "detr": lambda model: hugging_face_detr_rules(resnet_rules),
+        "deformable_detr": lambda model: hugging_face_deformable_detr_rules(model, resnet_rules),
+    },
+    "hugging_face_resnet": {
+        "detr": lambda model: hugging_face_detr_rules(hugging_face_resnet_rules),
+        "deformable_detr": lambda model: hugging_face_deformable_detr_rules(model, hugging_face_resnet_rules),
+    },
 }
 
 

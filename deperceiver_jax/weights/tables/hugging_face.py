@@ -2,12 +2,26 @@
 
 from collections.abc import Callable
 
+from ml_collections import ConfigDict
+
 from deperceiver_jax.weights.name_rules import CONV, POINTWISE, SAME, NameRules, Rule
+from deperceiver_jax.weights.tables.deformable_detr import (
+    deformable_attention_rules,
+    head_copies,
+    head_rules,
+    level_rules,
+    reference_rules,
+)
 from deperceiver_jax.weights.tables.parts import BATCH_NORM, NOT_PARAMETERS, linear_rules, norm_rules
 
 
-def _hugging_face_transformer_rules() -> list[Rule]:
-    """DETR's encoder and decoder in transformers, which has no pre-norm and hence no norm after the encoder."""
+def _attention_rules(ours: str, theirs: str) -> list[Rule]:
+    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+    return [r for a, b in parts.items() for r in linear_rules(f"{ours}/{a}", f"{theirs}.{b}", 0)]
+
+
+def _transformer_rules(deformable: bool) -> list[Rule]:
+    """Encoder and decoder; with `deformable`, all attentions are but the one among the queries."""
     rules = []
     for half, attentions in (
         ("encoder", {"attention": "self_attn"}),
@@ -15,14 +29,13 @@ def _hugging_face_transformer_rules() -> list[Rule]:
     ):
         ours, theirs = f"{half}/layers/layers", f"model.{half}.layers.{{layer}}"
         for a, b in attentions.items():
-            for part in ("query", "key", "value"):
-                rules += linear_rules(f"{ours}/{a}/{part}", f"{theirs}.{b}.{part[0]}_proj", 0)
-            rules += linear_rules(f"{ours}/{a}/out", f"{theirs}.{b}.out_proj", 0)
+            attention_rules = deformable_attention_rules if deformable and a != "self_attention" else _attention_rules
+            rules += attention_rules(f"{ours}/{a}", f"{theirs}.{b}")
             rules += norm_rules(f"{ours}/{a}_norm", f"{theirs}.{b}_layer_norm", 0)
         rules += norm_rules(f"{ours}/mlp_norm", f"{theirs}.final_layer_norm", 0)
         for layer in (0, 1):
             rules += linear_rules(f"{ours}/mlp/layers/{layer}", f"{theirs}.fc{layer + 1}", 0)
-    return [*rules, *norm_rules("decoder/norm", "model.decoder.layernorm")]
+    return rules
 
 
 def hugging_face_resnet_rules(ours: str, theirs: str) -> list[Rule]:
@@ -54,9 +67,27 @@ def hugging_face_detr_rules(resnet: Callable[[str, str], list[Rule]]) -> NameRul
         Rule("position/row", "model.backbone.position_embedding.row_embeddings.weight"),
         Rule("projection/kernel", "model.input_projection.weight", POINTWISE),
         Rule("projection/bias", "model.input_projection.bias"),
-        *_hugging_face_transformer_rules(),
+        *_transformer_rules(deformable=False),
+        *norm_rules("decoder/norm", "model.decoder.layernorm"),  # the only one: there is no pre-norm
         Rule("decoder/query_position", "model.query_position_embeddings.weight"),
         *linear_rules("heads/class_head/linear", "class_labels_classifier"),
         *linear_rules(r"heads/box_head/mlp/layers/(\d)", r"bbox_predictor.layers.\1"),
     ]
     return NameRules(tuple(rules), NOT_PARAMETERS)
+
+
+def hugging_face_deformable_detr_rules(model: ConfigDict, resnet: Callable[[str, str], list[Rule]]) -> NameRules:
+    """Deformable DETR's names in transformers (DeformableDetrForObjectDetection), with one of its two backbones.
+
+    They are those of its files, of the first as of the newest; in memory the newest calls some modules otherwise.
+    """
+    rules = [
+        *resnet("backbone/", "model.backbone.conv_encoder.model."),
+        *level_rules(model, "model.input_proj."),
+        Rule("level_embedding", "model.level_embed"),
+        *_transformer_rules(deformable=True),
+        Rule("queries", "model.query_position_embeddings.weight"),
+        *reference_rules("model."),
+        *head_rules(model),
+    ]
+    return NameRules(tuple(rules), NOT_PARAMETERS, head_copies(model, "model.decoder"))
