@@ -24,6 +24,7 @@ from scipy.optimize import linear_sum_assignment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.box_counts import coco_box_counts  # noqa: E402
 from configs.base import base  # noqa: E402
 from deperceiver_jax.losses.classification import build_classification  # noqa: E402
 from deperceiver_jax.losses.matcher import hungarian_assignment, match, matching_cost  # noqa: E402
@@ -39,12 +40,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Calls for each batch and row.")
 
 
 def box_counts(rng: np.random.Generator) -> np.ndarray:
-    """[batches, images]: quantiles of a log-normal with COCO's median of 4 and mean of 7, shuffled; one image is full
-    and one in a hundred is empty."""
+    """[batches, images]: spread like COCO's, shuffled; one image is full and one in a hundred is empty."""
     num_images = BATCHES.value * IMAGES.value
-    quantiles = (np.arange(num_images) + 0.5) / num_images
-    counts = np.rint([np.exp(np.log(4.3) + statistics.NormalDist().inv_cdf(q)) for q in quantiles]).astype(int)
-    counts = counts.clip(1, SLOTS.value)
+    counts = coco_box_counts(num_images, SLOTS.value)
     counts[-1], counts[: round(num_images / 100)] = SLOTS.value, 0
     return rng.permutation(counts).reshape(BATCHES.value, IMAGES.value)
 
