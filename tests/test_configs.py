@@ -1,12 +1,16 @@
 """Every config file and variant builds its detector; parameters all fit the optimiser's groups."""
 
 import importlib
+import re
+import shlex
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from deperceiver_jax import build_detector
+from deperceiver_jax.command_line import parse_config
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.training.train_state import take_apart
@@ -33,3 +37,16 @@ def test_unknown_variant_lists_the_valid_ones(name):
     module = importlib.import_module(f"configs.{name}")
     with pytest.raises(ValueError, match=f"no variant 'r18'; it has {module.VARIANTS[0]}"):
         module.get_config("r18")
+
+
+def test_every_row_of_the_smca_table_is_a_command():
+    """docs/smca.md: a configuration of its own for each row of the paper's ablations."""
+    found = set()
+    for section in Path("docs/smca.md").read_text().split("\n## ")[1:]:
+        variant = re.search(r"`(--config=\S+)` and \|", section)
+        rows = [line.split("|")[-2] for line in section.splitlines() if re.search(r"\| \d\d\.\d+ \|", line)]
+        for row in rows:
+            arguments = shlex.split(row.replace("`", ""))
+            config = parse_config(["train.py", *([variant[1]] if variant else []), *arguments])
+            found.add(config.to_json())
+    assert len(found) == 7 + 8 + 4

@@ -7,7 +7,15 @@ from tests.parity import compare
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["detr_small_no_auxiliary", "detr_small_pre_norm_learned", "detr_r50", "deperceiver_r50_16"]
+    "name",
+    [
+        "detr_small_no_auxiliary",
+        "detr_small_pre_norm_learned",
+        "detr_r50",
+        "deperceiver_r50_16",
+        "smca_small_coupled",
+        "smca_small_conv",
+    ],
 )
 def test_training_is_the_official_one(name):
     failures = [figure for figure in compare(name) if not figure.passes]

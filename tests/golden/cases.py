@@ -14,7 +14,8 @@ DROP_EVERY = 2  # steps between drops of the learning rate, so that the trajecto
 MAX_BOXES = 8  # box slots of an image
 PROJECTIONS = 8  # random directions that stand for the gradient of a parameter
 SAMPLES = 16  # entries that stand for an updated parameter
-QUERY_STRIDE = 4  # every fourth query of the logits of layers before the last is stored
+QUERY_STRIDE = 4  # of the stored queries, every fourth is stored of the logits of layers before the last
+PROPOSAL_STRIDE = 16  # every sixteenth token's proposal is stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,16 @@ class Case:
     official: tuple[str, ...]  # command-line arguments that differ from the official defaults
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)  # our fields that differ from the variant
     sizes: tuple[tuple[int, int], ...] = ((60, 117), (96, 75))  # (height, width) of the images of a batch
+    query_stride: int = 1  # between the queries whose logits and boxes are stored
+    seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of weights, by how their names begin
 
     @property
     def family(self) -> str:
         return self.config.split(":")[0]
+
+    def seed(self, name: str) -> int:
+        """The seed of the weight of this official name: 0 but for those in `seeds`."""
+        return next((seed for beginning, seed in self.seeds.items() if name.startswith(beginning)), 0)
 
 
 _SMALL_DETR = {
@@ -46,6 +53,18 @@ _SMALL_DETR_OFFICIAL = (
     *("--backbone", "resnet18", "--hidden_dim", "64", "--num_queries", "20", "--nheads", "4"),
     *("--enc_layers", "2", "--dec_layers", "3", "--dim_feedforward", "96"),
 )
+_SMALL_DEFORMABLE = {**_SMALL_DETR, "model.encoder.num_points": 2, "model.decoder.num_points": 3}
+_SMALL_DEFORMABLE_OFFICIAL = (*_SMALL_DETR_OFFICIAL, "--enc_n_points", "2", "--dec_n_points", "3")
+_LARGE = ((120, 234), (192, 150))  # sizes whose real tokens are more than 300
+# The released SMCA has 8 heads and a width of 256 whatever one asks for, and on several scales 6 decoder layers.
+_SMALL_SMCA = {
+    "model.backbone.depth": 18,
+    "model.num_queries": 20,
+    "model.encoder.mlp_dim": 96,
+    "model.decoder.mlp_dim": 96,
+    "eval.max_detections": 20,
+}
+_SMALL_SMCA_OFFICIAL = ("--backbone", "resnet18", "--num_queries", "20", "--enc_layers", "1", "--dim_feedforward", "96")
 _LATENTS = ("--num_latents", "256")
 _AUXILIARY = {
     "model.decoder.num_layers": 3,
@@ -53,6 +72,23 @@ _AUXILIARY = {
     "model.decoder.final_norm": True,
     "loss.auxiliary": True,
 }
+
+
+def _deformable(variant: str, *official: str, **fields) -> Case:
+    """Of 300 queries every fifth is stored."""
+    return Case(f"deformable_detr:{variant}", official, **{"query_stride": 5, **fields})
+
+
+def _smca(variant: str, *official: str, **fields) -> Case:
+    """Of 300 queries every fifth is stored."""
+    return Case(f"smca:{variant}", ("--num_queries", "300", *official), **{"query_stride": 5, **fields})
+
+
+def _small_smca(scale: str, number: int) -> Case:
+    """The released code numbers what a Gaussian's scales can be."""
+    fields = {"model.encoder.layout": ("intra",), "model.decoder.num_layers": 2, "model.decoder.gaussian_scale": scale}
+    official = (*_SMALL_SMCA_OFFICIAL, "--dec_layers", "2", "--dynamic_scale", f"type{number}")
+    return Case("smca:r50_single_scale", official, {**_SMALL_SMCA, **fields})
 
 
 def _deperceiver(variant: str, *official: str, **changes) -> Case:
@@ -73,6 +109,46 @@ CASES = {
     ),
     "detr_small_no_auxiliary": Case(
         "detr:r50", (*_SMALL_DETR_OFFICIAL, "--no_aux_loss"), {**_SMALL_DETR, "loss.auxiliary": False}
+    ),
+    "deformable_r50_single_scale": _deformable("r50_single_scale", "--num_feature_levels", "1"),
+    "deformable_r50_single_scale_dc5": _deformable("r50_single_scale_dc5", "--num_feature_levels", "1", "--dilation"),
+    "deformable_r50": _deformable("r50"),
+    "deformable_r50_refine": _deformable("r50_refine", "--with_box_refine"),
+    # With these seeds of the proposals' class head no two of the best scores of the first batch are close.
+    "deformable_r50_two_stage": _deformable(
+        *("r50_two_stage", "--with_box_refine", "--two_stage"), sizes=_LARGE, seeds={"class_embed.6.": 1405}
+    ),
+    "deformable_small": _deformable("r50", *_SMALL_DEFORMABLE_OFFICIAL, changes=_SMALL_DEFORMABLE, query_stride=1),
+    "deformable_small_refine": _deformable(
+        "r50_refine", *_SMALL_DEFORMABLE_OFFICIAL, "--with_box_refine", changes=_SMALL_DEFORMABLE, query_stride=1
+    ),
+    # The official code encodes proposals in 512 channels, whatever the width.
+    "deformable_small_two_stage": _deformable(
+        "r50_two_stage",
+        *(*_SMALL_DEFORMABLE_OFFICIAL, "--hidden_dim", "256", "--with_box_refine", "--two_stage"),
+        changes={**_SMALL_DEFORMABLE, "model.embed_dim": 256},
+        query_stride=1,
+        seeds={"class_embed.3.": 595},
+    ),
+    "smca_r50_single_scale": _smca("r50_single_scale", "--dynamic_scale", "type3"),
+    "smca_r50_fixed": _smca("r50_single_scale", changes={"model.decoder.gaussian_scale": "fixed"}),
+    "smca_r50_single": _smca(
+        "r50_single_scale", "--dynamic_scale", "type2", changes={"model.decoder.gaussian_scale": "single"}
+    ),
+    "smca_r50_coupled": _smca(
+        "r50_single_scale", "--dynamic_scale", "type4", changes={"model.decoder.gaussian_scale": "coupled"}
+    ),
+    "smca_r50_multiscale_conv": _smca(
+        "r50_multiscale_conv", "--dynamic_scale", "type3", "--dim_feedforward", "1024", query_stride=10
+    ),
+    "smca_small_fixed": _small_smca("fixed", 1),
+    "smca_small_single": _small_smca("single", 2),
+    "smca_small_independent": _small_smca("independent", 3),
+    "smca_small_coupled": _small_smca("coupled", 4),
+    "smca_small_conv": Case(
+        "smca:r50_multiscale_conv",
+        (*_SMALL_SMCA_OFFICIAL, "--dynamic_scale", "type3"),
+        {**_SMALL_SMCA, "model.encoder.num_layers": 1, "eval.max_detections": 500},
     ),
     "deperceiver_r50_32": _deperceiver("r50_32", "--no_aux_loss"),
     "deperceiver_r50_16": _deperceiver("r50_16", "--no_aux_loss", "--downsample_factor", "16"),

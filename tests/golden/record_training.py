@@ -1,7 +1,9 @@
 """Runs the official programs on the cases of cases.py and writes the golden training files. Needs PyTorch, not JAX.
 
     python tests/golden/record_training.py --detr=/path/to/facebookresearch/detr \
-        --deperceiver=/path/to/mooey5775/DePerceiver [--only=detr_r50]
+        --deformable_detr=/path/to/fundamentalvision/Deformable-DETR \
+        --deperceiver=/path/to/mooey5775/DePerceiver --smca=/path/to/gaopengcuhk/SMCA-DETR \
+        --smca_multiscale=/path/to/unpacked/Multi_scale_SMCA [--only=detr_r50]
 
 torchvision and pytorch_lightning are imported by the official code and must be importable; README.md says which parts
 of them matter. Each case runs twice, in float32 and in float64; the second is the measure of the first's rounding.
@@ -39,6 +41,40 @@ def build_detr(arguments):
     import main
     from models import build_model
 
+    args = main.get_args_parser().parse_args([*arguments, "--device", "cpu"])
+    model, criterion, post = build_model(args)
+    return model, criterion, post["bbox"], args
+
+
+def build_deformable_detr(arguments):
+    """The same for Deformable DETR; its formula in PyTorch stands in for the compiled operator."""
+    stub(
+        datasets=["build_dataset", "get_coco_api_from_dataset"],
+        datasets__samplers=[],
+        engine=["evaluate", "train_one_epoch"],
+        MultiScaleDeformableAttention=[],
+    )
+    import main
+    import torchvision
+    from models import backbone, build_model
+    from models.ops.functions import ms_deform_attn_func
+    from models.ops.modules import ms_deform_attn
+
+    def attend(value, sizes, start, location, weight, step):
+        sizes = [(int(height), int(width)) for height, width in sizes]
+        return ms_deform_attn_func.ms_deform_attn_core_pytorch(value, sizes, location, weight)
+
+    class Backbone(backbone.BackboneBase):
+        """The official one without its refusal of ResNets that have a quarter of the channels."""
+
+        def __init__(self, name, train_backbone, return_interm_layers, dilation):
+            norm, dilated = backbone.FrozenBatchNorm2d, [False, False, dilation]
+            body = getattr(torchvision.models, name)(replace_stride_with_dilation=dilated, norm_layer=norm)
+            super().__init__(body, train_backbone, return_interm_layers)
+            self.num_channels = [channels // 4 if name == "resnet18" else channels for channels in self.num_channels]
+
+    ms_deform_attn.MSDeformAttnFunction = types.SimpleNamespace(apply=attend)
+    backbone.Backbone = Backbone
     args = main.get_args_parser().parse_args([*arguments, "--device", "cpu"])
     model, criterion, post = build_model(args)
     return model, criterion, post["bbox"], args
@@ -86,13 +122,102 @@ def build_deperceiver(arguments):
     return model, criterion, model.postprocess, args
 
 
-def fill(model, dtype) -> None:
-    """Every parameter and buffer that a checkpoint of the model holds, from the generator keyed by its name."""
+def build_smca(arguments):
+    """The same for SMCA's single-scale model."""
+    stub(datasets=["build_dataset", "get_coco_api_from_dataset"], engine=["evaluate", "train_one_epoch"])
+    import main
+    from models import build_model
+
+    args = main.get_args_parser().parse_args([*arguments, "--device", "cpu"])
+    model, criterion, post = build_model(args)
+    official = model.forward
+    model.forward = lambda samples: official([samples, image_sizes(samples)])
+    return model, criterion, in_order_of_labels(post["bbox"]), args
+
+
+def build_smca_multiscale(arguments):
+    """The same for the multi-scale model in its archive, with the transformer that was trained.
+
+    One image at a time: in a batch all images would get the scale attention of the first.
+    """
+    import importlib.util
+    import pdb
+
+    pdb.set_trace = lambda: None  # there is one in the backbone
+    # Its models/detr.py imports a newer transformer.py than that of the published figures.
+    name, file = "models.transformer", Path(sys.path[0]) / "models/transformer_44_dot_4.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    model, criterion, post, args = build_smca(arguments)
+    whole_batch = model.forward
+    nested_tensor = sys.modules[type(model).__module__].NestedTensor
+
+    def forward(samples):
+        images = [slice(b, b + 1) for b in range(len(samples.tensors))]
+        answers = [layers_of(whole_batch(nested_tensor(samples.tensors[b], samples.mask[b]))) for b in images]
+        layers = [
+            {key: torch.cat([image[key] for image in images]) for key in ("pred_logits", "pred_boxes")}
+            for images in zip(*answers, strict=True)
+        ]
+        return {**layers[-1], "aux_outputs": layers[:-1]}
+
+    model.forward = forward
+    return model, criterion, post, args
+
+
+def image_sizes(samples) -> list[dict[str, torch.Tensor]]:
+    """The (height, width) of each image without padding, where the official program has it: in the targets."""
+    real = ~samples.mask
+    return [{"size": torch.stack([mask.any(1).sum(), mask.any(0).sum()])} for mask in real]
+
+
+def in_order_of_labels(postprocess):
+    """The official post-processing, whose order is that of `torch.topk`, with detections by label, then left edge."""
+
+    def ordered(outputs, sizes):
+        detections = postprocess(outputs, sizes)
+        orders = [np.lexsort((d["boxes"][:, 0].numpy(), d["labels"].numpy())) for d in detections]
+        return [{key: x[order.copy()] for key, x in d.items()} for d, order in zip(detections, orders, strict=True)]
+
+    return ordered
+
+
+def first_names(model) -> dict[int, str]:
+    """{address: name} of all tensors that a checkpoint holds; of those that it holds several times, the first name."""
+    names = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        names.setdefault(tensor.data_ptr(), name)
+    return names
+
+
+def fill(model, dtype, case) -> None:
+    """Every parameter and buffer that a checkpoint of the model holds, from the generator keyed by its first name."""
     model.to(dtype)
+    names = first_names(model)
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for tensor in model.state_dict().values():
+            name = names[tensor.data_ptr()]
             if not name.startswith("criterion."):
-                tensor.copy_(torch.from_numpy(seeded_array(name, tuple(tensor.shape))))
+                tensor.copy_(torch.from_numpy(seeded_array(name, tuple(tensor.shape), case.seed(name))))
+
+
+def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
+    """By their first names, each once."""
+    names = first_names(model)
+    return {names[p.data_ptr()]: p for p in model.parameters() if p.requires_grad}
+
+
+def parameter_groups(trained, args) -> list[dict]:
+    """As the official programs make them: those of DETR and DePerceiver know only the backbone."""
+    backbone = getattr(args, "lr_backbone_names", ["backbone"])
+    points = getattr(args, "lr_linear_proj_names", [])
+
+    def group(name):
+        return next((i for i, parts in enumerate((backbone, points)) if any(part in name for part in parts)), 2)
+
+    rates = [args.lr_backbone, args.lr * getattr(args, "lr_linear_proj_mult", 1.0), args.lr]
+    return [{"params": [p for name, p in trained.items() if group(name) == i], "lr": rates[i]} for i in range(3)]
 
 
 def inputs(case, step, dtype, nested_tensor):
@@ -119,29 +244,39 @@ def layers_of(outputs):
 
 
 def assignment(criterion, outputs, targets) -> np.ndarray:
-    """The query of every box slot in every layer [L, B, N]; -1 in empty slots."""
-    query = np.full((len(layers_of(outputs)), len(targets), cases.MAX_BOXES), -1, np.int16)
-    for layer, output in enumerate(layers_of(outputs)):
-        for b, (queries, boxes) in enumerate(criterion.matcher(output, targets)):
+    """The query of every box slot in every layer [L, B, N], -1 in empty slots; last, the token of each proposal."""
+    matched = [(output, targets) for output in layers_of(outputs)]
+    if "enc_outputs" in outputs:
+        any_object = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+        matched.append((outputs["enc_outputs"], any_object))
+    query = np.full((len(matched), len(targets), cases.MAX_BOXES), -1, np.int16)
+    for layer, pair in enumerate(matched):
+        for b, (queries, boxes) in enumerate(criterion.matcher(*pair)):
             query[layer, b, boxes.numpy()] = queries.numpy()
     return query
+
+
+def proposals(outputs, num_queries) -> dict[str, np.ndarray]:
+    """Scores and boxes of all tokens, and the tokens that become queries, best first; nothing without two stages."""
+    if "enc_outputs" not in outputs:
+        return {}
+    logits, boxes = (outputs["enc_outputs"][key] for key in ("pred_logits", "pred_boxes"))
+    chosen = torch.topk(logits[..., 0], num_queries, dim=1)[1]
+    return {"proposal_logits": logits.numpy(), "proposal_boxes": boxes.numpy(), "chosen": chosen.numpy()}
 
 
 def run(case, build, dtype) -> dict[str, np.ndarray]:
     """Five optimiser steps without dropout, as the official loops take them; everything that is compared."""
     if dtype == DOUBLE:  # everywhere, also where the official code says float32: positions, masks
         torch.float32 = DOUBLE
+        torch.Tensor.float = torch.Tensor.double
         torch.set_default_dtype(DOUBLE)
     model, criterion, postprocess, args = build([*case.official, f"--lr_drop={cases.DROP_EVERY}"])
     criterion.to(dtype)
-    fill(model, dtype)
+    fill(model, dtype, case)
     model.eval()  # only dropout knows the difference: the batch norms are frozen
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [
-        {"params": [p for name, p in trained.items() if "backbone" not in name]},
-        {"params": [p for name, p in trained.items() if "backbone" in name], "lr": args.lr_backbone},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    trained = trained_parameters(model)
+    optimizer = torch.optim.AdamW(parameter_groups(trained, args), lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
     nested_tensor = sys.modules[type(model).__module__].NestedTensor
     result, losses = {}, []
@@ -161,6 +296,7 @@ def run(case, build, dtype) -> dict[str, np.ndarray]:
                     "logits": torch.stack([layer["pred_logits"] for layer in layers]).numpy(),
                     "boxes": torch.stack([layer["pred_boxes"] for layer in layers]).numpy(),
                     "query": assignment(criterion, outputs, targets),
+                    **proposals(outputs, args.num_queries),
                     "term_names": np.array(sorted(terms)),
                     "terms": np.array([float(terms[name]) for name in sorted(terms)]),
                     **{
@@ -182,17 +318,22 @@ def run(case, build, dtype) -> dict[str, np.ndarray]:
 
 def record(name: str, build) -> None:
     single, double = (run(cases.CASES[name], build, dtype) for dtype in (SINGLE, DOUBLE))
-    for key in ("query", "detections_labels"):
-        if not np.array_equal(single[key], double[key]):
+    for key in ("query", "detections_labels", "chosen"):
+        if key in single and not np.array_equal(single[key], double[key]):
             raise SystemExit(f"{name}: {key} differs between float32 and float64; choose other inputs.")
-    keep = {key: single[key] for key in ("query", "boxes", "term_names", "parameter_names", "gradient_norms")}
+    keep = {key: single[key] for key in ("query", "term_names", "parameter_names", "gradient_norms")}
     keep |= {key: single[key] for key in single if key.startswith("detections_")}
-    keep["logits"] = single["logits"][-1]
-    keep["auxiliary_logits"] = single["logits"][:-1, :, :: cases.QUERY_STRIDE]
+    stride = cases.CASES[name].query_stride
+    keep["boxes"] = single["boxes"][:, :, ::stride]
+    keep["logits"] = single["logits"][-1, :, ::stride]
+    keep["auxiliary_logits"] = single["logits"][:-1, :, :: stride * cases.QUERY_STRIDE]
+    if "chosen" in single:
+        keep["chosen"] = single["chosen"].astype(np.int16)
+        keep |= {key: single[key][:, :: cases.PROPOSAL_STRIDE] for key in ("proposal_logits", "proposal_boxes")}
     for key in ("terms", "gradients", "updated", "losses"):
         keep[key] = single[key].astype(np.float32)
         keep[f"{key}_float64"] = double[key]
-    for key in ("logits", "boxes"):
+    for key in {"logits", "boxes", "proposal_logits", "proposal_boxes"} & single.keys():
         keep[f"{key}_noise"] = np.max(np.abs(single[key] - double[key]))
     path = Path(__file__).parent / f"training_{name}.npz"
     np.savez_compressed(path, **keep)
@@ -204,16 +345,26 @@ def record(name: str, build) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--detr", type=Path)
+    parser.add_argument("--deformable_detr", type=Path)
     parser.add_argument("--deperceiver", type=Path)
+    parser.add_argument("--smca", type=Path, help="gaopengcuhk/SMCA-DETR")
+    parser.add_argument("--smca_multiscale", type=Path, help="the folder in its Multi_scale_SMCA.zip, unpacked")
     parser.add_argument("--only", choices=cases.CASES)
     args = parser.parse_args()
     if args.only is None:
         for name in cases.CASES:  # a process for each, because the official programs use the same module names
             subprocess.run([sys.executable, *sys.argv, f"--only={name}"], check=True)
         return
-    source, build = {"detr": (args.detr, build_detr), "deperceiver": (args.deperceiver, build_deperceiver)}[
-        cases.CASES[args.only].family
-    ]
+    case = cases.CASES[args.only]
+    smca = (args.smca, build_smca)
+    if case.config == "smca:r50_multiscale_conv":
+        smca = (args.smca_multiscale, build_smca_multiscale)
+    source, build = {
+        "detr": (args.detr, build_detr),
+        "deformable_detr": (args.deformable_detr, build_deformable_detr),
+        "deperceiver": (args.deperceiver, build_deperceiver),
+        "smca": smca,
+    }[case.family]
     sys.path.insert(0, str(source))
     with tempfile.TemporaryDirectory() as directory:
         # DePerceiver's loss sums its box count over processes and fails without a process group.
