@@ -50,7 +50,11 @@ FIXED_IN_PUBLISHED_CODE = {
         "position.decoder": "attention",
         "decoder.query_position": "attention",
     },
-    "deformable_detr": {"no_object_logit": False, "backbone.norm": "frozen_batch_norm"},
+    "deformable_detr": {
+        "no_object_logit": False,
+        "backbone.norm": "frozen_batch_norm",
+        "encoder.across_levels": True,
+    },
     "smca": {
         "no_object_logit": True,
         "backbone.norm": "frozen_batch_norm",

@@ -72,7 +72,7 @@ class RelativeHeads(nnx.Module):
         self.class_head.linear.bias[...] = jnp.full(num_logits, -math.log(99))
         last = self.box_head.mlp.layers[-1]
         last.kernel[...] = jnp.zeros_like(last.kernel[...])
-        last.bias[...] = jnp.array([0.0, 0.0, size_bias, size_bias])
+        last.bias[...] = jnp.asarray([0.0, 0.0, size_bias, size_bias], last.bias.dtype)
 
     def __call__(self, decoded: Float[Array, "*L B Q D"], reference: Float[Array, "*L B Q 4"]) -> Predictions:
         boxes = jax.nn.sigmoid(self.box_head.mlp(decoded) + inverse_sigmoid(reference))
@@ -80,10 +80,18 @@ class RelativeHeads(nnx.Module):
 
 
 class DeformableEncoderLayer(TransformerLayer):
-    """Deformable self-attention among the tokens of all levels, then the MLP."""
+    """Deformable self-attention among the tokens of all levels, then the MLP.
 
-    def __init__(self, dim: int, *, attention: dict, dropout: float, mlp_dim: int, dtype, rngs: nnx.Rngs):
+    Without `across_levels` a token looks at its own level alone: the paper's multi-scale inputs without multi-scale
+    attention. All levels share the attention, whose offsets and weights are then those of one level.
+    """
+
+    def __init__(
+        self, dim: int, *, attention: dict, across_levels: bool, dropout: float, mlp_dim: int, dtype, rngs: nnx.Rngs
+    ):
         super().__init__(dim, mlp_dim=mlp_dim, dropout=dropout, pre_norm=False, dtype=dtype, rngs=rngs)
+        self.across_levels = across_levels
+        attention = attention if across_levels else {**attention, "num_levels": 1}
         self.attention = MultiScaleDeformableAttention(dim, **attention, dtype=dtype, rngs=rngs)
         self.attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
 
@@ -93,10 +101,21 @@ class DeformableEncoderLayer(TransformerLayer):
         key_attention, key_mlp = split_key(dropout_key, 2)
         reference = pyramid.place[:, :, None] * pyramid.valid_share[:, None]
 
-        def attend(x):
+        def attend_all(x):
             scale = cell_size(pyramid)
             return self.attention(x + position, reference, scale, x, pyramid.token_valid, pyramid.level_sizes)
 
+        def attend_own(x):
+            query, attended, start = x + position, [], 0
+            for level, (height, width) in enumerate(pyramid.level_sizes):
+                cells, own = slice(start, start + height * width), slice(level, level + 1)
+                start = cells.stop
+                places = reference[:, cells, own], cell_size(pyramid)[:, :, own]
+                sources = x[:, cells], pyramid.token_valid[:, cells], pyramid.level_sizes[own]
+                attended.append(self.attention(query[:, cells], *places, *sources))
+            return jnp.concatenate(attended, axis=1)
+
+        attend = attend_all if self.across_levels else attend_own
         tokens = self.sublayer(tokens, self.attention_norm, attend, key_attention)
         return self.mlp_sublayer(tokens, key_mlp)
 
@@ -194,6 +213,7 @@ class DeformableEncoder(nnx.Module):
         dim: int,
         *,
         num_levels: int,
+        across_levels: bool,
         num_layers: int,
         num_heads: int,
         num_points: int,
@@ -205,7 +225,8 @@ class DeformableEncoder(nnx.Module):
     ):
         _check("encoder", num_layers, mlp_dim)
         attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points, sampling=sampling)
-        layer = dict(attention=attention, dropout=dropout, mlp_dim=mlp_dim, dtype=dtype)
+        shared = dict(dropout=dropout, mlp_dim=mlp_dim, dtype=dtype)
+        layer = dict(attention=attention, across_levels=across_levels, **shared)
         self.layers = LayerStack(lambda rngs: DeformableEncoderLayer(dim, **layer, rngs=rngs), num_layers, rngs=rngs)
         start_alike(self.layers.layers.mlp, kernels=False)
 

@@ -11,10 +11,12 @@ from flax import nnx
 from configs import deformable_detr
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.deformable_transformer import inverse_sigmoid, make_pyramid
+from deperceiver_jax.models.deformable_transformer import DeformableEncoder, inverse_sigmoid, make_pyramid
 from deperceiver_jax.models.proposals import box_encoding, token_boxes
 from deperceiver_jax.models.resnet import Frozen
+from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.training.optimizer import group_multipliers
+from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
@@ -23,6 +25,7 @@ VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r5
 SINGLE = {"strides": (16,), "extra_levels": 0}
 REFINE = {"refine": True}
 TWO_STAGE = {"refine": True, "two_stage": True}
+WITHIN_LEVELS = {"encoder__across_levels": False, "encoder__num_points": 1, "decoder__num_points": 1}
 
 
 class Patches(nnx.Module):
@@ -163,7 +166,7 @@ def test_proposals_by_hand():
     np.testing.assert_allclose(inverse_sigmoid(jnp.array([-1.0, 0.5, 2.0])), [-11.512925, 0, 11.512925], rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, SINGLE, REFINE, TWO_STAGE])
+@pytest.mark.parametrize("changes", [{}, SINGLE, REFINE, TWO_STAGE, WITHIN_LEVELS])
 def test_forward(changes):
     """Every variant answers, differently for different images."""
     call, state = build(small(**changes))
@@ -178,6 +181,45 @@ def test_forward(changes):
         assert answer.proposals.boxes.shape == (1, 2, tokens, 4)
     else:
         assert answer.proposals is None
+
+
+def test_encoder_within_levels():
+    """Without `across_levels` each level is encoded as if it were the only one; with it, levels change one another."""
+    fields = dict(dim=32, num_layers=2, num_heads=4, num_points=1, mlp_dim=48, sampling="auto", dropout=0.0)
+    rng = np.random.default_rng(0)
+    valid = [np.ones((2, 4, 6), bool), np.ones((2, 2, 3), bool)]
+    valid[0][1, :, 4:] = valid[1][1, :, 2:] = False
+    tokens, position = rng.standard_normal((2, 2, 30, 32)).astype(np.float32)
+
+    def encoder(num_levels, across_levels):
+        make = lambda: DeformableEncoder(  # noqa: E731
+            **fields, num_levels=num_levels, across_levels=across_levels, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
+        graphdef, abstract = nnx.split(nnx.eval_shape(make))
+        draw = np.random.default_rng(1)
+        state = jax.tree.map(lambda x: (0.3 * draw.standard_normal(x.shape)).astype(x.dtype), abstract)
+
+        def call(levels, tokens, position):
+            return np.asarray(
+                nnx.merge(graphdef, state)(tokens, position, make_pyramid([jnp.asarray(v) for v in levels]))
+            )
+
+        return call
+
+    own, alone = encoder(2, False), encoder(1, True)
+    memory = own(valid, tokens, position)
+    for level, cells in enumerate((slice(0, 24), slice(24, 30))):
+        np.testing.assert_allclose(
+            memory[:, cells],
+            alone(valid[level : level + 1], tokens[:, cells], position[:, cells]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    other = tokens.copy()
+    other[:, 24:] += 1
+    np.testing.assert_array_equal(own(valid, other, position)[:, :24], memory[:, :24])
+    across = encoder(2, True)
+    assert np.abs(across(valid, other, position) - across(valid, tokens, position))[:, :24].max() > 1e-2
 
 
 def test_dropout_needs_a_key():
@@ -269,16 +311,19 @@ def test_bad_fields_are_named(changes, sentence):
         nnx.eval_shape(lambda: build_detector(small(**changes), rngs=nnx.Rngs(0)))
 
 
-def test_too_small_images_are_refused():
-    def answer(config, size):
-        detector = nnx.eval_shape(lambda: new_detector(config))
-        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        valid = jax.ShapeDtypeStruct((1, size, size), bool)
-        return nnx.eval_shape(lambda detector, *args: detector(*args), detector, image, valid)
-
-    with pytest.raises(
-        UserError, match="config.model.extra_levels: level 3 of an image of this size would halve a map"
-    ):
-        answer(small(extra_levels=2), 32)
-    with pytest.raises(UserError, match="config.model.num_queries is 300, more than the 84 tokens"):
-        answer(small(num_queries=300, **TWO_STAGE), 64)
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"extra_levels": 2},
+            "config.model.extra_levels: level 3 of an image of this size would halve a map of a single",
+        ),
+        ({"num_queries": 30, **TWO_STAGE}, "config.model.num_queries is 30, more than the 21 tokens that an image"),
+    ],
+)
+def test_too_small_images_are_refused_before_the_first_step(changes, sentence):
+    """The size that is too small is one of several, and named."""
+    skeleton, params, others = take_apart(nnx.eval_shape(lambda: new_detector(small(**changes))))
+    check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (96, 64), (64, 96), (128, 128)])
+    with pytest.raises(UserError, match=f"Images of 32 x 32 pixels, padding included, will come, but: {sentence}"):
+        check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (32, 32), (96, 96)])
