@@ -2,10 +2,11 @@
 
 Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), equations 2 and 3. Two ways with one contract:
 
-- `gather` reads the four cells around each point. Its gradient scatters.
+- `gather` reads the four cells around a point as one row. Its gradient scatters such rows.
 - `matmul` writes a query's points as one weight for each cell of a map, and multiplies all weights with all cells. That
-  is hundreds of times the arithmetic, but in the form that a TPU does best, and it neither gathers nor scatters, which
-  a TPU does row by row. benchmarks/README.md has the figures behind the choice.
+  is hundreds of times the arithmetic, but in the form that a TPU does best, and it neither gathers nor scatters.
+
+benchmarks/README.md has the figures behind the choice.
 """
 
 import functools
@@ -13,11 +14,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from deperceiver_jax.errors import UserError
 
-MATMUL_QUERIES = 1024  # whose weights exist at one time: 55 MB each image in float32, for a map of 100 x 134
+GATHER_QUERIES = 256  # read at one time: 4 MB each image and level, for 8 heads of 32 channels and 4 points
+MATMUL_QUERIES = 1024  # weighed at one time: 55 MB each image in float32, for a map of 100 x 134
 
 
 def sample_levels(
@@ -39,16 +41,12 @@ def sample_levels(
     rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the order of sums.
     """
     check_sampling(sampling)
-    by_head = value.astype(jnp.float32).transpose(2, 0, 1, 3)  # H B S D; float32 so that gradients, too, add up in it
-    location = location.astype(jnp.float32).transpose(2, 3, 0, 4, 1, 5)  # H L B K Q 2
-    weight = weight.astype(jnp.float32).transpose(2, 3, 0, 4, 1)
-    gather = functools.partial(_gather_levels, level_sizes=tuple(level_sizes))
-    matmul = functools.partial(_matmul_levels, level_sizes=tuple(level_sizes), dtype=value.dtype)
+    gather = functools.partial(_gather, tuple(level_sizes))
+    matmul = functools.partial(_matmul, tuple(level_sizes))
+    arguments = value, location.astype(jnp.float32), weight.astype(jnp.float32)
     if sampling == "auto":
-        total = jax.lax.platform_dependent(by_head, location, weight, tpu=matmul, default=gather)
-    else:
-        total = {"gather": gather, "matmul": matmul}[sampling](by_head, location, weight)
-    return total.transpose(1, 2, 0, 3).astype(value.dtype)
+        return jax.lax.platform_dependent(*arguments, tpu=matmul, default=gather)
+    return {"gather": gather, "matmul": matmul}[sampling](*arguments)
 
 
 def check_sampling(sampling: str) -> None:
@@ -68,102 +66,168 @@ def _cells_around(location: Float[Array, "*N 2"], size: tuple[int, int]):
     return left.astype(jnp.int32), x - left, top.astype(jnp.int32), y - top
 
 
-def _split_levels(by_head: Float[Array, "*N S D"], level_sizes) -> list[Float[Array, "*N s D"]]:
-    starts, start = [], 0
+def _in_blocks(array: Float[Array, "B Q *rest"], size: int) -> Float[Array, "blocks B q *rest"]:
+    """At most so many queries at a time, in blocks of one size; the last is filled up with zeros."""
+    batch, num_queries, *rest = array.shape
+    num_blocks = -(-num_queries // size)
+    size = -(-num_queries // num_blocks)
+    array = jnp.pad(array, [(0, 0), (0, num_blocks * size - num_queries), *[(0, 0)] * len(rest)])
+    return array.reshape(batch, num_blocks, size, *rest).swapaxes(0, 1)
+
+
+def _out_of_blocks(blocks: Float[Array, "blocks B q *rest"], num_queries: int) -> Float[Array, "B Q *rest"]:
+    _, batch, _, *rest = blocks.shape
+    return blocks.swapaxes(0, 1).reshape(batch, -1, *rest)[:, :num_queries]
+
+
+def _split_levels(value: Float[Array, "B S *rest"], level_sizes) -> list[Float[Array, "B h w *rest"]]:
+    maps, start = [], 0
     for height, width in level_sizes:
-        starts.append((start, start := start + height * width))
-    return [by_head[..., first:last, :] for first, last in starts]
+        cells = value[:, start : start + height * width]
+        maps.append(cells.reshape(len(value), height, width, *value.shape[2:]))
+        start += height * width
+    return maps
 
 
-def _gather_levels(
-    by_head: Float[Array, "H B S D"],
-    location: Float[Array, "H L B K Q 2"],
-    weight: Float[Array, "H L B K Q"],
-    *,
-    level_sizes,
-) -> Float[Array, "H B Q D"]:
-    total = 0.0
-    for level, cells in enumerate(_split_levels(by_head, level_sizes)):
-        total += _gather_level(cells, location[:, level], weight[:, level], level_sizes[level])
-    return total
+# --- gather ---------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.checkpoint, static_argnums=(3,))
-def _gather_level(
-    cells: Float[Array, "H B h*w D"],
-    location: Float[Array, "H B K Q 2"],
-    weight: Float[Array, "H B K Q"],
-    size: tuple[int, int],
-) -> Float[Array, "H B Q D"]:
-    """What it reads is read again for the gradient: keeping it would take 1.2 GB for each encoder layer of an
-    800 x 1066 image."""
-    height, width = size
-    left, right_share, top, bottom_share = _cells_around(location, size)
-    total = 0.0
-    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = jnp.where(inside, row * width + column, 0)
-            corner = jnp.take_along_axis(cells, index.reshape(*index.shape[:2], -1, 1), axis=2, mode="clip")
-            share = jnp.where(inside, row_share * column_share, 0.0) * weight
-            total += jnp.sum(share[..., None] * corner.reshape(*share.shape, -1), axis=2)
-    return total
+def _gather(level_sizes, value, location, weight):
+    quads = [_quads(cells) for cells in _split_levels(value.astype(jnp.float32), level_sizes)]
+    return _gather_quads(level_sizes, quads, location, weight).astype(value.dtype)
 
 
-def _matmul_levels(
-    by_head: Float[Array, "H B S D"],
-    location: Float[Array, "H L B K Q 2"],
-    weight: Float[Array, "H L B K Q"],
-    *,
-    level_sizes,
-    dtype,
-) -> Float[Array, "H B Q D"]:
+def _quads(cells: Float[Array, "B h w H D"]) -> Float[Array, "B rows 4*D"]:
+    """Any four cells around a point as one row, zeros where they lie outside: one read for each point in place of four.
+
+    Row ((top + 1) * (width + 2) + left + 1) * H + head has (upper left, upper right, lower left, lower right).
+    """
+    cells = jnp.pad(cells, [(0, 0), (1, 2), (1, 2), (0, 0), (0, 0)])
+    around = [cells[:, :-1, :-1], cells[:, :-1, 1:], cells[:, 1:, :-1], cells[:, 1:, 1:]]
+    return jnp.concatenate(around, axis=-1).reshape(len(cells), -1, 4 * cells.shape[-1])
+
+
+def _rows(location: Float[Array, "B q H K 2"], size: tuple[int, int]) -> Int[Array, "B q*H*K"]:
+    """Where in `_quads` the cells around each point are."""
+    batch, _, num_heads, _, _ = location.shape
+    left, _, top, _ = _cells_around(location, size)
+    row = ((top + 1) * (size[1] + 2) + left + 1) * num_heads + jnp.arange(num_heads)[None, None, :, None]
+    return row.reshape(batch, -1)
+
+
+def _weigh_quads(
+    found: Float[Array, "B q*H*K 4*D"], location: Float[Array, "B q H K 2"], weight: Float[Array, "B q H K"], size
+) -> Float[Array, "B q H D"]:
+    _, right, _, bottom = _cells_around(location, size)
+    share = jnp.stack([(1 - bottom) * (1 - right), (1 - bottom) * right, bottom * (1 - right), bottom * right], axis=-1)
+    found = found.reshape(*share.shape, -1)
+    return jnp.sum(found * (share * weight[..., None])[..., None], axis=(3, 4))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_quads(
+    level_sizes, quads: list[Float[Array, "B rows 4*D"]], location: Float[Array, "B Q H L K 2"], weight
+) -> Float[Array, "B Q H D"]:
+    """Some queries at a time. What they read is read again for the gradient: keeping it for all of them would take
+    1.2 GB for each encoder layer of an 800 x 1066 image."""
+
+    def one_block(arguments):
+        location, weight = arguments
+        total = 0.0
+        for level, size in enumerate(level_sizes):
+            points = location[:, :, :, level]
+            found = _read(quads[level], _rows(points, size))
+            total += _weigh_quads(found, points, weight[:, :, :, level], size)
+        return total
+
+    blocks = _in_blocks(location, GATHER_QUERIES), _in_blocks(weight, GATHER_QUERIES)
+    return _out_of_blocks(jax.lax.map(one_block, blocks), location.shape[1])
+
+
+def _gather_quads_forward(level_sizes, quads, location, weight):
+    return _gather_quads(level_sizes, quads, location, weight), (quads, location, weight)
+
+
+def _gather_quads_backward(level_sizes, saved, gradient):
+    """Written out so that each block adds to one and the same gradient of `quads`, in place."""
+    quads, location, weight = saved
+
+    def one_block(of_quads, arguments):
+        location, weight, gradient = arguments
+        of_quads, of_location, of_weight = list(of_quads), [], []
+        for level, size in enumerate(level_sizes):
+            points = location[:, :, :, level]
+            rows = _rows(points, size)
+            weigh = functools.partial(_weigh_quads, size=size)
+            _, backward = jax.vjp(weigh, _read(quads[level], rows), points, weight[:, :, :, level])
+            of_found, of_points, of_level_weight = backward(gradient)
+            of_quads[level] = _add(of_quads[level], rows, of_found)
+            of_location.append(of_points)
+            of_weight.append(of_level_weight)
+        return of_quads, (jnp.stack(of_location, axis=3), jnp.stack(of_weight, axis=3))
+
+    blocks = [_in_blocks(array, GATHER_QUERIES) for array in (location, weight, gradient)]
+    of_quads, (of_location, of_weight) = jax.lax.scan(one_block, [jnp.zeros_like(q) for q in quads], blocks)
+    num_queries = location.shape[1]
+    return of_quads, _out_of_blocks(of_location, num_queries), _out_of_blocks(of_weight, num_queries)
+
+
+_gather_quads.defvjp(_gather_quads_forward, _gather_quads_backward)
+
+
+@jax.vmap
+def _read(quads, rows):
+    return quads.at[rows].get(mode="promise_in_bounds")
+
+
+@jax.vmap
+def _add(quads, rows, values):
+    return quads.at[rows].add(values, mode="promise_in_bounds")
+
+
+# --- matmul ---------------------------------------------------------------------------------------------------------
+
+
+def _matmul(level_sizes, value, location, weight):
     """Head by head and some queries at a time: the weights of all cells for all queries would take 10 GB an image."""
-    num_queries = location.shape[4]
-    block = min(MATMUL_QUERIES, num_queries)
-    num_blocks = -(-num_queries // block)
-    fill = num_blocks * block - num_queries
-    location = jnp.pad(location, [(0, 0)] * 4 + [(0, fill), (0, 0)])
-    weight = jnp.pad(weight, [(0, 0)] * 4 + [(0, fill)])
 
     def one_head(arguments):
         cells, location, weight = arguments
-        location = jnp.moveaxis(location.reshape(*location.shape[:3], num_blocks, block, 2), 3, 0)
-        weight = jnp.moveaxis(weight.reshape(*weight.shape[:3], num_blocks, block), 3, 0)
 
         @jax.checkpoint
         def one_block(arguments):
             location, weight = arguments
             total = 0.0
-            for level, level_cells in enumerate(_split_levels(cells, level_sizes)):
-                total += _matmul_level(level_cells.astype(dtype), location[level], weight[level], level_sizes[level])
+            for level, cells_of_level in enumerate(_split_levels(cells, level_sizes)):
+                # The cast is in here so that the blocks' gradients of a cell add up in float32.
+                cast = cells_of_level.astype(value.dtype)
+                total += _matmul_level(cast, location[:, :, level], weight[:, :, level])
             return total
 
-        total = jax.lax.map(one_block, (location, weight))  # blocks B D block
-        return jnp.moveaxis(total, 0, 2).reshape(*total.shape[1:3], -1)[..., :num_queries]
+        blocks = _in_blocks(location, MATMUL_QUERIES), _in_blocks(weight, MATMUL_QUERIES)
+        return _out_of_blocks(jax.lax.map(one_block, blocks), location.shape[1])
 
-    return jax.lax.map(one_head, (by_head, location, weight)).swapaxes(2, 3)
+    by_head = [jnp.moveaxis(array, 2, 0) for array in (value.astype(jnp.float32), location, weight)]
+    return jnp.moveaxis(jax.lax.map(one_head, tuple(by_head)), 0, 2).astype(value.dtype)
 
 
 def _matmul_level(
-    cells: Float[Array, "B h*w D"],
-    location: Float[Array, "B K Q 2"],
-    weight: Float[Array, "B K Q"],
-    size: tuple[int, int],
-) -> Float[Array, "B D Q"]:
-    """A point's weights are those of its rows times those of its columns. Queries come last, where lanes are."""
-    height, width = size
-    left, right_share, top, bottom_share = _cells_around(location, size)
+    cells: Float[Array, "B h w D"], location: Float[Array, "B q K 2"], weight: Float[Array, "B q K"]
+) -> Float[Array, "B q D"]:
+    """A point's weights are those of its rows times those of its columns. Queries come last inside, where lanes are."""
+    batch, height, width, channels = cells.shape
+    left, right_share, top, bottom_share = _cells_around(jnp.moveaxis(location, 1, 2), (height, width))  # B K q
 
     def shares(first, second_share, number):
         cell = jnp.arange(number)[None, None, :, None]
-        first, second_share = first[..., None, :], second_share[..., None, :]
+        first, second_share = first[:, :, None], second_share[:, :, None]
         return jnp.where(cell == first, 1 - second_share, jnp.where(cell == first + 1, second_share, 0.0))
 
-    rows = shares(top, bottom_share, height) * weight[:, :, None]  # B K h Q
+    rows = shares(top, bottom_share, height) * weight.swapaxes(1, 2)[:, :, None]  # B K h q
     columns = shares(left, right_share, width)
-    # Not an einsum: with so few points to sum over, this stays out of the matrix unit, and fuses with what follows.
+    # Not an einsum: with so few points to sum over, this stays out of the matrix unit.
     of_cell = sum(rows[:, k, :, None] * columns[:, k, None] for k in range(rows.shape[1]))
-    of_cell = of_cell.reshape(len(cells), height * width, -1).astype(cells.dtype)
+    of_cell = of_cell.reshape(batch, height * width, -1).astype(cells.dtype)
+    cells = cells.reshape(batch, height * width, channels)
     precision = jax.lax.Precision.HIGHEST if cells.dtype == jnp.float32 else None
-    return jnp.einsum("bsd,bsq->bdq", cells, of_cell, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("bsd,bsq->bqd", cells, of_cell, precision=precision, preferred_element_type=jnp.float32)
