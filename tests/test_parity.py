@@ -13,6 +13,8 @@ from tests.parity import compare
         "detr_small_pre_norm_learned",
         "detr_r50",
         "deperceiver_r50_16",
+        "deformable_small_refine",
+        "deformable_small_two_stage",
         "smca_small_coupled",
         "smca_small_conv",
     ],
