@@ -8,9 +8,9 @@ import sys
 
 from deperceiver_jax.command_line import run
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.visualize import detections
+from deperceiver_jax.visualize import attention, detections
 
-COMMANDS = {"detections": detections.main}
+COMMANDS = {"detections": detections.main, "attention": attention.main}
 
 
 def main(argv: list[str]) -> None:

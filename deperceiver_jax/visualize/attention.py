@@ -1,0 +1,198 @@
+"""Where a detector looks: the attention of chosen queries over one image, head by head.
+
+    python -m deperceiver_jax.visualize attention --workdir=runs/x --image=photo.jpg --output=attention.png
+    python -m deperceiver_jax.visualize attention --weights=DIR --example=5 --queries=3,17 --layer=0 --output=a.png
+
+A row for each query: its answer; the Gaussian that modulates its attention (SMCA, DePerceiver with anchors); the
+attention of each head. DePerceiver's is taken through the latents, of which the strongest are shown by themselves;
+Deformable DETR's are the points that it reads.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from deperceiver_jax.boxes import box_cxcywh_to_xyxy
+from deperceiver_jax.command_line import parse_flags
+from deperceiver_jax.compilation_cache import keep_compiled
+from deperceiver_jax.data import open_source
+from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.data.geometry import check_augmentation, evaluation_geometry
+from deperceiver_jax.data.image_header import CorruptImage
+from deperceiver_jax.data.pixels import decode_image, place_image
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.images import normalize_images
+from deperceiver_jax.load import LoadedDetector, load_for_command
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.models.attention_record import DenseRecord, PointRecord, record_attention
+from deperceiver_jax.structures import Predictions
+from deperceiver_jax.visualize.attention_maps import Frame, Panel, View, dense_view, latent_view, point_view
+from deperceiver_jax.visualize.attention_sheet import save_sheet
+from deperceiver_jax.visualize.boxes import draw_detections
+from deperceiver_jax.visualize.output import check_output, need
+
+
+class Look(NamedTuple):
+    """One forward pass over one image, seen from outside."""
+
+    predictions: Predictions
+    decoder: list[DenseRecord] | list[PointRecord]  # what the queries look at, of each layer
+    encoder: list[DenseRecord]  # what latents read from the image; empty without latents
+
+
+def look(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"], check=lambda look: None) -> Look:
+    """Runs the detector on one image without padding; `check` sees the shapes of the answer before anything is run."""
+
+    def forward(arrays, image):
+        detector = loaded.skeleton.merge(arrays)
+        size = jnp.asarray([image.shape[1:3]], jnp.int32)
+        with record_attention(detector, "cross_attention") as records:
+            predictions = detector(*normalize_images(image, size))
+        of_encoder = [record for record in records if record.name.startswith("encoder.cross_attentions")]
+        of_decoder = [record for record in records if record.name.startswith("decoder.")]
+        return Look(predictions, of_decoder, of_encoder)
+
+    check(jax.eval_shape(forward, loaded.arrays, frame[None]))
+    return jax.device_get(jax.jit(forward)(loaded.arrays, frame[None]))
+
+
+def choose_queries(
+    scores: Float[np.ndarray, "Q C"], classes: ClassMap, chosen: list[int] | None, best: int
+) -> list[tuple[int, int, float]]:
+    """(query, class slot, score) of the chosen queries, or of the `best` ones by the score of their best class."""
+    scores = scores[:, list(classes.slots)]
+    top = scores.max(axis=1)
+    queries = np.argsort(-top, kind="stable")[:best].tolist() if chosen is None else chosen
+    return [(query, classes.slots[scores[query].argmax()], float(top[query])) for query in queries]
+
+
+def see(image: UInt8[np.ndarray, "h w 3"], config_data: ConfigDict) -> UInt8[np.ndarray, "H W 3"]:
+    """The image at the size at which the detector is evaluated."""
+    check_augmentation(config_data)
+    geometry = evaluation_geometry(np.array([image.shape[:2]], np.int32), config_data)
+    frame = np.zeros((*geometry.size[0].tolist(), 3), np.uint8)
+    place_image(frame, image, False, geometry.window()[0], geometry.size[0])
+    return frame
+
+
+def make_view(
+    look: Look, layer: int, answer: tuple[int, int, float], image: UInt8[np.ndarray, "h w 3"], frame: Frame, classes
+) -> View:
+    """The row of one query; `answer` is its (query, class slot, score)."""
+    query, label, score = answer
+    if isinstance(look.decoder[layer], PointRecord):
+        view = point_view(look.decoder[layer], query, frame)
+    elif look.encoder:
+        view = latent_view(look.decoder[layer], look.encoder[-1], query, frame)
+    else:
+        view = dense_view(look.decoder[layer], query, frame)
+    box = np.asarray(box_cxcywh_to_xyxy(look.predictions.boxes[-1, 0, query]))
+    box = box * np.array([image.shape[1], image.shape[0]] * 2)
+
+    def draw(size):
+        found = np.array([label]), np.array([score])
+        picture = draw_detections(image, box[None], *found, classes.name, long_side=max(size))
+        return picture[: size[0], : size[1]]
+
+    return View([Panel(f"query {query}: {classes.name(label)} {score:.2f}", draw), *view.large], view.lines)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "The run whose detector is used.", flag_values=values)
+    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
+    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
+    flags.DEFINE_string("image", None, "An image file.", flag_values=values)
+    flags.DEFINE_integer("example", None, "Or an image of the evaluated split, counted from 0.", flag_values=values)
+    flags.DEFINE_string("queries", None, "Which queries, as in 3,17; else the best ones.", flag_values=values)
+    flags.DEFINE_integer("best", 3, "How many of the queries that score best.", flag_values=values)
+    flags.DEFINE_integer("layer", -1, "Which decoder layer, from 0; -1 is the last.", flag_values=values)
+    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
+
+
+def read_image(values: flags.FlagValues, config: ConfigDict) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+    """(pixels, what to call it). Raises UserError for an image that is not there or cannot be read."""
+    if values.example is not None:
+        source = open_source(config.data, config.data.eval_split)
+        if not 0 <= values.example < len(source):
+            raise UserError(
+                f"--example: {config.data.name}, {config.data.eval_split}, has the images 0 to {len(source) - 1}, "
+                f"not {values.example}."
+            )
+        name = f"{config.data.name}, {config.data.eval_split} image {values.example}"
+        data = source.image_bytes(values.example)
+    else:
+        name = values.image
+        try:
+            data = Path(name).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"--image: {name} cannot be read: {error.strerror}.") from None
+    try:
+        return decode_image(data), name
+    except CorruptImage as error:
+        raise UserError(f"{name} is not an image that can be read: {error}.") from None
+
+
+def parse_queries(text: str | None) -> list[int] | None:
+    """ "3,17" -> [3, 17]."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--queries: {text} is not a list of numbers such as 3,17.") from None
+
+
+def main(argv: list[str]) -> None:
+    values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    need(values, "output")
+    check_output(values.output)
+    if (values.image is None) == (values.example is None):
+        raise UserError("Either --image or --example is needed: a file, or the number of an image of the split.")
+    if values.best < 1:
+        raise UserError(f"--best is {values.best}; it must be at least 1.")
+    chosen, layer = parse_queries(values.queries), values.layer
+    stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
+    config, classes = loaded.config, loaded.classes
+    image, name = read_image(values, config)
+
+    def check(found: Look) -> None:
+        layers, queries = len(found.decoder), found.predictions.logits.shape[2]
+        if not -layers <= layer < layers:
+            raise UserError(f"--layer: the decoder has the layers 0 to {layers - 1}, and -1 is the last; not {layer}.")
+        for query in chosen or []:
+            if not 0 <= query < queries:
+                raise UserError(f"--queries: the detector has the queries 0 to {queries - 1}, not {query}.")
+
+    keep_compiled(config.train.compilation_cache)
+    frame = see(image, config.data)
+    found = look(loaded, frame, check)
+    scores = np.asarray(build_classification(config.loss).scores(found.predictions.logits[-1]))[0]
+    strides = () if isinstance(found.decoder[0], PointRecord) else loaded.skeleton.merge(loaded.arrays).token_strides
+    answers = choose_queries(scores, classes, chosen, values.best)
+    views = [make_view(found, layer, answer, image, Frame(frame, strides), classes) for answer in answers]
+    title = f"Attention of {config.model.name} in {Path(name).name}"
+    number = range(len(found.decoder))[layer]
+    save_sheet(values.output, views, frame.shape[1] / frame.shape[0], title=title, note=note(found, number))
+    print(f"Wrote {values.output}: queries {', '.join(str(query) for query, _, _ in answers)} of {stored.items}.")
+
+
+def note(found: Look, layer: int) -> str:
+    """How to read the sheet."""
+    text = [f"Cross-attention of decoder layer {layer} (of 0 to {len(found.decoder) - 1}); boxes are the last layer's."]
+    if isinstance(found.decoder[layer], PointRecord):
+        text.append("Dots are what a query reads: the lighter the more it counts, the larger the coarser its level.")
+        text.append("The cross is the reference point.")
+        return " ".join(text)
+    text.append("Each map has a scale of its own: light yellow is where it is highest.")
+    if found.encoder:
+        which = f", the last of {len(found.encoder)} times" if len(found.encoder) > 1 else ""
+        text.append(f"Queries look at latents: maps are what these read from the image (mean of their heads{which}),")
+        text.append("weighed by the query's attention; what latents tell one another in between is not in them.")
+        text.append("Below, the latents that the query looks at most, each by itself.")
+    if any(record.bias is not None for record in (found.encoder or found.decoder)):
+        text.append("A Gaussian is what modulates the attention; its logarithm is added to the logits.")
+    return " ".join(text)

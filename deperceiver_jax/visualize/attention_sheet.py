@@ -1,0 +1,63 @@
+"""The sheet of the attention command: a row for each query, large panels at its left and lines of small ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from deperceiver_jax.visualize.attention_maps import Size, View
+from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, wrap
+
+SMALL = 168  # long side of a small panel in pixels; a large one is as high as two of them with what is between
+GAP, CAPTION, MARGIN = 8, 20, 20
+
+
+def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title: str, note: str) -> None:
+    """Writes the picture. Views have panels of the same kinds, in the same order; aspect: width / height of the image.
+
+    Large panels lie below one another where there are lines enough, else side by side.
+    """
+    small = round(SMALL / max(aspect, 1)), round(SMALL * min(aspect, 1))
+    step = small[0] + CAPTION + GAP
+    high = 2 * small[0] + CAPTION + GAP
+    large = high, round(high * aspect)
+    num_lines, num_large = max(len(view.lines) for view in views), len(views[0].large)
+    stacked = num_lines > 2 * (num_large - 1)
+    columns = max(len(line) for view in views for line in view.lines)
+    beside = MARGIN + (1 if stacked else num_large) * (large[1] + GAP) + GAP
+    width = max(beside + columns * (small[1] + GAP) - GAP + MARGIN, 560)
+    row_height = max(num_lines * step, (num_large if stacked else 1) * 2 * step)
+
+    body = ImageFont.load_default(15)
+    lines = wrap(note, body, width - 2 * MARGIN)
+    head = 56 + 20 * len(lines)
+    sheet = Image.new("RGB", (width, head + len(views) * (row_height + GAP) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 14), title, fill=INK, font=_fitting(title, 24, width - 2 * MARGIN))
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, 48 + 20 * i), line, fill=FAINT, font=body)
+    for i, view in enumerate(views):
+        y = head + i * (row_height + GAP)
+        draw.line((MARGIN, y, width - MARGIN, y), fill=MOUNT, width=2)
+        for j, panel in enumerate(view.large):
+            corner = (MARGIN, y + 2 * step * j) if stacked else (MARGIN + (large[1] + GAP) * j, y)
+            _put(sheet, panel, corner, large)
+        for j, line in enumerate(view.lines):
+            for k, panel in enumerate(line):
+                _put(sheet, panel, (beside + k * (small[1] + GAP), y + j * step), small)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, **({"quality": 88} if str(path).lower().endswith(".jpg") else {}))
+
+
+def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None:
+    x, y = corner
+    font = _fitting(panel.caption, 14, size[1])
+    ImageDraw.Draw(sheet).text((x, y + GAP + CAPTION - 4), panel.caption, fill=INK, font=font, anchor="ls")
+    sheet.paste(Image.fromarray(np.ascontiguousarray(panel.draw(size))), (x, y + GAP + CAPTION))
+
+
+def _fitting(text: str, size: int, width: int) -> ImageFont.FreeTypeFont:
+    """The font at `size`, or as much smaller as the text needs."""
+    length = ImageFont.load_default(size).getlength(text)
+    return ImageFont.load_default(size if length <= width else max(8, size * width / length))
