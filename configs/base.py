@@ -13,6 +13,7 @@ def base() -> ConfigDict:
     config.seed = 42
     config.precision = "float32"  # float32 | bfloat16: the compute type; parameters stay float32
     config.attention = "auto"  # auto | xla | chunked | cudnn | flash: see models/attention_choice.py
+    config.rematerialize = False  # layers compute their activations again in the backward pass: less memory, more work
     config.init_from = ""  # start from these parameters: a workdir, a checkpoint step or an import_weights output
 
     config.data = ConfigDict()

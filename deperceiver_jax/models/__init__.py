@@ -11,6 +11,7 @@ from deperceiver_jax.models.deformable_detr import DeformableDETR
 from deperceiver_jax.models.deperceiver import DePerceiver
 from deperceiver_jax.models.deperceiver_plus import DePerceiverPlus
 from deperceiver_jax.models.detr import DETR
+from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.smca import SMCA
 
@@ -44,4 +45,6 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     for _, part in nnx.iter_graph(detector):
         if isinstance(part, MultiHeadAttention):
             part.implementation = config.attention
+        elif isinstance(part, LayerStack):
+            part.rematerialize = config.rematerialize
     return detector

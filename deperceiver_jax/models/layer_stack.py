@@ -30,6 +30,7 @@ class LayerStack(nnx.Module):
     ):
         self.num_layers = num_layers
         self.unroll_on_cpu = unroll_on_cpu
+        self.rematerialize = False  # build_detector sets it: config.rematerialize
 
         @nnx.split_rngs(splits=num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -66,6 +67,9 @@ class LayerStack(nnx.Module):
                 name_layer(self, index, layer)
             y = layer(x, *args, dropout_key=key)
             return y, (y if collect else None)
+
+        if self.rematerialize and not is_recording():  # what is kept here must not be made inside a checkpoint
+            apply_layer = jax.checkpoint(apply_layer)
 
         def scan_layers(x, stacked, keys):
             return jax.lax.scan(apply_layer, x, (stacked, keys))

@@ -167,7 +167,12 @@ class Stage(nnx.Module):
         self.stride = stride
 
     def __call__(self, x, valid):
-        return self.rest(self.first(x, valid), _subsample(valid, self.stride))
+        if self.rest.rematerialize:
+            graphdef, arrays = nnx.split(self.first)
+            x = jax.checkpoint(lambda arrays, x: nnx.merge(graphdef, arrays)(x, valid))(arrays, x)
+        else:
+            x = self.first(x, valid)
+        return self.rest(x, _subsample(valid, self.stride))
 
 
 class ResNet(nnx.Module):

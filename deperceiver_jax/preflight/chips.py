@@ -1,0 +1,66 @@
+"""What the makers publish about each chip, and the topologies of them that libtpu can compile for."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from deperceiver_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """Figures of one chip; a row of the table names its source."""
+
+    hbm_gib: int
+    peak_flops: float  # bfloat16, a second
+    bandwidth: float  # of its memory, bytes a second
+    accelerator: str  # what the cloud calls a slice of them; a number of cores or chips follows
+    cores: int  # that this number counts for each chip
+    source: str
+
+
+CHIPS = {
+    "v4": Chip(32, 275e12, 1200e9, "v4", 2, "cloud.google.com/tpu/docs/v4"),
+    "v5e": Chip(16, 197e12, 819e9, "v5litepod", 1, "cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip(95, 459e12, 2765e9, "v5p", 2, "cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip(32, 918e12, 1640e9, "v6e", 1, "cloud.google.com/tpu/docs/v6e"),
+}
+
+
+def open_topology(name: str) -> tuple[Chip | None, Sequence[jax.Device]]:
+    """(the chip, the devices) of a topology such as v5e:4x4, or of this machine for `local`, whose chip is None.
+
+    Call it before JAX is used: for a TPU that is not there, JAX runs on the CPU. Raises UserError for a chip or a shape
+    that does not exist, and without libtpu.
+    """
+    if name == "local":
+        return None, jax.devices()
+    kind, _, shape = name.partition(":")
+    sizes = shape.split("x")
+    if kind not in CHIPS or not all(size.isdigit() and int(size) for size in sizes):
+        raise UserError(
+            f"--topology is {name!r}; it can be local, or a chip ({', '.join(CHIPS)}) and a shape, as in v5e:4x4."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "Compiling for a TPU needs its compiler, which is not installed: pip install 'deperceiver_jax[preflight]'."
+        )
+    chip = CHIPS[kind]
+    chips = 1
+    for size in sizes:
+        chips *= int(size)
+    # libtpu asks the machine it runs on what it is, and locks it, unless told.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["TPU_ACCELERATOR_TYPE"] = f"{chip.accelerator}-{chips * chip.cores}"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return chip, topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology: libtpu knows no {name}: {str(error).splitlines()[0].rstrip('.')}.") from None

@@ -1,0 +1,99 @@
+"""The train step of one bucket, compiled for any devices: what it needs and what it does."""
+
+import functools
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.losses.set_loss import set_loss
+from deperceiver_jax.models import build_detector
+from deperceiver_jax.preflight.arithmetic import count_flops
+from deperceiver_jax.preflight.hlo_traffic import program_traffic
+from deperceiver_jax.sharding import batch_sharding, make_mesh
+from deperceiver_jax.structures import Batch
+from deperceiver_jax.training.optimizer import learning_rate_schedule
+from deperceiver_jax.training.train_state import plan_train_state
+from deperceiver_jax.training.train_step import make_train_step
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Cost(NamedTuple):
+    """One step on one chip. Bytes, floating point operations, seconds."""
+
+    arguments: int  # the state and the batch
+    temporaries: int  # and the program itself
+    outputs: int  # beyond those that take the place of arguments
+    fits_chip: bool  # False: the compiler gave up, and `temporaries` is what it said it would have needed in all
+    flops: float  # of matrix products and convolutions
+    memory_bytes: int
+    interconnect_bytes: int
+    seconds: float  # to compile
+
+    @property
+    def memory(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tuple[int, int], num_boxes: int) -> Cost:
+    """Compiles the step that train.py would run, for images padded to `bucket` with `num_boxes` box slots."""
+    start = time.monotonic()
+    traced = trace_step(config, devices, bucket, num_boxes)
+    flops = count_flops(traced.jaxpr, devices[0].platform) / len(devices)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _USED.search(str(error))
+        if used is None:
+            raise
+        needed = int(float(used[1]) * _UNITS[used[2]])
+        return Cost(0, needed, 0, False, flops, 0, 0, time.monotonic() - start)
+    memory = compiled.memory_analysis()
+    traffic = program_traffic(compiled.as_text())
+    return Cost(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        fits_chip=True,
+        flops=flops,
+        memory_bytes=traffic.memory,
+        interconnect_bytes=traffic.interconnect,
+        seconds=time.monotonic() - start,
+    )
+
+
+def trace_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tuple[int, int], num_boxes: int):
+    """The train step as `jax.jit(...).trace` gives it, for abstract arrays."""
+    mesh = make_mesh(config.mesh.model, devices)
+    # The schedule's length changes a constant of the program.
+    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000, num_steps=1000 * config.train.num_epochs)
+    build = functools.partial(build_detector, config)
+    plan = plan_train_state(lambda: build(rngs=nnx.Rngs(config.seed)), config.optimizer, schedule, mesh)
+    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
+    step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
+    return step.trace(plan.abstract, abstract_batch(config.data.batch_size, bucket, num_boxes, batch_sharding(mesh)))
+
+
+def abstract_batch(size: int, bucket: tuple[int, int], num_boxes: int, sharding) -> Batch:
+    """A Batch without contents, for `bucket` (height, width)."""
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
+
+    return Batch(
+        image=array(np.uint8, *map(int, bucket), 3),
+        size=array(np.int32, 2),
+        original_size=array(np.int32, 2),
+        example=array(np.int32),
+        boxes=array(np.float32, num_boxes, 4),
+        labels=array(np.int32, num_boxes),
+        box_valid=array(bool, num_boxes),
+    )

@@ -1,0 +1,42 @@
+"""The table of preflight: one row for each bucket."""
+
+from deperceiver_jax.preflight.chips import GIB, Chip
+from deperceiver_jax.preflight.program import Cost
+
+_COLUMNS = {
+    "bucket": 10,
+    "arguments": 10,
+    "temporaries": 12,
+    "outputs": 8,
+    "total GiB": 10,
+    "of HBM": 8,
+    "TFLOP": 7,
+    "GB moved": 9,
+    "at least": 10,
+    "bound by": 9,
+    "GB sent": 8,
+    "compiled": 9,
+}
+HEADER = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
+
+
+def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, fits: bool) -> str:
+    """Memory in GiB, moved and sent bytes in GB, the least time of a step, and what bounds it."""
+    share = f"{100 * cost.memory / (hbm_gib * GIB):.0f} %" if hbm_gib else "-"
+    cells = [f"{bucket[0]}x{bucket[1]}"]
+    cells += [f"{part / GIB:.2f}" for part in (cost.arguments, cost.temporaries, cost.outputs, cost.memory)]
+    cells += [share, f"{cost.flops / 1e12:.2f}", f"{cost.memory_bytes / 1e9:.1f}", *bound(cost, chip)]
+    cells += [f"{cost.interconnect_bytes / 1e9:.2f}", f"{cost.seconds:.0f} s"]
+    if not cost.fits_chip:  # there is no program to take the figures from
+        for column in (1, 2, 3, 7, 8, 9, 10):
+            cells[column] = "-"
+    text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
+    return text if fits else text + "  does not fit"
+
+
+def bound(cost: Cost, chip: Chip | None) -> tuple[str, str]:
+    """(the least time of a step, what binds): operations at the chip's peak, or bytes at its memory's bandwidth."""
+    if chip is None:
+        return "-", "-"
+    arithmetic, memory = cost.flops / chip.peak_flops, cost.memory_bytes / chip.bandwidth
+    return f"{1000 * max(arithmetic, memory):.1f} ms", "FLOP/s" if arithmetic > memory else "memory"

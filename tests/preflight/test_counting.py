@@ -1,0 +1,146 @@
+"""Counted operations, bytes and searches, against answers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deperceiver_jax.preflight.arithmetic import count_flops
+from deperceiver_jax.preflight.hlo_traffic import Traffic, array_bytes, program_traffic
+from deperceiver_jax.preflight.program import Cost
+from deperceiver_jax.preflight.search import largest_batch
+from deperceiver_jax.sharding import make_mesh
+
+
+def flops(function, *arrays, platform="cpu"):
+    return count_flops(jax.make_jaxpr(function)(*arrays), platform)
+
+
+def test_products_in_loops_and_branches():
+    a, b = jnp.zeros((3, 5)), jnp.zeros((5, 5))
+    product = 2 * 3 * 5 * 5
+    assert flops(lambda a, b: a @ b, a, b) == product
+    assert flops(lambda a, b: jax.lax.fori_loop(0, 7, lambda _, x: x @ b, a), a, b) == 7 * product
+    assert flops(jax.jit(lambda a, b: jax.checkpoint(jnp.matmul)(a, b)), a, b) == product
+
+    def by_platform(a, b):
+        return jax.lax.platform_dependent(a, b, tpu=lambda a, b: a @ b @ b, default=jnp.matmul)
+
+    assert flops(by_platform, a, b) == product
+    assert flops(by_platform, a, b, platform="tpu") == 2 * product
+
+
+def test_convolutions_without_padding_and_holes():
+    image, kernel = jnp.zeros((2, 4, 6, 3)), jnp.zeros((3, 3, 3, 8))
+
+    def convolve(image, kernel, **options):
+        options = {"window_strides": (1, 1), "padding": "VALID"} | options
+        return jax.lax.conv_general_dilated(image, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+
+    each = 2 * 2 * 3 * 8  # images, channels in and out
+    assert flops(convolve, image, kernel) == each * (2 * 3) * (4 * 3)
+    # with a row of zeros around, the outer two of 4 and 6 places miss one of 3 rows
+    assert flops(lambda i, k: convolve(i, k, padding="SAME"), image, kernel) == each * (4 * 3 - 2) * (6 * 3 - 2)
+    # the gradient of the input is a convolution with as many products, over an array with holes
+    strided = flops(lambda i, k: convolve(i, k, window_strides=(2, 2)), image, kernel)
+    gradient = jax.grad(lambda i: convolve(i, kernel, window_strides=(2, 2)).sum())
+    assert flops(gradient, image) == 2 * strided
+
+
+def test_shapes_with_tiles_and_memory_spaces():
+    assert array_bytes("f32[3,5]{1,0}") == 60
+    assert array_bytes("bf16[8,2048,32]{2,1,0:T(8,128)(2,1)}") == 8 * 2048 * 128 * 2
+    assert array_bytes("bf16[8,2048,32]{1,2,0:T(8,128)(2,1)}") == 8 * 2048 * 32 * 2
+    assert array_bytes("f32[16]{0:T(128)S(1)}") == 0
+    assert array_bytes("f32[16]{0:T(128)S(1)}", everywhere=True) == 512
+    assert array_bytes("(pred[7]{0}, (s32[], u8[2]{0}))") == 7 + 4 + 2
+
+
+def test_a_sharded_program_moves_what_it_must():
+    """x [8 n, k] split over 8 devices times w [k, m]; the sum of the squares' gradient of w is added over devices."""
+    mesh = make_mesh()
+    n, k, m = 16, 32, 64
+    x = jax.ShapeDtypeStruct((8 * n, k), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    w = jax.ShapeDtypeStruct((k, m), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    out = NamedSharding(mesh, PartitionSpec())
+    product = jax.jit(lambda x, w: x.T @ (x @ w), out_shardings=out).lower(x, w).compile().as_text()
+    traffic = program_traffic(product)
+    assert traffic.interconnect == 2 * (k * m * 4) * 7 // 8
+    least = 4 * (2 * n * k + k * m + 2 * n * m + 3 * k * m)  # x twice, w, x w there and back, the sum in and out
+    assert least <= traffic.memory <= least + 4 * (4 * n * k)  # and perhaps a transposed x
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    weights = jax.ShapeDtypeStruct((10, 64, 64), jnp.float32)
+
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+    memory = program_traffic(jax.jit(layers).lower(x, weights).compile().as_text()).memory
+    array = 64 * 64 * 4
+    assert 10 * 3 * array <= memory <= 10 * 8 * array  # each layer's slice, input and output; not all the weights
+
+
+TPU_LOOP = """HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %y = f32[8,128]{1,0:T(8,128)} custom-call(%x), custom_call_target="tpu_custom_call"
+  %kept = f32[8,128]{1,0:T(8,128)S(1)} custom-call(%y), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%i, %y)
+}
+
+%condition (q: (s32[], f32[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %q = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %a = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %w = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_of_a_tpu_has_its_count_in_its_condition():
+    compare = 4 + 4 + 1
+    assert program_traffic(TPU_LOOP) == Traffic(5 * (3 * 4096 + compare), 0)
+
+
+@pytest.mark.parametrize(
+    "groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['a'=2,'b'=4] {'b'}", "mesh['a'=8] {'a':(2)4}"]
+)
+def test_sizes_of_groups(groups):
+    text = f"""HloModule jit_f, num_partitions=8
+
+ENTRY %main (a: f32[4,10]) -> f32[16,10] {{
+  %a = f32[4,10]{{1,0}} parameter(0)
+  %r = f32[4,10]{{1,0}} all-reduce(%a), replica_groups={groups}, to_apply=%add
+  ROOT %g = f32[16,10]{{1,0}} all-gather(%r), replica_groups={groups}, dimensions={{0}}
+}}
+"""
+    assert program_traffic(text).interconnect == 2 * 160 * 3 // 4 + 160 * 3
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "most"), [(1000, 37, 10**9), (0, 1000, 10**9), (9000, 500, 10**9), (10, 1, 70)]
+)
+@pytest.mark.parametrize("start", [1, 8, 300])
+def test_the_largest_batch_that_fits(fixed, each, most, start):
+    tried = []
+
+    def cost_of(images):
+        tried.append(images)
+        return Cost(fixed, images * each, 0, images <= most, 0.0, 0, 0, 0.0)
+
+    def fits(cost):
+        return cost.fits_chip and cost.memory <= 10_000
+
+    expected = max((n for n in range(1, 5000) if n <= most and fixed + n * each <= 10_000), default=0)
+    assert largest_batch(cost_of, fits, 10_000, start=start) == expected
+    assert len(tried) == len(set(tried)) <= 20
