@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from configs import deformable_detr, deperceiver, detr
+from configs import deformable_detr, deperceiver, detr, smca
 from deperceiver_jax import export_weights as program
 from deperceiver_jax import import_weights
 from deperceiver_jax.command_line import run
@@ -41,6 +41,13 @@ SMALL = {
         "model.encoder.latent_dim": 32,
         "model.encoder.num_latents": 6,
     },
+    "smca": {
+        "model.backbone.width": 2,
+        "model.embed_dim": 16,
+        "model.num_queries": 7,
+        "model.encoder.mlp_dim": 8,
+        "model.decoder.mlp_dim": 8,
+    },
 }
 
 
@@ -59,7 +66,7 @@ def trained(tmp_path, random_arrays):
     """Writes a directory of random weights for a variant at small size -> its arrays by path."""
 
     def make(family, variant, **changes):
-        files = {"detr": detr, "deformable_detr": deformable_detr, "deperceiver": deperceiver}
+        files = {"detr": detr, "deformable_detr": deformable_detr, "deperceiver": deperceiver, "smca": smca}
         config = files[family].get_config(variant)
         config.update_from_flattened_dict({**SMALL[family], **changes})
         arrays = random_arrays(import_weights.abstract_arrays(config))
@@ -79,6 +86,8 @@ def trained(tmp_path, random_arrays):
         ("deformable_detr", "r50_two_stage", "hugging_face", 654),
         ("deperceiver", "r50_32", "official", 410),
         ("deperceiver", "r50_multiscale", "official", 417),
+        ("smca", "r50_single_scale", "official", 500),
+        ("smca", "r50_multiscale_conv", "official", 593),
     ],
 )
 def test_what_comes_back_is_the_same_to_the_bit(tmp_path, trained, capsys, family, variant, layout, count, ending):
