@@ -20,11 +20,13 @@ from deperceiver_jax.command_line import parse_config, parse_flags, run
 from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data import TrainBatches, open_source
 from deperceiver_jax.data.classes import require_same_classes
+from deperceiver_jax.data.plan import evaluation_buckets
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.set_loss import set_loss
 from deperceiver_jax.models import build_detector
+from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.sharding import make_mesh, shard_batch
 from deperceiver_jax.training.checkpoint import Checkpoints, all_steps
 from deperceiver_jax.training.metric_log import MetricLog
@@ -76,6 +78,8 @@ def main(argv: list[str]) -> None:
     loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
     train_step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
     detect_step = make_detect_step(plan.skeleton.merge, config, mesh)
+    sizes = [*batches.buckets, *evaluation_buckets(eval_source.sizes, config.data)]
+    check_sizes(plan.skeleton.merge, inference_arrays(plan.abstract), sizes)
 
     # Chapter 5: the state: the newest checkpoint's, or a first one.
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)

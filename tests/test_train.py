@@ -143,6 +143,10 @@ def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, share
         (["--config.optimizer.groups.rest.pattern=^heads/"], "none of backbone, rest matches decoder/"),
         (["--config.init_from=/nowhere"], "/nowhere is not a directory"),
         (["--config.model.backbone.weights=/nowhere.pth"], "/nowhere.pth"),
+        (
+            ["--config.model.position.encoding=learned", "--config.model.position.learned_size=2"],
+            "pixels, padding included, will come, but: A feature map of ",
+        ),
         (["--config.mesh.model=3"], "config.mesh.model is 3, which does not divide the 8 devices"),
         (["--config.train.keep_checkpoints=0"], "config.train.keep_checkpoints is 0"),
         (["--steps=3"], "There is no flag --steps"),
