@@ -22,8 +22,9 @@ both_ways = pytest.mark.parametrize("sampling", ["gather", "matmul"])
 
 @pytest.fixture(autouse=True)
 def blocks_of_four_queries(monkeypatch):
-    """So that six queries are two blocks, the second half empty."""
-    monkeypatch.setattr(level_sampling, "MATMUL_QUERIES", 4)
+    """At most; so that six queries are two blocks of three, and five are filled up to six."""
+    for name in ("GATHER_QUERIES", "MATMUL_QUERIES"):
+        monkeypatch.setattr(level_sampling, name, 4)
 
 
 def example(dtype=np.float32):
@@ -42,7 +43,7 @@ def output_and_gradients(value, location, weight, cotangent, sampling):
     """Flattened output, and gradients of its product with the cotangent."""
 
     def product(value, location, weight):
-        output = sample_levels(value, SIZES, location, weight, sampling=sampling).reshape(2, 6, 12)
+        output = sample_levels(value, SIZES, location, weight, sampling=sampling).reshape(2, -1, 12)
         return jnp.sum(output.astype(jnp.float32) * cotangent), output
 
     gradients, output = jax.grad(product, argnums=(0, 1, 2), has_aux=True)(value, location, weight)
@@ -99,6 +100,17 @@ def test_both_ways_are_equal(place):
     for first, second in zip(gathered, multiplied, strict=True):
         np.testing.assert_allclose(second, first, rtol=1e-5, atol=1e-5)
         assert np.abs(first).max() > 0.5
+
+
+@both_ways
+def test_five_queries_are_the_first_of_six(sampling):
+    """What fills the last block changes nothing."""
+    value, location, weight, cotangent = example()
+    six = output_and_gradients(value, location, weight, cotangent.at[:, 5].set(0), sampling)
+    five = output_and_gradients(value, location[:, :5], weight[:, :5], cotangent[:, :5], sampling)
+    for name, first, second in zip(("output", "value", "location", "weight"), six, five, strict=True):
+        first = first if name == "value" else first[:, :5]
+        np.testing.assert_allclose(second, first, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_auto_gathers_on_cpus():
