@@ -131,13 +131,6 @@ CASES = {
         seeds={"class_embed.3.": 595},
     ),
     "smca_r50_single_scale": _smca("r50_single_scale", "--dynamic_scale", "type3"),
-    "smca_r50_fixed": _smca("r50_single_scale", changes={"model.decoder.gaussian_scale": "fixed"}),
-    "smca_r50_single": _smca(
-        "r50_single_scale", "--dynamic_scale", "type2", changes={"model.decoder.gaussian_scale": "single"}
-    ),
-    "smca_r50_coupled": _smca(
-        "r50_single_scale", "--dynamic_scale", "type4", changes={"model.decoder.gaussian_scale": "coupled"}
-    ),
     "smca_r50_multiscale_conv": _smca(
         "r50_multiscale_conv", "--dynamic_scale", "type3", "--dim_feedforward", "1024", query_stride=10
     ),
