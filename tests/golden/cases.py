@@ -79,11 +79,6 @@ def _deformable(variant: str, *official: str, **fields) -> Case:
     return Case(f"deformable_detr:{variant}", official, **{"query_stride": 5, **fields})
 
 
-def _smca(variant: str, *official: str, **fields) -> Case:
-    """Of 300 queries every fifth is stored."""
-    return Case(f"smca:{variant}", ("--num_queries", "300", *official), **{"query_stride": 5, **fields})
-
-
 def _small_smca(scale: str, number: int) -> Case:
     """The released code numbers what a Gaussian's scales can be."""
     fields = {"model.encoder.layout": ("intra",), "model.decoder.num_layers": 2, "model.decoder.gaussian_scale": scale}
@@ -130,9 +125,8 @@ CASES = {
         query_stride=1,
         seeds={"class_embed.3.": 595},
     ),
-    "smca_r50_single_scale": _smca("r50_single_scale", "--dynamic_scale", "type3"),
-    "smca_r50_multiscale_conv": _smca(
-        "r50_multiscale_conv", "--dynamic_scale", "type3", "--dim_feedforward", "1024", query_stride=10
+    "smca_r50_single_scale": Case(
+        "smca:r50_single_scale", ("--num_queries", "300", "--dynamic_scale", "type3"), query_stride=5
     ),
     "smca_small_fixed": _small_smca("fixed", 1),
     "smca_small_single": _small_smca("single", 2),
