@@ -28,7 +28,7 @@ from deperceiver_jax.losses.set_loss import set_loss
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.sharding import make_mesh, shard_batch
-from deperceiver_jax.training.checkpoint import Checkpoints, all_steps
+from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
 from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.shutdown import Shutdown
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     require_same_classes(source.classes, config.data.train_split, eval_source.classes, config.data.eval_split)
     config.model.num_classes = source.classes.num_slots
     check_workdir(workdir, config, source.classes)
-    start = max(all_steps(workdir), default=0)
+    start, damaged = newest_whole(workdir)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = TrainBatches(source, config.data, seed=config.seed, start_step=start, **hosts)
     per_epoch = batches.steps_per_epoch
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
     # Chapter 5: the state: the newest checkpoint's, or a first one.
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     if start:
+        checkpoints.set_aside(damaged, start)
         state, progress = checkpoints.restore(start, plan.abstract)
     else:
         state, progress = first_state(plan, config, source.classes), None
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
                 write_results(workdir / "eval" / str(step), metrics, results)
             log.evaluation(config.data.eval_split, metrics)
 
-    with contextlib.closing(log), contextlib.closing(checkpoints), contextlib.closing(iter(batches)) as stream:
+    with contextlib.closing(log), checkpoints, contextlib.closing(iter(batches)) as stream:
         if start and is_evaluated(start) and not log.has(start, config.data.eval_split):
             evaluate_now(start)  # the run before stopped after that checkpoint, but before its evaluation was done
         unread = []  # the last step's metrics: reading them earlier would let the devices wait for the host

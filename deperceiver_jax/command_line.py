@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from deperceiver_jax import processes
 from deperceiver_jax.errors import UserError
 
 _CONFIG_FILE = re.compile(r"^--?config(=.*)?$")
@@ -24,10 +25,16 @@ _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 
 
 def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Calls `main(argv)` and returns the exit status: 1, with the sentence on stderr, for what a person can mend."""
+    """Calls `main(argv)` and returns the exit status: 1, with the sentence on stderr, for what a person can mend.
+
+    One of several processes that an error ends leaves from here at once, so that the others end too.
+    """
     try:
         main(list(sys.argv if argv is None else argv))
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        processes.leave(error)
+        if not isinstance(error, UserError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

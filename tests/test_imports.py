@@ -21,7 +21,7 @@ ROOMS = {
     "evaluation": FOUNDATION | {"models", "losses", "data"},
     "training": FOUNDATION | {"models", "losses", "data", "weights", "evaluation"},
 }
-LIBRARY = {"command_line", "compilation_cache", "load", "processes"}  # shared by the programs, used by nothing below them
+LIBRARY = {"command_line", "compilation_cache", "load", "processes"}  # of programs; used by nothing below them
 PROGRAMS = {"import_weights", "export_weights", "preflight", "visualize", "benchmark"}
 
 

@@ -108,3 +108,34 @@ def test_a_tpu_machine_asks_how_many_hosts_its_slice_has(monkeypatch, hosts, sev
         environment = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
         assert processes.several_announced(environment) is several
         assert not processes.several_announced(environment | {"TPU_SKIP_MDS_QUERY": "1"})
+
+
+@pytest.mark.parametrize(
+    ("error", "last_line"),
+    [
+        (UserError("It is broken."), "error: It is broken."),
+        (
+            ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer.\nmore"),
+            "error: Another process of this run ended or cannot be reached (UNKNOWN: Gloo all-reduce failed: "
+            "Connection closed by peer). Start the same command again on all machines: a run continues from its last "
+            "checkpoint.",
+        ),
+        (ZeroDivisionError("by 0"), "error: This process of the run ends here, and so do the others."),
+    ],
+    ids=["user error", "lost process", "bug"],
+)
+def test_one_of_several_leaves_at_once_with_a_sentence(monkeypatch, capfd, error, last_line):
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.os, "_exit", end)
+    with pytest.raises(SystemExit, match="1"):
+        processes.leave(error)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == last_line
+    assert (len(lines) > 1) == isinstance(error, ZeroDivisionError)
+
+
+def test_one_alone_does_not_leave():
+    assert processes.leave(UserError("It is broken.")) is None

@@ -1,74 +1,27 @@
-"""A run that is killed again and again ends with the bits of one that never was."""
+"""A run that is killed again and again ends with the bits of one that never was; other faults end in a sentence."""
 
-import json
 import os
+import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from etils import epath
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.train_process import Run, arrays_of, last_line, lines_of, names_of, newest
+
 STEPS = 40
 
 
-class Run:
-    """train.py as a process of its own on one device; `shared` is what all runs here have in common."""
-
-    def __init__(self, workdir: Path, shared: list[str]):
-        self.workdir = workdir
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-        self.process = subprocess.Popen(
-            [sys.executable, "train.py", "--config=tests/tiny_training.py", f"--workdir={workdir}", *shared],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_for(self, condition, what: str) -> None:
-        deadline = time.monotonic() + 300
-        while not condition():
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()}"
-            assert time.monotonic() < deadline, f"no {what}"
-            time.sleep(0.001)
-
-    def end(self, signum: int | None = None) -> tuple[int, str, str]:
-        """(status, stdout, stderr) of the process, after `signum` or of its own accord."""
-        if signum is not None:
-            self.process.send_signal(signum)
-        out, err = self.process.communicate(timeout=300)
-        return self.process.returncode, out, err
-
-
-def names_of(workdir: Path) -> list[str]:
-    """What is in checkpoints/: steps, and under longer names what is not complete."""
-    return os.listdir(workdir / "checkpoints") if (workdir / "checkpoints").is_dir() else []
-
-
-def newest(workdir: Path) -> int:
-    return max((int(name) for name in names_of(workdir) if name.isdigit()), default=0)
-
-
-def lines_of(workdir: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl, without the one number that may differ."""
-    path = workdir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    for row in rows:
-        row.pop("images_per_second", None)
-    return rows
-
-
-def last_line(workdir: Path) -> int:
-    return max((row["step"] for row in lines_of(workdir)), default=0)
+@pytest.fixture(scope="module")
+def shared(rectangles, tmp_path_factory):
+    """Overrides that every run here has."""
+    return [
+        f"--config.data.directory={rectangles.directory}",
+        f"--config.data.prepared_directory={rectangles.prepared_directory}",
+        f"--config.train.compilation_cache={tmp_path_factory.mktemp('compiled')}",
+        "--config.train.log_every=3",
+        "--config.train.eval_every=20",
+    ]
 
 
 def kill_when(workdir: Path, shared: list[str], condition, what: str) -> None:
@@ -82,29 +35,9 @@ def kill_when(workdir: Path, shared: list[str], condition, what: str) -> None:
     pytest.fail(f"No kill came while there was {what}.")
 
 
-def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by "item/path"."""
-    found = {}
-    for item in ("weights", "ema", "training"):
-        handler, path = ocp.PyTreeCheckpointHandler(), epath.Path(workdir / "checkpoints" / str(step) / item)
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
-        tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        flat = ocp.tree.to_flat_dict(tree, sep="/")
-        found |= {f"{item}/{name}": np.asarray(array) for name, array in flat.items() if array is not None}
-    return found
-
-
 @pytest.mark.slow
-def test_kills_and_signals_leave_no_trace(rectangles, tmp_path):
-    shared = [
-        f"--config.data.directory={rectangles.directory}",
-        f"--config.data.prepared_directory={rectangles.prepared_directory}",
-        f"--config.train.compilation_cache={tmp_path / 'compiled'}",
-        f"--config.train.num_steps={STEPS}",
-        "--config.train.log_every=3",
-        "--config.train.checkpoint_every=5",
-        "--config.train.eval_every=20",
-    ]
+def test_kills_and_signals_leave_no_trace(shared, tmp_path):
+    shared = [*shared, f"--config.train.num_steps={STEPS}", "--config.train.checkpoint_every=5"]
     whole = Run(tmp_path / "whole", shared)
     status, out, err = whole.end()
     assert status == 0, err
@@ -146,3 +79,41 @@ def test_kills_and_signals_leave_no_trace(rectangles, tmp_path):
             files = [directory / "eval" / step / name for directory in (workdir, tmp_path / "whole")]
             assert files[0].read_bytes() == files[1].read_bytes()
     assert all(name.isdigit() for name in names_of(workdir))
+
+
+def children(pid: int) -> dict[int, str]:
+    """{pid: command line} of the processes that `pid` has started."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and int((path / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+            found[int(path.name)] = (path / "cmdline").read_text()
+    return found
+
+
+@pytest.mark.slow
+def test_a_loader_process_that_dies_and_a_disk_that_is_full_end_a_run_with_a_sentence(shared, tmp_path):
+    """From some moment on the disk of the second run takes no file beyond 16 kB, and so no checkpoint."""
+    endless = [*shared, "--config.train.num_steps=100000", "--config.train.eval_every=-1"]
+    endless += ["--config.train.checkpoint_every=20", "--config.train.log_every=100000"]
+
+    run = Run(tmp_path, [*endless, "--config.data.num_workers=1"])
+    run.wait_for(lambda: newest(tmp_path) > 0, "a checkpoint")
+    workers = [pid for pid, command in children(run.process.pid).items() if "spawn_main" in command]
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    status, _, err = run.end()
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: A loader process died (") and err.count("error: ") == 1, err
+
+    start = newest(tmp_path)
+    run = Run(tmp_path, endless)
+    run.wait_for(lambda: newest(tmp_path) > start, "a checkpoint of its own")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+    status, out, err = run.end()
+    kept = newest(tmp_path)
+    sentence = f"error: A checkpoint cannot be written to {tmp_path}/checkpoints: File too large; "
+    assert status == 1
+    assert f"{sentence}the newest one there is of step {kept}.\n" in err and "ERROR" not in err, err
+    assert f"steps {start + 1} to 100000." in out and kept > start
+    assert arrays_of(tmp_path, kept)["training/step"] == kept

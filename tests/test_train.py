@@ -13,6 +13,7 @@ from deperceiver_jax.command_line import run
 from deperceiver_jax.evaluation.coco_metric import STATISTICS
 from deperceiver_jax.training.checkpoint import all_steps, find_detector, load_params
 from deperceiver_jax.training.workdir import read_config
+from tests.train_process import Run
 
 CONFIG = "--config=tests/tiny_training.py"
 
@@ -169,9 +170,56 @@ def test_a_run_needs_a_workdir_and_a_config(shared, capsys):
     assert "has no variant 'r50_2'; it has r50_32" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_named(workdir, shared, capsys):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workdir, shared, finished, capsys):
+    """With every one damaged it says so and leaves everything as it was."""
     shutil.rmtree(workdir / "checkpoints" / "6" / "training" / "d")
+    assert train(CONFIG, f"--workdir={workdir}", *shared) == 0
+    streams = capsys.readouterr()
+    warning = f"warning: {workdir}/checkpoints/6/training is damaged or incomplete: "
+    assert streams.err.startswith(warning), streams.err
+    assert f"It is {workdir}/checkpoints/6.damaged now, and the run continues from step 3." in streams.err
+    assert "steps 4 to 6." in streams.out
+    assert all_steps(workdir) == [3, 6]
+    arrays = [load_params(find_detector(run).items) for run in (workdir, finished)]
+    assert all(np.array_equal(array, arrays[1][path]) for path, array in arrays[0].items())
+    assert [without_speed(row) for row in rows_of(workdir)] == [without_speed(row) for row in rows_of(finished)]
+
+    for step in ("3", "6"):
+        (workdir / "checkpoints" / step / "weights" / "manifest.ocdbt").unlink()
     before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))
     assert train(CONFIG, f"--workdir={workdir}", *shared, "--config.train.num_steps=9") == 1
-    assert f"{workdir}/checkpoints/6/training is damaged or incomplete" in capsys.readouterr().err
+    assert f"error: {workdir}/checkpoints/6/weights is damaged or incomplete: " in capsys.readouterr().err
     assert sorted(path.relative_to(workdir) for path in workdir.rglob("*")) == before
+
+
+def last_two(workdir):
+    """The lines of the two steps that a run of six was continued by."""
+    lines = [row for row in rows_of(workdir) if row["step"] > 6 and row["split"] == "train"]
+    assert [row["step"] for row in lines] == [7, 8]
+    return lines
+
+
+def without_speed(row):
+    return {name: value for name, value in row.items() if name != "images_per_second"}
+
+
+@pytest.mark.slow
+def test_a_run_of_eight_devices_continues_on_four_and_on_one(workdir, finished, shared, tmp_path):
+    """As real processes. On the four, parameters and optimiser state are split over two, which the next run undoes."""
+    longer = ["--config.train.num_steps=8", "--config.train.log_every=1", "--config.train.eval_every=-1"]
+    others = {"four": shutil.copytree(finished, tmp_path / "four"), "one": shutil.copytree(finished, tmp_path / "one")}
+    runs = [
+        Run(others["four"], [*shared, *longer, "--config.mesh.model=2"], devices=4),
+        Run(others["one"], [*shared, *longer], devices=1),
+    ]
+    assert train(CONFIG, f"--workdir={workdir}", *shared, *longer) == 0
+    for run_, devices in zip(runs, ("4 cpu devices", "1 cpu device "), strict=True):
+        status, out, err = run_.end()
+        assert status == 0, err
+        assert devices in out and "steps 7 to 8." in out
+    expected = last_two(workdir)
+    for other in others.values():
+        for here, there in zip(expected, last_two(other), strict=True):
+            assert without_speed(there) == pytest.approx(without_speed(here), rel=1e-4)
+    assert train(CONFIG, f"--workdir={others['four']}", *shared, *longer, "--config.train.num_steps=9") == 0
+    assert all_steps(others["four"]) == [8, 9]

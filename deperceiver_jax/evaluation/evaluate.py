@@ -119,11 +119,14 @@ def evaluate(
 
 
 def write_results(directory: Path, metrics: dict[str, float], results: list[dict]) -> None:
-    """Writes detections.json and then metrics.json; each appears whole or not at all."""
+    """Writes detections.json and then metrics.json; each appears whole or not at all. Raises UserError."""
     files = {"detections.json": results, "metrics.json": metrics}
     texts = {name: json.dumps(content, allow_nan=False) + "\n" for name, content in files.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        partial = directory / f"{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            partial = directory / f"{name}.partial"
+            partial.write_text(text)
+            os.replace(partial, directory / name)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}.") from error

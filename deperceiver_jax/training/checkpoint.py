@@ -7,22 +7,30 @@ checkpoints/<step>/ has four items:
     training   {"step", "opt_state"}
     progress   JSON of the host's side of a run
 
-A save writes into a directory with another name, which gets its own when it is complete; what a killed process leaves
-behind is never taken for a checkpoint, and the next run removes it. The output of import_weights is a directory with
-`weights`, config.json and classes.json.
+A save writes into a directory with another name, which gets its own when it is complete; what a killed process or a
+full disk leaves behind is never taken for a checkpoint, and the next run removes it. A checkpoint that was damaged
+later is called <step>.damaged when a run finds it, and the one before takes its place. The output of import_weights is
+a directory with `weights`, config.json and classes.json.
 """
 
 import contextlib
 import functools
 import json
+import logging
+import os
+import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
@@ -30,6 +38,17 @@ from deperceiver_jax.training.train_state import TrainState
 from deperceiver_jax.training.workdir import CHECKPOINTS, CONFIG, METRICS
 
 WEIGHTS, EMA, TRAINING, PROGRESS = "weights", "ema", "training", "progress"
+
+# Orbax's threads log every error with its traceback, and then raise it where it becomes a UserError.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+
+class DamagedCheckpoint(UserError):
+    """Files that are there, but cannot be read."""
+
+
+class FailedSave(UserError):
+    """A checkpoint that could not be written."""
 
 
 class KeepNewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -74,7 +93,10 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, progress: dict) -> None:
-        """Starts to save `state` under its step, unless that step is there already; waits for an earlier save first."""
+        """Starts to save `state` under its step, unless that step is there already; waits for an earlier save first.
+
+        Raises UserError when the earlier save, or what is written at once of this one, has failed.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -85,7 +107,9 @@ class Checkpoints:
         }
         if state.ema:
             items[EMA] = ocp.args.StandardSave(state.ema)
-        self.manager.save(step, args=ocp.args.Composite(**items))
+        self._require_space(state)
+        with self._failure_is_a_user_error():
+            self.manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         """(state, progress) of a step, onto the shardings of `abstract`, whatever mesh they were saved from.
@@ -118,18 +142,94 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest step that is saved, when all saves that were begun are done."""
-        self.manager.wait_until_finished()
+        with self._failure_is_a_user_error():
+            self.manager.wait_until_finished()
         return self.manager.latest_step()
 
+    def set_aside(self, damaged: Mapping[int, DamagedCheckpoint], start: int) -> None:
+        """Renames damaged checkpoints, so that the run that continues from `start` can save their steps again."""
+        if jax.process_index() == 0:
+            for step, error in damaged.items():
+                path = self.directory / f"{step}.damaged"
+                if path.exists():
+                    shutil.rmtree(path)
+                os.rename(self.directory / str(step), path)
+                sentence = f"warning: {error} It is {path} now, and the run continues from step {start}."
+                print(sentence, file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
     def close(self) -> None:
-        """Waits until everything is written."""
-        self.manager.close()
+        """Waits until everything is written. Raises UserError when it could not be."""
+        with self._failure_is_a_user_error():
+            self.manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Waits until everything is written, unless an error ends one of several processes: the others may be gone."""
+        if error is None:
+            self.close()
+        elif jax.process_count() == 1 and not isinstance(error, FailedSave):
+            self.close()
+
+    def _require_space(self, state: TrainState) -> None:
+        """Orbax would find out too, but say so in hundreds of lines."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if jax.process_index() == 0 and free < needed:
+            self._fail(f"it needs {needed / 1e6:.3g} MB, and {free / 1e6:.3g} MB are free")
+
+    @contextlib.contextmanager
+    def _failure_is_a_user_error(self) -> Iterator[None]:
+        """A full disk, for example: what Orbax and TensorStore raise when they cannot write -> one sentence."""
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError) as error:
+            self._fail(reason(error), error)
+
+    def _fail(self, why: str, error: Exception | None = None):
+        kept = all_steps(self.workdir)
+        kept = f"the newest one there is of step {kept[-1]}" if kept else "there is none yet"
+        raise FailedSave(f"A checkpoint cannot be written to {self.directory}: {why}; {kept}.") from error
 
 
 def all_steps(workdir: Path) -> list[int]:
     """The steps of a workdir's complete checkpoints, in ascending order."""
     directory = workdir / CHECKPOINTS
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+
+
+def newest_whole(workdir: Path) -> tuple[int, dict[int, DamagedCheckpoint]]:
+    """(the newest step whose checkpoint can be read, the error of each after it); (0, {}) for a run without any.
+
+    Process 0 reads them and tells the others the step. Raises the newest one's DamagedCheckpoint when all are damaged.
+    """
+    found, damaged = 0, {}
+    if jax.process_index() == 0:
+        for step in reversed(all_steps(workdir)):
+            try:
+                check_whole(workdir / CHECKPOINTS / str(step))
+                found = step
+                break
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+        if damaged and not found:
+            raise damaged[max(damaged)]
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(found))
+    return found, damaged
+
+
+def check_whole(directory: Path) -> None:
+    """Raises DamagedCheckpoint unless everything that a run needs of a checkpoint can be read."""
+    for item in (WEIGHTS, TRAINING, *([EMA] if (directory / EMA).is_dir() else [])):
+        check_readable(directory / item)
+        with damage_is_a_user_error(directory / item):
+            ocp.PyTreeCheckpointHandler().metadata(epath.Path((directory / item).absolute()))
+    with damage_is_a_user_error(directory / PROGRESS):
+        ocp.JsonCheckpointHandler().restore(epath.Path((directory / PROGRESS).absolute()))
 
 
 def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
@@ -250,5 +350,11 @@ def damage_is_a_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).split("[")[0].split("\n")[0].strip()
-        raise UserError(f"{path} is damaged or incomplete: {reason[:300]}") from None
+        raise DamagedCheckpoint(f"{path} is damaged or incomplete: {reason(error)}.") from None
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written: the system's word for it, or else the first sentence of the message."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(code[1]) if code else getattr(error, "errno", None)
+    return os.strerror(code) if code else str(error).split("[")[0].split("\n")[0].strip()[:300].rstrip(".:")

@@ -53,7 +53,7 @@ class MetricLog:
         self.lines = set()
         if writes:
             self.lines = forget_after(workdir / METRICS, start_step)
-            self.file = open(workdir / METRICS, "a")
+            self.file = open(workdir / METRICS, "ab", buffering=0)  # nothing is left for close() to write
             self.tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
         self.start_clock()
 
@@ -144,8 +144,10 @@ class MetricLog:
         if not self.writes:
             return
         head = {"step": self.step, "split": split, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        self.file.write(json.dumps({**head, **metrics}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(f"{json.dumps({**head, **metrics})}\n".encode())
+        except OSError as error:
+            raise UserError(f"{self.file.name} cannot be written: {error.strerror}.") from error
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
 

@@ -10,10 +10,12 @@ import pytest
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.training.checkpoint import (
     Checkpoints,
+    FailedSave,
     all_steps,
     best_step,
     find_detector,
     load_params,
+    newest_whole,
     save_params,
 )
 from deperceiver_jax.training.train_state import inference_arrays
@@ -120,6 +122,40 @@ def test_damage_is_one_sentence(saved, part, cut, capfd):
         checkpoints.restore(3, run.plan.abstract)
     checkpoints.close()
     assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside(saved, capfd):
+    run, workdir, state = saved
+    for step, damage in (("5", "progress/metadata"), ("7", "training/manifest.ocdbt")):
+        shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / step)
+        (workdir / "checkpoints" / step / damage).unlink()
+    start, damaged = newest_whole(workdir)
+    assert start == 3 and sorted(damaged) == [5, 7]
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.set_aside(damaged, start)
+    err = capfd.readouterr().err
+    assert f"It is {workdir}/checkpoints/7.damaged now, and the run continues from step 3." in err
+    assert err.count("warning: ") == 2
+    assert all_steps(workdir) == [3] and checkpoints.latest_step() == 3
+    five = jax.device_put(np.int32(5), state.step.sharding)
+    checkpoints.save(state._replace(step=five), {})
+    checkpoints.close()
+    assert newest_whole(workdir) == (5, {})
+    assert newest_whole(workdir / "nowhere") == (0, {})
+
+
+def test_a_disk_without_room_is_one_sentence(saved, monkeypatch):
+    """Found before anything is written. tests/test_resume.py has a disk that fills while it is written to."""
+    _, workdir, state = saved
+    checkpoints = Checkpoints(workdir, keep=2)
+    four = state._replace(step=jax.device_put(np.int32(4), state.step.sharding))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
+    sentence = (
+        r"cannot be written to .*: it needs [\d.]* MB, and 0.0001 MB are free; the newest one there is of step 3\."
+    )
+    with pytest.raises(FailedSave, match=sentence), checkpoints:
+        checkpoints.save(four, {})
+    assert all_steps(workdir) == [3] and newest_whole(workdir)[0] == 3
 
 
 def test_load_params_takes_the_average(saved):
