@@ -18,6 +18,7 @@ def get_config(variant: str = "published") -> ConfigDict:
     config = demo.get_config("detr")
     config.data.name = "shapes/small"
     config.data.batch_size = 8
+    config.loss.proposal_repeats = 1
     config.train.num_steps = 1500
     config.train.eval_every = 150
     config.train.checkpoint_every = 150
