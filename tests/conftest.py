@@ -1,7 +1,6 @@
 """Eight simulated devices, no silent rank promotion: set before JAX starts."""
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import nnx  # noqa: E402
+
+from tests.drawn_arrays import draw_arrays  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -56,25 +57,6 @@ def rectangles(tmp_path_factory):
     data.directory, data.prepared_directory = str(root), str(root / "prepared")
     data.eval_scale, data.eval_max_size, data.num_workers = 96, 160, 0
     return data
-
-
-def draw_arrays(shapes):
-    """{path: array} for {path: anything with a shape}, of such sizes that activations stay of the order of one.
-
-    A detector's own initialisation takes longer to compile than these tests take.
-    """
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for path, like in sorted(shapes.items()):
-        values, kind = rng.standard_normal(like.shape, np.float32), path.split("/")[-1]
-        if kind == "kernel":
-            values *= (1.5 / math.prod(like.shape[-4:-1] if len(like.shape) > 3 else like.shape[-2:-1])) ** 0.5
-        elif kind in ("scale", "var"):
-            values = 1 + 0.1 * np.abs(values)
-        elif kind in ("bias", "mean"):
-            values *= 0.1
-        arrays[path] = values
-    return arrays
 
 
 @pytest.fixture(scope="session")
