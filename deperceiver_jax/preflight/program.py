@@ -22,7 +22,7 @@ from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.train_state import plan_train_state
 from deperceiver_jax.training.train_step import make_train_step
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds available HBM")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -51,10 +51,9 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _USED.search(str(error))
-        if used is None:
+        needed = needed_bytes(str(error))
+        if needed is None:
             raise
-        needed = int(float(used[1]) * _UNITS[used[2]])
         return Cost(0, needed, 0, False, flops, 0, 0, time.monotonic() - start)
     memory = compiled.memory_analysis()
     traffic = program_traffic(compiled.as_text())
@@ -68,6 +67,15 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
         interconnect_bytes=traffic.interconnect,
         seconds=time.monotonic() - start,
     )
+
+
+def needed_bytes(message: str) -> int | None:
+    """The memory that a program would have needed, in libtpu's refusal to compile it; None in other messages."""
+    found = _NEEDED.search(message)
+    if found is None:
+        return None
+    number, unit = found.groups()[:2] if found[1] else found.groups()[2:]
+    return int(float(number) * _UNITS[unit])
 
 
 def trace_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tuple[int, int], num_boxes: int):

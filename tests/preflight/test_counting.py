@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import Traffic, array_bytes, program_traffic
-from deperceiver_jax.preflight.program import Cost
+from deperceiver_jax.preflight.program import Cost, needed_bytes
 from deperceiver_jax.preflight.search import largest_batch
 from deperceiver_jax.sharding import make_mesh
 
@@ -54,6 +54,14 @@ def test_shapes_with_tiles_and_memory_spaces():
     assert array_bytes("f32[16]{0:T(128)S(1)}") == 0
     assert array_bytes("f32[16]{0:T(128)S(1)}", everywhere=True) == 512
     assert array_bytes("(pred[7]{0}, (s32[], u8[2]{0}))") == 7 + 4 + 2
+
+
+def test_what_the_compiler_says_it_would_have_needed():
+    """Sentences of two versions of libtpu."""
+    first = "Ran out of memory in memory space hbm. Used 28.25G of 15.75G hbm. Exceeded hbm capacity by 12.5G."
+    second = "the total memory required for HLO temporaries (42.50G) exceeds available HBM (15.75G). HLO module: jit_f."
+    assert [needed_bytes(first), needed_bytes(second)] == [28.25 * 2**30, 42.5 * 2**30]
+    assert needed_bytes("INVALID_ARGUMENT: no such device") is None
 
 
 def test_a_sharded_program_moves_what_it_must():
