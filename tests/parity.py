@@ -159,8 +159,9 @@ def _gradients(state: TrainState, norm: float, config: ConfigDict) -> dict[str, 
 # ------------------------------------------------------------------------------------------------------- the figures
 
 
-def compare(name: str, *, single: bool = False) -> list[Figure]:
-    """All figures of one case; `single` adds those of training in float32."""
+def compare(name: str, *, training: bool = True, single: bool = False) -> list[Figure]:
+    """All figures of one case, or with `training` False those of the first batch's answer and loss; `single` adds
+    those of training in float32."""
     golden = np.load(GOLDEN / f"training_{name}.npz")
     case = cases.CASES[name]
     start = time.perf_counter()
@@ -171,8 +172,9 @@ def compare(name: str, *, single: bool = False) -> list[Figure]:
         _compare_terms(terms, golden),
         *_compare_detections(detections, golden),
     ]
-    with double_precision():
-        figures += _compare_training(*train(case), golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
+    if training:
+        with double_precision():
+            figures += _compare_training(*train(case), golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
     figures.append(Figure("seconds", time.perf_counter() - start, np.inf))
     if single:
         figures += _compare_training(*train(case), golden, "float32", gradient=1e-3, update=1e-6, loss=1e-3)

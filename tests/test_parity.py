@@ -16,9 +16,15 @@ from tests.parity import compare
         "deformable_small_refine",
         "deformable_small_two_stage",
         "smca_small_coupled",
-        "smca_small_conv",
     ],
 )
 def test_training_is_the_official_one(name):
     failures = [figure for figure in compare(name) if not figure.passes]
+    assert not failures, "\n".join(str(figure) for figure in failures)
+
+
+@pytest.mark.slow
+def test_answers_and_losses_of_the_encoder_of_convolutions_are_the_official_ones():
+    """Its training, which takes a minute and a half to compile, is left to `make parity`."""
+    failures = [figure for figure in compare("smca_small_conv", training=False) if not figure.passes]
     assert not failures, "\n".join(str(figure) for figure in failures)
