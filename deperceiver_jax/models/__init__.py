@@ -31,6 +31,9 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     Called as `detector(image, pixel_valid, dropout_key=None) -> Predictions`; see DePerceiver. Raises UserError for a
     name, a precision or a field that does not exist.
     """
+    for field in ("precision", "attention", "rematerialize"):
+        if field not in config:
+            raise UserError(f"The config has no field {field}: an earlier version wrote it, or an incomplete file.")
     model = config.model.to_dict()
     name = model.pop("name")
     if name not in DETECTORS:
