@@ -9,13 +9,9 @@ from tests.parity import compare
 @pytest.mark.parametrize(
     "name",
     [
-        "detr_small_no_auxiliary",
         "detr_small_pre_norm_learned",
-        "detr_r50",
         "deperceiver_r50_16",
-        "deformable_small_refine",
         "deformable_small_two_stage",
-        "smca_small_coupled",
     ],
 )
 def test_training_is_the_official_one(name):
