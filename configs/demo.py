@@ -1,6 +1,6 @@
 """Small detectors for the built-in dataset, trained from scratch in minutes on two CPU cores.
 
-    python train.py --config=configs/demo.py:deperceiver_plus --workdir=runs/demo
+    python train.py --config=configs/demo.py:deperceiver --workdir=runs/demo
 
 `make demo` runs this. The images are about 128 pixels a side, so everything is narrow; `deperceiver` here uses remedies
 that the published model lacks: latents and queries with places, small initial latents, repeated input cross-attentions,
