@@ -103,7 +103,7 @@ def test_buckets_without_a_data_set_are_those_of_commonest_sizes():
 
     buckets, num_boxes = preflight.plan_buckets(get_config("r50_16"), [])
     assert 2 <= len(buckets) <= 8
-    assert (832, 1344) in buckets  # landscape images at most 800 x 1333, on a grid of 32
+    assert (800, 1344) in buckets and (800, 1088) in buckets  # images of 800 x 1333 and 800 x 1066, on a grid of 32
     assert num_boxes == 100
 
 
