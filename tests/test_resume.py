@@ -1,6 +1,7 @@
 """A run that is killed again and again ends with the bits of one that never was; other faults end in a sentence."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -103,3 +104,20 @@ def test_a_loader_process_that_dies_ends_a_run_with_a_sentence(shared, tmp_path)
     status, _, err = run.end()
     assert status == 1
     assert err.splitlines()[-1].startswith("error: A loader process died (") and err.count("error: ") == 1, err
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_a_run_with_a_sentence(shared, tmp_path):
+    """From some moment on it takes no file beyond 16 kB, and so no checkpoint; Orbax prints tracebacks besides."""
+    endless = [*shared, "--config.train.num_steps=100000", "--config.train.eval_every=-1"]
+    endless += ["--config.train.checkpoint_every=20", "--config.train.log_every=100000"]
+    run = Run(tmp_path, endless)
+    run.wait_for(lambda: newest(tmp_path) > 0, "a checkpoint")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+    status, out, err = run.end()
+    kept = newest(tmp_path)
+    sentence = f"error: A checkpoint cannot be written to {tmp_path}/checkpoints: File too large; "
+    assert status == 1
+    assert f"{sentence}the newest one there is of step {kept}.\n" in err, err
+    assert kept > 0
+    assert arrays_of(tmp_path, kept)["training/step"] == kept
