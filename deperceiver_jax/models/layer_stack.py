@@ -88,3 +88,14 @@ class LayerStack(nnx.Module):
         else:
             last, outputs = scan_layers(x, stacked, keys)
         return outputs if collect else last
+
+
+def apply_rematerialized(layer: nnx.Module, *args, **kwargs):
+    """layer(*args, **kwargs), of which the backward pass keeps the arguments and computes the rest again."""
+    graphdef, arrays = nnx.split(layer)
+
+    @jax.checkpoint
+    def apply(arrays, args, kwargs):
+        return nnx.merge(graphdef, arrays)(*args, **kwargs)
+
+    return apply(arrays, args, kwargs)

@@ -5,6 +5,8 @@ pre-norm, and DePerceiver's published choices are single values of the fields (s
 official code calls `qkv_layer_norm` is `mlp_norm` here: the norm before the MLP.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +16,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.attention_record import is_recording
-from deperceiver_jax.models.layer_stack import LayerStack
+from deperceiver_jax.models.layer_stack import LayerStack, apply_rematerialized
 from deperceiver_jax.models.linear import dropout, layer_norm, split_key
 from deperceiver_jax.models.mlp import MLP, exact_gelu
 
@@ -169,8 +171,11 @@ class PerceiverEncoder(nnx.Module):
         keys = split_key(dropout_key, 2 * self.num_blocks)
         latents = jnp.broadcast_to(self.latents[...].astype(self.dtype), (tokens.shape[0], *self.latents.shape))
         places = None if self.anchors is None else (self.anchors()[None], token_place)
+        rematerialize = self.blocks.rematerialize and not is_recording()
         for block in range(self.num_cross_attentions):
             cross_attention = self.cross_attentions[min(block, len(self.cross_attentions) - 1)]
+            if rematerialize:
+                cross_attention = functools.partial(apply_rematerialized, cross_attention)
             latents = cross_attention(
                 latents,
                 tokens,

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.layer_stack import LayerStack
+from deperceiver_jax.models.layer_stack import LayerStack, apply_rematerialized
 
 # depth: (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -167,11 +167,7 @@ class Stage(nnx.Module):
         self.stride = stride
 
     def __call__(self, x, valid):
-        if self.rest.rematerialize:
-            graphdef, arrays = nnx.split(self.first)
-            x = jax.checkpoint(lambda arrays, x: nnx.merge(graphdef, arrays)(x, valid))(arrays, x)
-        else:
-            x = self.first(x, valid)
+        x = apply_rematerialized(self.first, x, valid) if self.rest.rematerialize else self.first(x, valid)
         return self.rest(x, _subsample(valid, self.stride))
 
 

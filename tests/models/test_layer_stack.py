@@ -7,7 +7,7 @@ from flax import nnx
 
 from configs import demo
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.layer_stack import LayerStack
+from deperceiver_jax.models.layer_stack import LayerStack, apply_rematerialized
 
 
 class Layer(nnx.Module):
@@ -34,6 +34,21 @@ def test_rematerialised_layers_give_the_same_gradient_from_less_memory():
     (kept, most), (again, least) = gradient(False), gradient(True)
     np.testing.assert_allclose(again, kept, rtol=1e-5)
     assert least < most / 2  # six hidden layers of 64 x 256, or one
+
+
+def test_a_rematerialised_layer_keeps_its_arguments_alone():
+    layer = Layer(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (64, 4))
+
+    def gradient_and_kept(apply):
+        value, gradient = jax.vjp(lambda x: jnp.sum(apply(x) ** 2), x)
+        return gradient(jnp.ones_like(value))[0], max(kept.size for kept in jax.tree.leaves(gradient))
+
+    (kept, most), (again, least) = (
+        gradient_and_kept(apply) for apply in (layer, lambda x: apply_rematerialized(layer, x))
+    )
+    np.testing.assert_allclose(again, kept, rtol=1e-5)
+    assert (least, most) == (4 * 256, 64 * 256)  # a matrix of the layer's, or what is inside of it
 
 
 def test_the_config_rematerialises_every_row_of_layers():
