@@ -17,16 +17,15 @@ from deperceiver_jax.errors import UserError
 
 
 def prepare(
-    builder_class: type[tfds.core.DatasetBuilder], directory: Path, config: str | tfds.core.BuilderConfig, what: str
+    builder_class: type[tfds.core.DatasetBuilder], directory: Path, config: tfds.core.BuilderConfig, what: str
 ) -> Path:
     """The directory where a builder's data lies under `directory`; writes it first if it is not there yet.
 
-    config: the name of one of the class's configs, or a new one. `what` says in words what is prepared.
+    config: one of the class's, or a new one; its version counts before the class's. `what` says what is prepared.
     TFDS writes into a directory called `incomplete.*` and renames it at the end, so a killed preparation leaves nothing
     that looks finished; what it left is removed by the next one.
     """
-    name = config if isinstance(config, str) else config.name
-    prepared = directory / builder_class.name / name / str(builder_class.VERSION)
+    prepared = directory / builder_class.name / config.name / str(config.version or builder_class.VERSION)
     if prepared.is_dir():
         return prepared
     try:

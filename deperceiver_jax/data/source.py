@@ -130,7 +130,8 @@ def _prepare_shapes(config_data, split, variant):
     _require_split(config_data, split)
     if variant not in Shapes.builder_configs:
         raise UserError(f"There is no data set shapes/{variant}; there are {', '.join(Shapes.builder_configs)}.")
-    return prepare(Shapes, _prepared_directory(config_data), variant, f"shapes/{variant}")
+    config = Shapes.builder_configs[variant]
+    return prepare(Shapes, _prepared_directory(config_data), config, f"shapes/{variant}")
 
 
 def _prepare_coco(config_data, split):

@@ -13,12 +13,11 @@ JPEG_QUALITY = 92
 
 
 class Shapes(OrderedBuilder):
-    """Coloured shapes with boxes: `shapes/standard`, and `shapes/small` with many small shapes in an image."""
+    """Coloured shapes with boxes: `shapes/standard`, and `shapes/small` with many small shapes in small images."""
 
-    VERSION = tfds.core.Version(drawing.VERSION)
     BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name="standard", description="One to six shapes of all three sizes."),
-        tfds.core.BuilderConfig(name="small", description="Eight to twenty shapes, most of them small."),
+        tfds.core.BuilderConfig(name=name, version=recipe.version, description=recipe.description)
+        for name, recipe in drawing.RECIPES.items()
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -1,7 +1,7 @@
 """Draws the pictures of the built-in data set: textured shapes of three sizes on a cluttered, noisy background.
 
 Everything that makes the pictures easy or hard is a constant below. A picture depends only on these constants and on
-(VERSION, split, index), so whoever changes a constant raises VERSION.
+(recipe, split, index), so whoever changes a constant raises the versions of the recipes that it changes.
 """
 
 import colorsys
@@ -11,17 +11,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-VERSION = "1.0.0"
 CLASSES = ("disk", "square", "triangle", "star")  # category ids 1, 2, 3, 4
 IMAGES = {"train": 4000, "validation": 200}
 
-HEIGHTS = (112, 144)  # pixels, both ends included
-WIDTHS = (96, 144)
 # COCO calls an object small below 32^2 and large above 96^2 pixels, in images of typically 640 x 480 pixels. The same
 # shares of our images tell small, medium and large apart here.
 SMALL_SHARE = 32**2 / (640 * 480)
 LARGE_SHARE = 96**2 / (640 * 480)
-AREA_SCALE = sum(HEIGHTS) / 2 * sum(WIDTHS) / 2 / (640 * 480)  # the same bounds in pixels of our mean image: 7^2, 21^2
+AREA_SCALE = 128 * 120 / (640 * 480)  # the same bounds in pixels of the mean image of `standard`: 7^2, 21^2
 MIN_SHARE = 0.0015  # of a small shape: about 5 pixels across
 MAX_SHARE = 0.15  # of a large shape
 MIN_VISIBLE = 0.6  # share of every shape that the shapes drawn over it leave to be seen
@@ -48,15 +45,36 @@ _STREAMS = {"train": 0, "validation": 1}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many shapes a picture has, and how likely each is small, medium or large."""
+    """How large a picture is, how many shapes it has, and how likely each is small, medium or large."""
 
+    description: str
+    version: str
+    heights: tuple[int, int]  # pixels, both ends included
+    widths: tuple[int, int]
     objects: tuple[int, int]  # both ends included
     size_odds: tuple[float, float, float]
+    magnification: float = 1.0  # of shapes: their shares are of a picture with so many times the area
 
 
 RECIPES = {
-    "standard": Recipe(objects=(1, 6), size_odds=(0.25, 0.4, 0.35)),
-    "small": Recipe(objects=(8, 20), size_odds=(0.8, 0.2, 0.0)),
+    "standard": Recipe(
+        "One to six shapes of all three sizes.",
+        version="1.0.0",
+        heights=(112, 144),
+        widths=(96, 144),
+        objects=(1, 6),
+        size_odds=(0.25, 0.4, 0.35),
+    ),
+    # A third of the pixels with shapes of as many pixels as there: crowded, and cheap to train on.
+    "small": Recipe(
+        "Four to ten shapes, most of them small, in small images.",
+        version="2.0.0",
+        heights=(64, 80),
+        widths=(64, 80),
+        objects=(4, 10),
+        size_odds=(0.8, 0.2, 0.0),
+        magnification=3.0,
+    ),
 }
 
 
@@ -71,12 +89,12 @@ class Picture(NamedTuple):
 
 def draw(recipe: Recipe, split: str, index: int) -> Picture:
     """Picture `index` of a split."""
-    stream = [int(part) for part in VERSION.split(".")] + [_STREAMS[split], index]
+    stream = [int(part) for part in recipe.version.split(".")] + [_STREAMS[split], index]
     rng = np.random.default_rng(stream)
-    height, width = int(rng.integers(*HEIGHTS, endpoint=True)), int(rng.integers(*WIDTHS, endpoint=True))
+    height, width = int(rng.integers(*recipe.heights, endpoint=True)), int(rng.integers(*recipe.widths, endpoint=True))
     canvas = _background(rng, height, width)
     labels, masks = [], []
-    for radius in _radii(rng, recipe, height * width):
+    for radius in _radii(rng, recipe, recipe.magnification * height * width):
         label = int(rng.integers(len(CLASSES)))
         outline = _outline(rng, label) * radius
         placed = _place(rng, outline, masks, height, width)
