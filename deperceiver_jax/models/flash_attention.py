@@ -2,7 +2,8 @@
 
 Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2. Arrays are transposed, with positions on the last axis:
 a head of DETR has 32 channels, which would leave three quarters of a TPU's 128 lanes and of the memory empty.
-Statistics of a query are then rows, and sums over keys run down the lanes.
+Statistics of a query are then rows, and sums over keys run down the lanes. A mask is one more channel: 0 or MASKED in
+the keys, 1 in the queries. As an array of its own it would have one number in a row of 128, and be read for every head.
 """
 
 import functools
@@ -29,15 +30,17 @@ def flash_attention(
     batch, heads, num_queries, width = query.shape
     num_keys = key.shape[2]
     block_q, block_k = block_size(num_queries), block_size(num_keys)
-    if key_valid is None:
+    if key_valid is None and num_keys % block_k:
         key_valid = jnp.ones((batch, num_keys), bool)
-    valid = _pad(key_valid.astype(jnp.float32)[..., None], 1, block_k)
-    query = _pad((query * width**-0.5).swapaxes(2, 3), 3, block_q)
-    key, value = (_pad(x.swapaxes(2, 3), 3, block_k) for x in (key, value))
+    query, key, value = query * width**-0.5, _pad(key, 2, block_k), _pad(value, 2, block_k)
+    if key_valid is not None:
+        query, key = _with_mask(query, key, _pad(key_valid, 1, block_k))
+    query = _pad(query.swapaxes(2, 3), 3, block_q)
+    key, value = key.swapaxes(2, 3), value.swapaxes(2, 3)
     if bias is not None:
         bias = jnp.broadcast_to(bias, (batch, heads, num_queries, num_keys)).swapaxes(2, 3)
         bias = _pad(_pad(bias, 2, block_k), 3, block_q)
-    attended = _attention(query, key, value, valid, bias, block_q, block_k)
+    attended = _attention(query, key, value, bias, block_q, block_k)
     return attended[..., :num_queries].swapaxes(2, 3)
 
 
@@ -46,61 +49,70 @@ def block_size(length: int) -> int:
     return next((block for block in BLOCKS if -length % block <= length // 4), LANES)
 
 
+def _with_mask(query, key, key_valid):
+    """Queries and keys with channels whose product is MASKED where a key is padding, else 0."""
+    channels = 32 // query.dtype.itemsize  # what a row of registers holds
+    first = jnp.arange(channels)[None, None, None] == 0
+    mask = jnp.where(first & ~key_valid[:, None, :, None], MASKED, 0.0)
+    ones = jnp.broadcast_to(first, (*query.shape[:3], channels)).astype(query.dtype)
+    mask = jnp.broadcast_to(mask, (*key.shape[:3], channels)).astype(key.dtype)
+    return jnp.concatenate([query, ones], axis=3), jnp.concatenate([key, mask], axis=3)
+
+
 def _pad(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, [(0, -x.shape[a] % multiple if a == axis else 0) for a in range(x.ndim)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
     query: Float[Array, "B H D Q"],
     key: Float[Array, "B H D K"],
     value: Float[Array, "B H E K"],
-    valid: Float[Array, "B K 1"],
     bias: Float[Array, "B H K Q"] | None,
     block_q: int,
     block_k: int,
 ) -> Float[Array, "B H E Q"]:
     """Of scaled queries. Lengths are multiples of the blocks."""
-    return _forward(query, key, value, valid, bias, block_q, block_k)[0]
+    return _forward(query, key, value, bias, block_q, block_k)[0]
 
 
-def _forward(query, key, value, valid, bias, block_q, block_k):
+def _forward(query, key, value, bias, block_q, block_k):
     """(attended, what the backward pass needs): the last of it each query's logarithm of a sum of exponentials."""
     value_dim = value.shape[2]
     attended, lse = _call(
         _forward_kernel,
-        (query, key, value, valid, bias),
-        "qkkvb",
+        (query, key, value, bias),
+        "qkkb",
         [(value_dim, query.dtype, "q"), (1, jnp.float32, "q")],
         scratch=[(1, block_q), (1, block_q), (value_dim, block_q)],
         blocks=(block_q, block_k),
         keys_inside=True,
         products=2,
     )
-    return attended, (query, key, value, valid, bias, attended, lse)
+    return attended, (query, key, value, bias, attended, lse)
 
 
 def _backward(block_q, block_k, kept, gradient):
-    query, key, value, valid, bias, attended, lse = kept
+    query, key, value, bias, attended, lse = kept
     delta = jnp.sum(attended.astype(jnp.float32) * gradient.astype(jnp.float32), axis=2, keepdims=True)
-    inputs = (query, key, value, valid, bias, gradient, lse, delta)
+    inputs = (query, key, value, bias, gradient, lse, delta)
     width, value_dim = query.shape[2], value.shape[2]
     options = dict(blocks=(block_q, block_k), products=5)
     of_bias = [] if bias is None else [(None, bias.dtype, "b")]
     query_outputs = [(width, query.dtype, "q"), *of_bias]
     d_query, *d_bias = _call(
-        _query_kernel, inputs, "qkkvbqqq", query_outputs, scratch=[(width, block_q)], keys_inside=True, **options
+        _query_kernel, inputs, "qkkbqqq", query_outputs, scratch=[(width, block_q)], keys_inside=True, **options
     )
     d_key, d_value = _call(
         _key_kernel,
         inputs,
-        "qkkvbqqq",
+        "qkkbqqq",
         [(width, key.dtype, "k"), (value_dim, value.dtype, "k")],
         scratch=[(width, block_k), (value_dim, block_k)],
         keys_inside=False,
         **options,
     )
-    return d_query, d_key, d_value, jnp.zeros_like(valid), d_bias[0] if d_bias else None
+    return d_query, d_key, d_value, d_bias[0] if d_bias else None
 
 
 _attention.defvjp(_forward, _backward)
@@ -109,20 +121,24 @@ _attention.defvjp(_forward, _backward)
 def _call(kernel, inputs, kinds, outputs, *, scratch, blocks, keys_inside, products):
     """Runs `kernel` over images, heads and blocks of queries and keys, the keys innermost or the queries.
 
-    Kinds of arrays: q has queries on its last axis, k keys, v is the mask [B, K, 1], b is [B, H, K, Q].
+    Kinds of arrays: q has queries on its last axis, k keys, b is [B, H, K, Q].
     """
-    query, key = inputs[:2]
-    batch, heads, width, num_queries = query.shape
+    query, key, value, bias = inputs[:4]
+    batch, heads, _, num_queries = query.shape
     num_keys = key.shape[3]
     block_q, block_k = blocks
 
     def spec(kind, rows):
         def place(b, h, outer, inner):
             i, j = (outer, inner) if keys_inside else (inner, outer)
-            return {"q": (b, h, 0, i), "k": (b, h, 0, j), "v": (b, j, 0), "b": (b, h, j, i)}[kind]
+            return {"q": (b, h, 0, i), "k": (b, h, 0, j), "b": (b, h, j, i)}[kind]
 
-        shape = {"q": (1, 1, rows, block_q), "k": (1, 1, rows, block_k), "v": (1, block_k, 1)}
-        return pl.BlockSpec({**shape, "b": (1, 1, block_k, block_q)}[kind], place)
+        shape = {"q": (1, 1, rows, block_q), "k": (1, 1, rows, block_k), "b": (1, 1, block_k, block_q)}
+        return pl.BlockSpec(shape[kind], place)
+
+    def reads(kind):  # what runs inside is read again for every block outside, unless it is a single block
+        inside, (outer_steps, inner_steps) = "k" if keys_inside else "q", grid if keys_inside else grid[::-1]
+        return outer_steps if kind == inside and inner_steps > 1 else 1
 
     def shape(rows, kind):
         return (batch, heads, num_keys if kind == "b" else rows, num_keys if kind == "k" else num_queries)
@@ -131,16 +147,19 @@ def _call(kernel, inputs, kinds, outputs, *, scratch, blocks, keys_inside, produ
     grid = (num_queries // block_q, num_keys // block_k)
     results = [jax.ShapeDtypeStruct(shape(rows, kind), dtype) for rows, dtype, kind in outputs]
     pairs = batch * heads * num_queries * num_keys
-    moved = sum(x.size * x.dtype.itemsize for x in [*(x for x, _ in given), *results])
+    moved = sum(reads(kind) * x.size * x.dtype.itemsize for x, kind in given)
+    moved += sum(x.size * x.dtype.itemsize for x in results)
     return pl.pallas_call(
-        functools.partial(kernel, has_bias=inputs[4] is not None),
+        functools.partial(kernel, has_bias=bias is not None),
         grid=(batch, heads, *(grid if keys_inside else grid[::-1])),
-        in_specs=[spec(kind, x.shape[2] if x.ndim == 4 else None) for x, kind in given],
+        in_specs=[spec(kind, x.shape[2]) for x, kind in given],
         out_specs=[spec(kind, rows) for rows, _, kind in outputs],
         out_shape=results,
         scratch_shapes=[pltpu.VMEM(block, jnp.float32) for block in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(flops=2 * products * pairs * width, transcendentals=pairs, bytes_accessed=moved),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * pairs * value.shape[2], transcendentals=pairs, bytes_accessed=moved
+        ),
     )(*(x for x, _ in given))
 
 
@@ -149,21 +168,19 @@ def _dot(a, b, axis_a: int, axis_b: int):
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _masked_logits(query, key, valid, bias):
-    """[keys, queries], MASKED where the key is padding."""
+def _logits(query, key, bias):
+    """[keys, queries]"""
     logits = _dot(key[0, 0], query[0, 0], 0, 0)
-    if bias is not None:
-        logits = logits + bias[0, 0].astype(jnp.float32)
-    return jnp.where(valid[0] > 0, logits, MASKED)
+    return logits if bias is None else logits + bias[0, 0].astype(jnp.float32)
 
 
 def _steps(has_bias: bool, refs):
     """The arguments of a kernel with None for the bias that is not there."""
-    return refs if has_bias else (*refs[:4], None, *refs[4:])
+    return refs if has_bias else (*refs[:3], None, *refs[3:])
 
 
 def _forward_kernel(*refs, has_bias):
-    query, key, value, valid, bias, attended, lse, top, total, sums = _steps(has_bias, refs)
+    query, key, value, bias, attended, lse, top, total, sums = _steps(has_bias, refs)
     step = pl.program_id(3)
 
     @pl.when(step == 0)
@@ -172,9 +189,9 @@ def _forward_kernel(*refs, has_bias):
         total[...] = jnp.zeros(total.shape, jnp.float32)
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    logits = _masked_logits(query, key, valid, bias)
+    logits = _logits(query, key, bias)
     new_top = jnp.maximum(top[...], jnp.max(logits, axis=0, keepdims=True))
-    weights = jnp.where(valid[0] > 0, jnp.exp(logits - new_top), 0.0)
+    weights = jnp.exp(logits - new_top)
     shrink = jnp.exp(top[...] - new_top)
     top[...] = new_top
     total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
@@ -182,27 +199,27 @@ def _forward_kernel(*refs, has_bias):
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish():
-        safe = jnp.where(total[...] == 0.0, 1.0, total[...])
-        attended[0, 0] = (sums[...] / safe).astype(attended.dtype)
-        lse[0, 0] = top[...] + jnp.log(safe)
+        nothing = (top[...] < MASKED / 2) | (total[...] == 0.0)  # no key of this query is real
+        safe = jnp.where(nothing, 1.0, total[...])
+        attended[0, 0] = jnp.where(nothing, 0.0, sums[...] / safe).astype(attended.dtype)
+        lse[0, 0] = jnp.where(nothing, -MASKED, top[...] + jnp.log(safe))  # then every probability is 0
 
 
-def _probabilities_and_gradient(query, key, value, valid, bias, gradient, lse, delta):
+def _probabilities_and_gradient(query, key, value, bias, gradient, lse, delta):
     """(probabilities, gradient of the logits), both [keys, queries]."""
-    logits = _masked_logits(query, key, valid, bias)
-    probabilities = jnp.where(valid[0] > 0, jnp.exp(logits - lse[0, 0]), 0.0)
+    probabilities = jnp.exp(_logits(query, key, bias) - lse[0, 0])
     return probabilities, probabilities * (_dot(value[0, 0], gradient[0, 0], 0, 0) - delta[0, 0])
 
 
 def _query_kernel(*refs, has_bias):
-    query, key, value, valid, bias, gradient, lse, delta, d_query, *d_bias, sums = _steps(has_bias, refs)
+    query, key, value, bias, gradient, lse, delta, d_query, *d_bias, sums = _steps(has_bias, refs)
     step = pl.program_id(3)
 
     @pl.when(step == 0)
     def start():
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    _, d_logits = _probabilities_and_gradient(query, key, value, valid, bias, gradient, lse, delta)
+    _, d_logits = _probabilities_and_gradient(query, key, value, bias, gradient, lse, delta)
     if d_bias:
         d_bias[0][0, 0] = d_logits.astype(d_bias[0].dtype)
     sums[...] += _dot(key[0, 0], d_logits.astype(key.dtype), 1, 0)
@@ -213,7 +230,7 @@ def _query_kernel(*refs, has_bias):
 
 
 def _key_kernel(*refs, has_bias):
-    query, key, value, valid, bias, gradient, lse, delta, d_key, d_value, key_sums, value_sums = _steps(has_bias, refs)
+    query, key, value, bias, gradient, lse, delta, d_key, d_value, key_sums, value_sums = _steps(has_bias, refs)
     step = pl.program_id(3)
 
     @pl.when(step == 0)
@@ -221,7 +238,7 @@ def _key_kernel(*refs, has_bias):
         key_sums[...] = jnp.zeros(key_sums.shape, jnp.float32)
         value_sums[...] = jnp.zeros(value_sums.shape, jnp.float32)
 
-    probabilities, d_logits = _probabilities_and_gradient(query, key, value, valid, bias, gradient, lse, delta)
+    probabilities, d_logits = _probabilities_and_gradient(query, key, value, bias, gradient, lse, delta)
     key_sums[...] += _dot(query[0, 0], d_logits.astype(query.dtype), 1, 1)
     value_sums[...] += _dot(gradient[0, 0], probabilities.astype(gradient.dtype), 1, 1)
 

@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     )
     if chip:
         print(
-            f"A chip has {chip.hbm_gib} GiB, {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16 and "
-            f"{chip.bandwidth / 1e9:g} GB/s ({chip.source})."
+            f"A chip has {chip.hbm_gib} GiB, {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:g} "
+            f"GB/s to its memory and {chip.links / 1e9:g} GB/s to other chips ({chip.source})."
         )
     print(f"Per chip and step:\n{HEADER}", flush=True)
 

@@ -19,16 +19,19 @@ class Chip(NamedTuple):
     hbm_gib: int
     peak_flops: float  # bfloat16, a second
     bandwidth: float  # of its memory, bytes a second
+    links: float  # bytes a second that it can send to other chips of its slice, over all links together
     accelerator: str  # what the cloud calls a slice of them; a number of cores or chips follows
     cores: int  # that this number counts for each chip
     source: str
 
 
+# Read on 2026-11-21. v6e: earlier versions of its page said 1640 GB/s and 3584 Gbit/s of links. The page of v4 has no
+# figure for its links; Google's announcement of v5p says 2400 Gbit/s.
 CHIPS = {
-    "v4": Chip(32, 275e12, 1200e9, "v4", 2, "cloud.google.com/tpu/docs/v4"),
-    "v5e": Chip(16, 197e12, 819e9, "v5litepod", 1, "cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(95, 459e12, 2765e9, "v5p", 2, "cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(32, 918e12, 1640e9, "v6e", 1, "cloud.google.com/tpu/docs/v6e"),
+    "v4": Chip(32, 275e12, 1200e9, 300e9, "v4", 2, "cloud.google.com/tpu/docs/v4"),
+    "v5e": Chip(16, 197e12, 819e9, 200e9, "v5litepod", 1, "cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip(95, 459e12, 2765e9, 600e9, "v5p", 2, "cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip(32, 918e12, 1600e9, 400e9, "v6e", 1, "cloud.google.com/tpu/docs/v6e"),
 }
 
 

@@ -3,7 +3,8 @@
 XLA's own count takes the body of a loop once, however often it runs; scanned layers would hardly be there. Here a loop
 counts as often as the compiler knows it to run. An array counts with its tile's padding, and not at all where the
 compiler keeps it on the chip (memory space `S(1)` and above). A slice counts as what is taken, an update in place as
-what is written. A custom call (a kernel) counts its arguments and results once, though it may read some again.
+what is written. A custom call (a kernel) counts its arguments and results once, or as often as its author's estimate
+of its cost says.
 """
 
 import math
@@ -19,6 +20,7 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
+_ESTIMATE = re.compile(r'cost_estimate\\?"?:\s*\{[^}]*bytes_accessed\\?"?:\s*\\?"?(\d+)')
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -182,7 +184,13 @@ def _memory(instruction: Instruction, computations, siblings: dict[str, Instruct
         return array_bytes(shapes[1]) + _written(instruction, siblings)
     if opcode == "fusion":
         return _fusion_memory(instruction, shapes, computations)
-    return sum(map(array_bytes, shapes)) + array_bytes(instruction.shape)
+    arrays = [*shapes, instruction.shape]
+    once = sum(map(array_bytes, arrays))
+    estimate = _ESTIMATE.search(instruction.attributes) if opcode == "custom-call" else None
+    if estimate is None:
+        return once
+    anywhere = sum(array_bytes(shape, everywhere=True) for shape in arrays)
+    return max(once, int(estimate[1]) * once // max(anywhere, 1))
 
 
 def _taken(slice_: Instruction, source: str) -> int:

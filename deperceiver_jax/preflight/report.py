@@ -35,8 +35,14 @@ def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, 
 
 
 def bound(cost: Cost, chip: Chip | None) -> tuple[str, str]:
-    """(the least time of a step, what binds): operations at the chip's peak, or bytes at its memory's bandwidth."""
+    """(the least time of a step, what binds): operations at the chip's peak, bytes at its memory's bandwidth, or bytes
+    at that of its links. The three may go on at the same time, so the longest of them is the least time."""
     if chip is None:
         return "-", "-"
-    arithmetic, memory = cost.flops / chip.peak_flops, cost.memory_bytes / chip.bandwidth
-    return f"{1000 * max(arithmetic, memory):.1f} ms", "FLOP/s" if arithmetic > memory else "memory"
+    seconds = {
+        "FLOP/s": cost.flops / chip.peak_flops,
+        "memory": cost.memory_bytes / chip.bandwidth,
+        "links": cost.interconnect_bytes / chip.links,
+    }
+    binds = max(seconds, key=seconds.get)
+    return f"{1000 * seconds[binds]:.1f} ms", binds

@@ -120,6 +120,16 @@ def test_a_loop_of_a_tpu_has_its_count_in_its_condition():
     assert program_traffic(TPU_LOOP) == Traffic(5 * (3 * 4096 + compare), 0)
 
 
+def test_a_kernel_counts_what_its_author_says_it_reads_again():
+    says = 'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1",'
+    says += '"bytes_accessed":"40960","remote_bytes_transferred":"0"}}}'
+    compare, once = 4 + 4 + 1, 2 * 4096
+    told = TPU_LOOP.replace('custom-call(%x), custom_call_target="tpu_custom_call"', f"custom-call(%x), {says}")
+    assert program_traffic(told) == Traffic(5 * (40960 + 4096 + compare), 0)
+    told = TPU_LOOP.replace('custom-call(%y), custom_call_target="tpu_custom_call"', f"custom-call(%y), {says}")
+    assert program_traffic(told) == Traffic(5 * (once + 40960 // 2 + compare), 0)  # its result stays on the chip
+
+
 @pytest.mark.parametrize(
     "groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['a'=2,'b'=4] {'b'}", "mesh['a'=8] {'a':(2)4}"]
 )

@@ -111,15 +111,19 @@ def test_bound_of_a_step():
     cost = Cost(0, 0, 0, True, 197e12, 819_000_000_00, 0, 0.0)
     assert bound(cost, CHIPS["v5e"]) == ("1000.0 ms", "FLOP/s")
     assert bound(cost._replace(flops=1.0), CHIPS["v5e"]) == ("100.0 ms", "memory")
+    assert bound(cost._replace(interconnect_bytes=240_000_000_000), CHIPS["v5e"]) == ("1200.0 ms", "links")
     assert bound(cost, None) == ("-", "-")
 
 
 def test_published_figures():
     """Google's pages of each chip (see the table's sources), by hand."""
-    figures = {name: (chip.hbm_gib, chip.peak_flops / 1e12, chip.bandwidth / 1e9) for name, chip in CHIPS.items()}
+    figures = {
+        name: (chip.hbm_gib, chip.peak_flops / 1e12, chip.bandwidth / 1e9, chip.links * 8 / 1e9)
+        for name, chip in CHIPS.items()
+    }
     assert figures == {
-        "v4": (32, 275, 1200),
-        "v5e": (16, 197, 819),
-        "v5p": (95, 459, 2765),
-        "v6e": (32, 918, 1640),
+        "v4": (32, 275, 1200, 2400),
+        "v5e": (16, 197, 819, 1600),
+        "v5p": (95, 459, 2765, 4800),
+        "v6e": (32, 918, 1600, 3200),
     }
