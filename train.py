@@ -29,6 +29,7 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.sharding import make_mesh, shard_batch
 from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
+from deperceiver_jax.training.compile_ahead import compile_sizes
 from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.shutdown import Shutdown
@@ -90,11 +91,13 @@ def main(argv: list[str]) -> None:
         state, progress = first_state(plan, config, source.classes), None
     steps = range(start + 1, num_steps + 1)
 
-    # Chapter 6: the workdir, and what will happen.
+    # Chapter 6: the workdir, what will happen, and the step of every size, compiled.
     first = jax.process_index() == 0
     if first:
         write_workdir(workdir, config, source.classes)
         print(describe_run(config, state, len(source), batches, steps), flush=True)
+    if steps:
+        train_step = compile_sizes(train_step, plan.abstract, batches, config.data.batch_size, mesh)
     log = MetricLog(workdir, config, steps=steps, steps_per_epoch=per_epoch, writes=first, progress=progress)
 
     # Chapter 7: training, with checkpoints and evaluations at their times.
@@ -102,10 +105,8 @@ def main(argv: list[str]) -> None:
 
     def note(step: int, metrics: dict[str, jax.Array]) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        term = non_finite_term(metrics)
-        if term:
-            kept = checkpoints.latest_step()
-            kept = "no checkpoint yet" if kept is None else f"the checkpoint of step {kept}"
+        if term := non_finite_term(metrics):
+            kept = f"the checkpoint of step {last}" if (last := checkpoints.latest_step()) else "no checkpoint yet"
             raise UserError(f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept}.")
         log.training(step, metrics)
 

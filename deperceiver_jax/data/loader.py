@@ -51,7 +51,7 @@ class TrainBatches:
     """Endless host-local batches, beginning with the one of `start_step`.
 
     `config` is config.data; its batch_size counts over all hosts, and process `process_index` of `process_count` gets
-    its share of every batch. buckets: the padded sizes (height, width) that occur.
+    its share of every batch. buckets: the padded sizes (height, width) that occur; box_slots: of every image.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class TrainBatches:
         if seed < 0 or config.buckets < 1:
             raise UserError(f"config.seed is {seed} and config.data.buckets {config.buckets}; 0 and 1 are the least.")
         buckets = training_buckets(source.sizes, config)
-        self._make = _TrainingStep(source, config, buckets, seed, rows, _box_slots(source, config))
+        self.box_slots = _box_slots(source, config)
+        self._make = _TrainingStep(source, config, buckets, seed, rows, self.box_slots)
         self._steps = range(start_step, sys.maxsize)
         self._num_workers = config.num_workers
         self._image_bytes = _image_bytes(buckets, rows)

@@ -58,7 +58,7 @@ class MetricLog:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Measures speed from the next step on: the first one mostly compiles."""
+        """Measures speed from the next step on: before the first one the loader starts."""
         self.clock, self.clock_step = None, self.step
         if self.writes and sys.stderr.isatty():
             start = self._bar_format("")
@@ -128,7 +128,7 @@ class MetricLog:
         return images / (time.perf_counter() - self.clock) if images else None
 
     def _speed_text(self) -> str:
-        return f"{speed:.3g} images/s" if (speed := self._speed()) else "compiling"
+        return f"{speed:.3g} images/s" if (speed := self._speed()) else "starting"
 
     def _text(self, metrics: Mapping[str, float]) -> str:
         names = ["loss", *(name for name in SHOWN if name in metrics)]

@@ -1,0 +1,90 @@
+"""The train step of every size of image, compiled before the first step, several sizes at the same time.
+
+Python traces one size after the other; XLA compiles without Python's lock, in threads, while the next one is traced.
+All processes of a run take the sizes in the same order, so that compilers which ask one another for results (XLA's
+autotuning on several GPUs) find each other: the first size that is not done anywhere is under way everywhere.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.sharding import batch_sharding
+from deperceiver_jax.structures import Batch
+from deperceiver_jax.training.train_state import TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict]]
+
+
+def compile_sizes(
+    train_step: jax.stages.Wrapped, state: TrainState, batches, batch_size: int, mesh: Mesh, *, threads: int = 0
+) -> Step:
+    """`train_step`, compiled for every size in `batches` (the TrainBatches); it takes batches of no other size.
+
+    state: abstract (Plan.abstract) or real. batch_size: global. threads: sizes that are compiled at the same time, 0
+    for one on each processor. What can be kept goes into the compilation cache; JAX keeps no program that calls back
+    to the host, so not the one of the `scipy` matcher on any platform.
+
+    Raises UserError when a step does not fit into a device's memory; any other error says for which size it came.
+    """
+    start, programs = time.monotonic(), {}
+    threads = min(threads or os.cpu_count(), len(batches.buckets))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+    try:
+        running = {}
+        for size in batches.buckets:
+            lowered = train_step.lower(state, abstract_batch(batch_size, size, batches.box_slots, batch_sharding(mesh)))
+            running[pool.submit(lowered.compile)] = size
+            _raise_errors(running)  # before tracing in vain
+        for done in as_completed(running):
+            _raise_errors({done: running[done]})
+            programs[running[done]] = done.result()
+            if jax.process_index() == 0:
+                seconds = time.monotonic() - start
+                count = f"{len(programs)}/{len(running)} size{'s' if len(running) > 1 else ''}"
+                print(f"compiled the step for {count} ({_name(running[done])}), {seconds:.0f} s", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return lambda state, batch: programs[batch.image.shape[1:3]](state, batch)
+
+
+def abstract_batch(size: int, bucket: tuple[int, int], num_boxes: int, sharding) -> Batch:
+    """A Batch without contents, for `bucket` (height, width)."""
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
+
+    return Batch(
+        image=array(np.uint8, *map(int, bucket), 3),
+        size=array(np.int32, 2),
+        original_size=array(np.int32, 2),
+        example=array(np.int32),
+        boxes=array(np.float32, num_boxes, 4),
+        labels=array(np.int32, num_boxes),
+        box_valid=array(bool, num_boxes),
+    )
+
+
+def _raise_errors(running) -> None:
+    for future, size in running.items():
+        error = future.exception() if future.done() else None
+        if error is None:
+            continue
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            why = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0][:300].rstrip(".")
+            raise UserError(
+                f"The training step for images of {_name(size)} does not fit into memory ({why}): a smaller "
+                "config.data.batch_size, config.optimizer.accumulate_steps or config.rematerialize=True needs less."
+            ) from error
+        error.add_note(f"While the training step was compiled for images of {_name(size)}.")
+        raise error
+
+
+def _name(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
