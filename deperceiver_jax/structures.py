@@ -1,6 +1,7 @@
 """The arrays that travel between rooms: their axes, units, frames and mask sense.
 
-B images in a batch, H x W padded pixels, N box slots of an image, Q queries, L decoder layers, C logits, K detections.
+B images in a batch, H x W padded pixels, N box slots of an image, R copies of these, Q queries, L decoder layers,
+C logits, K detections.
 Sizes are (height, width). Masks are True where something real stands. All four are plain tuples of arrays, so they
 are JAX pytrees without importing JAX: the data workers, which never touch an accelerator, use them too.
 """
@@ -33,12 +34,20 @@ class Batch(NamedTuple):
     box_valid: Bool[Array, "B N"]  # valid boxes come first
 
 
+class Hints(NamedTuple):
+    """Boxes that are a little wrong, from which a detector in training learns to find the right ones."""
+
+    boxes: Float[Array, "B R N 4"]  # cxcywh in [0, 1] of the unpadded image: R wrong copies of every slot
+    valid: Bool[Array, "B R N"]
+
+
 class Predictions(NamedTuple):
     """What a detector answers: one set of boxes from every decoder layer; the last layer is the answer."""
 
     logits: Float[Array, "L B Q C"]
     boxes: Float[Array, "L B Q 4"]  # cxcywh in [0, 1] of the unpadded image
     proposals: "Predictions | None" = None  # of a two-stage detector: L = 1, Q = tokens, logit 0 for any object
+    hinted: "Predictions | None" = None  # in training with Hints: Q = R N, what came of each
 
 
 class Assignment(NamedTuple):

@@ -45,15 +45,21 @@ class SoftmaxNoObject:
         return jnp.maximum(num_matched + self.no_object_weight * num_unmatched, jnp.finfo(jnp.float32).tiny)
 
     def loss(
-        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], normalizer: Float[Array, ""]
+        self,
+        logits: Float[Array, "L B Q C"],
+        target_labels: Int32[Array, "L B Q"],
+        normalizer: Float[Array, ""],
+        counted: Bool[Array, "B Q"] | None = None,
     ) -> Float[Array, " L"]:
-        """Weighted cross-entropy summed over all queries; `target_labels` -1 is no object."""
+        """Weighted cross-entropy summed over all queries that are `counted`; `target_labels` -1 is no object."""
         logits = logits.astype(jnp.float32)
         matched = target_labels >= 0
         target = jnp.where(matched, target_labels, logits.shape[-1] - 1)
         chosen = jnp.sum(jnp.where(_one_hot(target, logits.shape[-1]), logits, 0.0), axis=-1)
         cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
         weight = jnp.where(matched, 1.0, self.no_object_weight)
+        if counted is not None:
+            weight = jnp.where(counted[None], weight, 0.0)
         return jnp.sum(weight * cross_entropy, axis=(1, 2)) / normalizer
 
     def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C-1"]:
@@ -108,9 +114,13 @@ class SigmoidFocal:
         return jnp.maximum(jnp.sum(box_valid, dtype=jnp.float32), 1.0)
 
     def loss(
-        self, logits: Float[Array, "L B Q C"], target_labels: Int32[Array, "L B Q"], normalizer: Float[Array, ""]
+        self,
+        logits: Float[Array, "L B Q C"],
+        target_labels: Int32[Array, "L B Q"],
+        normalizer: Float[Array, ""],
+        counted: Bool[Array, "B Q"] | None = None,
     ) -> Float[Array, " L"]:
-        """Focal loss summed over all queries and logits; `target_labels` -1 has no class.
+        """Focal loss summed over all queries that are `counted` and all logits; `target_labels` -1 has no class.
 
         alpha_t (1 - p_t)^gamma (-log p_t), with p_t = sigmoid(logit) for the true class and sigmoid(-logit) for every
         other. Both factors come from log-sigmoids, so values and gradients stay finite for any finite logit and gamma.
@@ -120,6 +130,8 @@ class SigmoidFocal:
         toward = jnp.where(present, logits, -logits)
         modulator = jnp.exp(self.gamma * jax.nn.log_sigmoid(-toward))
         weight = jnp.where(present, self.alpha, 1.0 - self.alpha)
+        if counted is not None:
+            weight = jnp.where(counted[None, ..., None], weight, 0.0)
         return jnp.sum(weight * modulator * -jax.nn.log_sigmoid(toward), axis=(1, 2, 3)) / normalizer
 
     def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C"]:

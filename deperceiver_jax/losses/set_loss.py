@@ -37,10 +37,14 @@ def set_loss(
     one more layer whose terms end in _enc; like these they need `config.loss.auxiliary`. Source: Deformable DETR. With
     `config.loss.proposal_repeats` k each box has k proposals, and the terms are normalised by k times the boxes (the
     one-to-many matching of H-DETR, arXiv:2207.13080).
+
+    What came of hints is trained in all layers to be the box that each was made of; its terms end in _hint. They are
+    normalised by the number of hints, so as many copies weigh no more than one.
     """
     classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
     proposals = predictions.proposals if config.loss.auxiliary else None
-    predictions = predictions._replace(proposals=None)
+    hinted = predictions.hinted
+    predictions = predictions._replace(proposals=None, hinted=None)
     if not config.loss.auxiliary:
         predictions = jax.tree.map(lambda array: array[-1:], predictions)
     whole_valid = (batch if whole is None else whole).box_valid
@@ -57,6 +61,12 @@ def set_loss(
         weighted, _, _ = _layer_losses(proposals, _repeat_slots(any_object, repeats), **shared)
         total += sum(weight * layers[0] for weight, layers in weighted.values())
         terms |= {f"{name}_enc": layers[0] for name, (_, layers) in weighted.items()}
+    if hinted is not None:
+        copies = hinted.boxes.shape[2] // batch.boxes.shape[1]
+        shared["whole_valid"] = jnp.concatenate([whole_valid] * copies, axis=1)
+        weighted, _, _ = _layer_losses(hinted, _repeat_slots(batch, copies), known=True, **shared)
+        total += sum(weight * jnp.sum(layers) for weight, layers in weighted.values())
+        terms |= {f"{name}_hint": layers[-1] for name, (_, layers) in weighted.items()}
     terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
     terms["num_boxes"] = _num_boxes(whole_valid)
     terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
@@ -75,17 +85,26 @@ def _num_boxes(whole_valid):
     return jnp.maximum(jnp.sum(whole_valid, dtype=jnp.float32), 1.0)
 
 
-def _layer_losses(predictions: Predictions, batch: Batch, *, classification, config, mesh: Mesh, whole_valid):
-    """{name: (weight, loss of each layer)} with the matching and the labels of queries that they were made from."""
+def _layer_losses(
+    predictions: Predictions, batch: Batch, *, classification, config, mesh: Mesh, whole_valid, known: bool = False
+):
+    """{name: (weight, loss of each layer)} with the matching and the labels of queries that they were made from.
+
+    With `known`, query i answers for box slot i in every layer: nothing is matched, and an empty slot's query is idle.
+    """
     predictions = jax.tree.map(lambda array: array.astype(jnp.float32), predictions)
-    cost = matching_cost(predictions, batch, classification, config.matcher)
-    assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
+    if known:
+        assignment = _each_its_own(batch, num_layers=len(predictions.logits))
+    else:
+        cost = matching_cost(predictions, batch, classification, config.matcher)
+        assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
     num_boxes = _num_boxes(whole_valid)
     weighted = {}
     if config.loss.weight_class:
-        normalizer = classification.normalizer(whole_valid, predictions.logits.shape[2])
-        loss_class = classification.loss(predictions.logits, target_labels, normalizer)
+        normalizer = num_boxes if known else classification.normalizer(whole_valid, predictions.logits.shape[2])
+        counted = batch.box_valid if known else None
+        loss_class = classification.loss(predictions.logits, target_labels, normalizer, counted)
         weighted[f"loss_{classification.name}"] = (config.loss.weight_class, loss_class)
     if config.loss.weight_bbox:
         loss_bbox = bbox_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
@@ -94,6 +113,13 @@ def _layer_losses(predictions: Predictions, batch: Batch, *, classification, con
         loss_giou = giou_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
         weighted["loss_giou"] = (config.loss.weight_giou, loss_giou)
     return weighted, assignment, target_labels
+
+
+def _each_its_own(batch: Batch, *, num_layers: int) -> Assignment:
+    shape = (num_layers, *batch.box_valid.shape)
+    matched = jnp.broadcast_to(batch.box_valid[None], shape)
+    slots = jnp.arange(shape[2], dtype=jnp.int32)
+    return Assignment(jnp.where(matched, slots[None, None], 0), matched)
 
 
 def labels_of_queries(assignment: Assignment, labels: Int32[Array, "B N"], num_queries: int) -> Int32[Array, "L B Q"]:

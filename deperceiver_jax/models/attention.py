@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from deperceiver_jax.models.attention_choice import attention_of
 from deperceiver_jax.models.attention_record import record_dense
 from deperceiver_jax.models.linear import dropout, linear, split_key, xavier_uniform_init
+from deperceiver_jax.models.log_gaussian import LogGaussian, bias_map, bias_of_keys
 
 
 def dense_attention(
@@ -19,20 +20,20 @@ def dense_attention(
     key: Float[Array, "B H K D"],
     value: Float[Array, "B H K E"],
     key_valid: Bool[Array, "B K"] | None = None,
-    bias: Float[Array, "B Hb Qb K"] | None = None,
+    bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
     *,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B H Q E"]:
     """softmax(q k^T / sqrt(D) + bias) v, over the keys where `key_valid` is True.
 
-    `bias` broadcasts over heads and queries where its axis is 1. The softmax is in float32. A query without any valid
-    key gets zeros, as in Perceiver IO, and never NaN.
+    `bias` broadcasts over heads and queries where its axis is 1; a LogGaussian is computed here. The softmax is in
+    float32. A query without any valid key gets zeros, as in Perceiver IO, and never NaN.
     """
     logits = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
     logits = logits.astype(jnp.float32)
     if bias is not None:
-        logits = logits + bias
+        logits = logits + bias_map(bias)
     if key_valid is None:
         probabilities = jax.nn.softmax(logits, axis=-1)
     else:
@@ -97,7 +98,7 @@ class MultiHeadAttention(nnx.Module):
         value: Float[Array, "B K D"],
         *,
         key_valid: Bool[Array, "B K"] | None = None,
-        bias: Float[Array, "B Hb Qb K"] | None = None,
+        bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
         segments: Sequence[int] | None = None,
         segment_weight: Float[Array, "B Q S"] | None = None,
         dropout_key: jax.Array | None = None,
@@ -119,7 +120,7 @@ class MultiHeadAttention(nnx.Module):
             for i, part_key in enumerate(split_key(dropout_key, len(ends))):
                 part = slice(ends[i] - segments[i], ends[i])
                 valid = None if key_valid is None else key_valid[:, part]
-                part_bias = None if bias is None else bias[..., part]
+                part_bias = bias_of_keys(bias, part)
                 result = attend(query, key[:, :, part], value[:, :, part], valid, part_bias, dropout_key=part_key)
                 if segment_weight is not None:
                     result = result * segment_weight[:, None, :, i, None].astype(result.dtype)

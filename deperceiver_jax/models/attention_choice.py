@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.flash_attention import flash_attention
 from deperceiver_jax.models.linear import split_key
+from deperceiver_jax.models.log_gaussian import LogGaussian
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "flash")
 # Matrices of fewer entries a head stay as they are with "auto": that is fastest, and they are small in memory.
@@ -28,7 +29,8 @@ def attention_of(implementation: str, plain: Callable) -> Callable:
 
     auto: plain for small matrices, else the kernel of the target platform, or blocks where it has none that fits;
     xla: always plain; chunked: always in blocks; cudnn, flash: that kernel, and blocks wherever it does not run.
-    Kernels have no dropout, so attention that drops goes in blocks.
+    Kernels have no dropout, so attention that drops goes in blocks; and they would need a LogGaussian's whole map,
+    which blocks compute for themselves.
     """
     return functools.partial(_attention, implementation, plain)
 
@@ -41,7 +43,8 @@ def _attention(implementation, plain, query, key, value, key_valid, bias, *, dro
         return plain(*arrays, **drops)
     in_blocks = functools.partial(chunked_attention, plain, **drops)
     kernels = {}
-    if implementation != "chunked" and (dropout_rate == 0.0 or dropout_key is None):
+    can_use_kernels = (dropout_rate == 0.0 or dropout_key is None) and not isinstance(bias, LogGaussian)
+    if implementation != "chunked" and can_use_kernels:
         if implementation != "cudnn":
             kernels["tpu"] = _on_each_device(flash_attention)
         # cuDNN's operation cannot even be traced where there is no GPU.
@@ -57,7 +60,7 @@ def chunked_attention(
     key: Float[Array, "B H K D"],
     value: Float[Array, "B H K E"],
     key_valid: Bool[Array, "B K"] | None = None,
-    bias: Float[Array, "B Hb Qb K"] | None = None,
+    bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
     *,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -78,13 +81,17 @@ def chunked_attention(
         x = jnp.pad(x, ((0, 0), (0, 0), (0, count * block - num_queries), (0, 0)))
         return jnp.moveaxis(x.reshape(*x.shape[:2], count, block, x.shape[3]), 2, 0)
 
-    one_bias = bias is not None and bias.shape[2] == 1
-    biases = None if bias is None or one_bias else in_blocks(bias)
+    if isinstance(bias, LogGaussian):
+        biases, bias_of_block = tuple(in_blocks(x) for x in bias[:2]), lambda block: LogGaussian(*block, bias.place)
+    elif bias is None or bias.shape[2] == 1:
+        biases, bias_of_block = None, lambda block: bias
+    else:
+        biases, bias_of_block = in_blocks(bias), lambda block: block
     keys = None if dropout_key is None else jnp.stack(split_key(dropout_key, count))
 
     @jax.checkpoint
     def attend(block_query, block_bias, block_key):
-        block_bias = bias if one_bias else block_bias
+        block_bias = bias_of_block(block_bias)
         return plain(block_query, key, value, key_valid, block_bias, dropout_rate=dropout_rate, dropout_key=block_key)
 
     attended = jax.lax.map(lambda arrays: attend(*arrays), (in_blocks(query), biases, keys))

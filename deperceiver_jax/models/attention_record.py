@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from deperceiver_jax.models.log_gaussian import LogGaussian, bias_map
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -99,7 +101,7 @@ def record_dense(
     query: Float[Array, "B H Q D"],
     key: Float[Array, "B H K D"],
     key_valid: Bool[Array, "B K"] | None,
-    bias: Float[Array, "B Hb Qb K"] | None,
+    bias: Float[Array, "B Hb Qb K"] | LogGaussian | None,
     segments: Sequence[int] | None,
     segment_weight: Float[Array, "B Q S"] | None,
 ) -> None:
@@ -109,6 +111,7 @@ def record_dense(
         return
     logits = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
     if bias is not None:
+        bias = bias_map(bias)
         logits = logits + bias
     segments = (key.shape[2],) if segments is None else tuple(segments)
     if segment_weight is None:

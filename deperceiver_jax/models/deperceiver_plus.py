@@ -21,87 +21,16 @@ from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.deformable_transformer import Pyramid, RelativeHeads, make_pyramid
 from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import layer_norm, linear, split_key
+from deperceiver_jax.models.log_gaussian import BoxGaussian
+from deperceiver_jax.models.mixed_levels import MixedLevels, sources
 from deperceiver_jax.models.mlp import MLP
 from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.position_encoding import sine_encoding
-from deperceiver_jax.models.proposals import TokenProposals, box_encoding
+from deperceiver_jax.models.proposals import TokenProposals, box_encoding, tokens_of_boxes
 from deperceiver_jax.models.resnet import ResNet
-from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map
+from deperceiver_jax.models.tokens import concatenate_levels, flatten_map
 from deperceiver_jax.models.transformer import TransformerLayer
-from deperceiver_jax.structures import Predictions
-
-
-class MixedLevels(nnx.Module):
-    """Backbone features -> maps of `dim` channels at `strides`; with `top_down`, deeper ones are mixed into them.
-
-    Mixing lets fine maps know what the deep layers know (feature pyramids, arXiv:1612.03144): each map of the backbone
-    is projected, gets the coarser one, enlarged, and goes through a 3x3 convolution. A norm ends either way.
-    """
-
-    def __init__(
-        self, channels: dict[int, int], dim: int, *, strides: Sequence[int], top_down: bool, dtype, rngs: nnx.Rngs
-    ):
-        self.strides = tuple(sorted(strides))
-        self.top_down = top_down
-        self.sources = sources(strides, top_down=top_down)
-        self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in self.sources])
-        self.convolutions = nnx.List(
-            [nnx.Conv(dim, dim, (3, 3), padding=1, dtype=dtype, rngs=rngs) for _ in self.strides if top_down]
-        )
-        self.norms = nnx.List([layer_norm(dim, dtype=dtype, rngs=rngs) for _ in self.strides])
-
-    def __call__(
-        self, features: dict[int, Float[Array, "B h w C"]], pixel_valid: Bool[Array, "B H W"]
-    ) -> tuple[list[Float[Array, "B h w D"]], list[Bool[Array, "B h w"]]]:
-        """The maps and which of their cells are real. Padding is zero before the convolutions, as beyond the frame."""
-        maps = {s: projection(features[s]) for projection, s in zip(self.projections, self.sources, strict=True)}
-        valid = {s: feature_valid(pixel_valid, *maps[s].shape[1:3]) for s in self.strides}
-        if self.top_down:
-            for coarse, fine in zip(self.sources[:0:-1], self.sources[-2::-1], strict=True):
-                maps[fine] = maps[fine] + enlarge(maps[coarse], *maps[fine].shape[1:3])
-            for convolution, s in zip(self.convolutions, self.strides, strict=True):
-                maps[s] = convolution(jnp.where(valid[s][..., None], maps[s], 0))
-        return [norm(maps[s]) for norm, s in zip(self.norms, self.strides, strict=True)], list(valid.values())
-
-
-def sources(strides: Sequence[int], *, top_down: bool) -> tuple[int, ...]:
-    """The backbone's strides that the maps are made of: with mixing, all from the finest to the last."""
-    return tuple(s for s in (4, 8, 16, 32) if s in strides or (top_down and s > min(strides)))
-
-
-def enlarge(x: Float[Array, "B h w D"], height: int, width: int) -> Float[Array, "B height width D"]:
-    """Every cell twice along both sides, cut to size: where a cell comes from does not depend on the padding."""
-    return x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
-
-
-class BoxGaussian(nnx.Module):
-    """The log of a Gaussian around each latent's box, for every head: where in the image the head looks first.
-
-    A head's centre is the box's centre plus a predicted offset, in halves of the box; its widths are predicted factors
-    of the box's halves. At the start the heads look at the middle and around it, in all directions.
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, least_width: float, rngs: nnx.Rngs):
-        self.num_heads = num_heads
-        self.least_width = least_width
-        angle = 2 * np.pi * np.arange(num_heads) / num_heads
-        ring = np.stack([np.cos(angle), np.sin(angle)], axis=-1) * (np.arange(num_heads) % 2)[:, None]
-        zeros = nnx.initializers.zeros
-        self.offset = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
-        self.width = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
-        self.offset.bias[...] = jnp.asarray(ring.reshape(-1), jnp.float32)
-
-    def __call__(
-        self, content: Float[Array, "B Q D"], reference: Float[Array, "B Q 4"], place: Float[Array, "B M 2"]
-    ) -> Float[Array, "B H Q M"]:
-        """`reference` and `place` are in [0, 1] of the valid area."""
-        shape = (*content.shape[:2], self.num_heads, 2)
-        center, half = reference[..., None, :2], jnp.maximum(reference[..., None, 2:] / 2, self.least_width)
-        center = center + self.offset(content).reshape(shape) * half
-        width = jnp.exp(jnp.clip(self.width(content).reshape(shape), -3.0, 3.0)) * half
-        center, width = center.transpose(3, 0, 2, 1)[..., None], width.transpose(3, 0, 2, 1)[..., None]  # [2 B H Q 1]
-        x, y = place[:, None, None, :, 0], place[:, None, None, :, 1]
-        return -0.5 * (((x - center[0]) / width[0]) ** 2 + ((y - center[1]) / width[1]) ** 2)
+from deperceiver_jax.structures import Hints, Predictions
 
 
 class Latents(NamedTuple):
@@ -110,6 +39,13 @@ class Latents(NamedTuple):
     content: Float[Array, "B Q D"]
     reference: Float[Array, "B Q 4"]  # the box (cxcywh of the valid area) around which the next layer looks and answers
     predictions: Predictions
+
+
+class Sight(NamedTuple):
+    """Which latents a latent sees; None where it sees all."""
+
+    key_valid: Bool[Array, "B Q"] | None = None
+    bias: Float[Array, "1 1 Q Q"] | None = None  # 0 for those in sight, else as good as minus infinity
 
 
 class AnchoredLayer(TransformerLayer):
@@ -153,6 +89,7 @@ class AnchoredLayer(TransformerLayer):
         memory: Float[Array, "B M D"],
         memory_key: Float[Array, "B M D"],
         pyramid: Pyramid,
+        sight: Sight,
         *,
         dropout_key=None,
     ) -> Latents:
@@ -162,7 +99,7 @@ class AnchoredLayer(TransformerLayer):
 
         def attend_latents(x):
             query = x + position
-            return self.self_attention(query, query, x, dropout_key=keys[0])
+            return self.self_attention(query, query, x, **sight._asdict(), dropout_key=keys[0])
 
         def attend_image(x):
             how = dict(key_valid=pyramid.token_valid, dropout_key=keys[1])
@@ -217,6 +154,7 @@ class AnchoredLayers(nnx.Module):
         memory: Float[Array, "B M D"],
         position: Float[Array, "B M D"],
         pyramid: Pyramid,
+        sight: Sight,
         *,
         dropout_key=None,
     ) -> Predictions:
@@ -227,7 +165,7 @@ class AnchoredLayers(nnx.Module):
             boxes=jnp.zeros((batch, num_latents, 4), jnp.float32),
         )
         start = Latents(content, reference, nothing)
-        layers = self.layers(start, memory, memory + position, pyramid, dropout_key=dropout_key, collect=True)
+        layers = self.layers(start, memory, memory + position, pyramid, sight, dropout_key=dropout_key, collect=True)
         return layers.predictions
 
 
@@ -240,25 +178,43 @@ class LearnedStart(nnx.Module):
         self.boxes = nnx.Param(jnp.asarray(np.log(boxes / (1 - boxes)), jnp.float32))  # logits of cxcywh
         self.content = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_latents, dim)))
 
-    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid):
+    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: None):
         """(no proposals, content [B, Q, D], boxes [B, Q, 4])."""
+        if hinted is not None:
+            raise UserError("config.loss.hint_copies needs config.model.start proposals: hints start from tokens.")
         del pyramid
         content, boxes = self.content[...].astype(memory.dtype), jax.nn.sigmoid(self.boxes[...])
         return None, *(jnp.broadcast_to(x[None], (len(memory), *x.shape)) for x in (content, boxes))
 
 
 class ProposedStart(nnx.Module):
-    """Latents that start as the tokens with the best proposals, at the boxes that these propose."""
+    """Latents that start as the tokens with the best proposals, at the boxes that these propose.
+
+    Behind them come, in training, those that start at hinted boxes, as the tokens there.
+    """
 
     def __init__(self, dim: int, num_latents: int, num_logits: int, *, dtype, rngs: nnx.Rngs):
         self.proposals = TokenProposals(dim, num_logits, num_proposals=num_latents, dtype=dtype, rngs=rngs)
         self.content = linear(dim, dim, dtype=dtype, rngs=rngs)
         self.content_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid):
-        """(Predictions of all tokens, content [B, Q, D], boxes [B, Q, 4])."""
-        proposals, tokens, boxes = self.proposals(memory, pyramid)
-        return proposals, self.content_norm(self.content(tokens)), boxes
+    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: Float[Array, "B P 4"] | None):
+        """(Predictions of all tokens, content [B, Q + P, D], boxes [B, Q + P, 4])."""
+        proposals, tokens, chosen, boxes = self.proposals(memory, pyramid)
+        if hinted is not None:
+            chosen = jnp.concatenate([chosen, tokens_of_boxes(hinted, pyramid)], axis=1)
+            boxes = jnp.concatenate([boxes, hinted], axis=1)
+        chosen_tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
+        return proposals, self.content_norm(self.content(chosen_tokens)), boxes
+
+
+def sight_of_hints(hints: Hints, num_latents: int) -> Sight:
+    """Latents see one another, and those behind them, which start from hints, see the real ones of their own copy."""
+    batch, copies, slots = hints.valid.shape
+    copy = np.repeat(np.arange(1 + copies), [num_latents - copies * slots, *[slots] * copies])
+    bias = np.where(copy[:, None] == copy, 0.0, -1e30).astype(np.float32)
+    answers = jnp.ones((batch, num_latents - copies * slots), bool)
+    return Sight(jnp.concatenate([answers, hints.valid.reshape(batch, -1)], axis=1), jnp.asarray(bias)[None, None])
 
 
 class DePerceiverPlus(nnx.Module):
@@ -322,16 +278,27 @@ class DePerceiverPlus(nnx.Module):
         image: Float[Array, "B H W 3"],
         pixel_valid: Bool[Array, "B H W"],
         *,
+        hints: Hints | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Predictions:
-        """`image` has ImageNet's mean and standard deviation removed and zeros on padding; see images.py."""
+        """`image` has ImageNet's mean and standard deviation removed and zeros on padding; see images.py.
+
+        Hints do not change the other answers: no latent sees those that start from one, but for their own copy's.
+        """
         maps, map_valid = self.levels(self.backbone(image, pixel_valid), pixel_valid)
         pyramid = make_pyramid(map_valid)
         memory = concatenate_levels([flatten_map(x) for x in maps])
         position = concatenate_levels([self._position(valid, i) for i, valid in enumerate(map_valid)])
-        proposals, content, boxes = self.start(memory, pyramid)
-        predictions = self.decoder(content, boxes, memory, position, pyramid, dropout_key=dropout_key)
-        return predictions._replace(proposals=proposals)
+        hinted = None if hints is None else hints.boxes.reshape(len(image), -1, 4)
+        proposals, content, boxes = self.start(memory, pyramid, hinted)
+        sight = Sight() if hints is None else sight_of_hints(hints, content.shape[1])
+        predictions = self.decoder(content, boxes, memory, position, pyramid, sight, dropout_key=dropout_key)
+        if hints is None:
+            return predictions._replace(proposals=proposals)
+        count = hinted.shape[1]
+        answers = jax.tree.map(lambda x: x[:, :, :-count], predictions)
+        of_hints = jax.tree.map(lambda x: x[:, :, -count:], predictions)
+        return answers._replace(proposals=proposals, hinted=of_hints)
 
     def _position(self, valid: Bool[Array, "B h w"], level: int) -> Float[Array, "B h*w D"]:
         position = flatten_map(sine_encoding(valid, self.embed_dim, offset=-0.5))

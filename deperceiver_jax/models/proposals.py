@@ -7,8 +7,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deformable_transformer import Pyramid
@@ -16,18 +17,35 @@ from deperceiver_jax.models.heads import BoxHead, ClassHead
 from deperceiver_jax.models.linear import layer_norm, linear, xavier_uniform_init
 from deperceiver_jax.structures import Predictions
 
+FINEST_SIZE = 0.05  # width and height of the boxes that the finest tokens start from, as a share of the image
+
 
 def token_boxes(pyramid: Pyramid) -> tuple[Float[Array, "B S 4"], Bool[Array, "B S"]]:
-    """The box that each token starts from (cxcywh of the valid area): its own place, 0.05 * 2^level wide and high.
+    """The box that each token starts from (cxcywh of the valid area): its place, FINEST_SIZE * 2^level wide and high.
 
     Valid are those of real tokens whose four numbers all lie inside (0.01, 0.99).
     """
     sizes = [
-        jnp.full((1, height * width, 2), 0.05 * 2.0**level) for level, (height, width) in enumerate(pyramid.level_sizes)
+        jnp.full((1, height * width, 2), FINEST_SIZE * 2.0**level)
+        for level, (height, width) in enumerate(pyramid.level_sizes)
     ]
     size = jnp.broadcast_to(jnp.concatenate(sizes, axis=1), pyramid.place.shape)
     boxes = jnp.concatenate([pyramid.place, size], axis=-1)
     return boxes, pyramid.token_valid & jnp.all((boxes > 0.01) & (boxes < 0.99), axis=-1)
+
+
+def tokens_of_boxes(boxes: Float[Array, "B Q 4"], pyramid: Pyramid) -> Int32[Array, "B Q"]:
+    """The token that covers the centre of each box (cxcywh of the valid area), on the level that starts at its size."""
+    side = jnp.sqrt(boxes[..., 2] * boxes[..., 3])
+    last = len(pyramid.level_sizes) - 1
+    level = jnp.clip(jnp.round(jnp.log2(side / FINEST_SIZE)), 0, last).astype(jnp.int32)
+    columns = np.array([width for _, width in pyramid.level_sizes], np.int32)
+    starts = np.cumsum([0, *(height * width for height, width in pyramid.level_sizes[:-1])], dtype=np.int32)
+    # Cells that are image, along x and y: a whole number of them.
+    valid = pyramid.valid_share * np.array(pyramid.level_sizes, np.float32)[None, :, ::-1]
+    valid = jnp.take_along_axis(valid, level[..., None], axis=1)
+    cell = jnp.clip(jnp.floor(boxes[..., :2] * valid), 0, valid - 1).astype(jnp.int32)
+    return jnp.asarray(starts)[level] + cell[..., 1] * jnp.asarray(columns)[level] + cell[..., 0]
 
 
 def box_encoding(boxes: Float[Array, "B Q 4"], dim: int) -> Float[Array, "B Q 4*dim"]:
@@ -52,8 +70,8 @@ class TokenProposals(nnx.Module):
 
     def __call__(
         self, memory: Float[Array, "B S D"], pyramid: Pyramid
-    ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
-        """(Predictions [1, B, S, ...] of all tokens, the best tokens, their boxes without gradient).
+    ) -> tuple[Predictions, Float[Array, "B S D"], Int32[Array, "B Q"], Float[Array, "B Q 4"]]:
+        """(Predictions [1, B, S, ...] and content of all tokens, which are best, their boxes without gradient).
 
         The score is the logit of class slot 0, which the encoder's loss trains to mean any object; the other logits are
         trained to stay low. Invalid tokens propose the whole frame, (1, 1, 1, 1).
@@ -72,8 +90,7 @@ class TokenProposals(nnx.Module):
         boxes = jax.nn.sigmoid(self.box_head.mlp(tokens) + start_logit)
         _, best = jax.lax.top_k(logits[..., 0], self.num_proposals)
         reference = jax.lax.stop_gradient(jnp.take_along_axis(boxes, best[..., None], axis=1))
-        best_tokens = jnp.take_along_axis(tokens, best[..., None], axis=1)
-        return Predictions(logits=logits[None], boxes=boxes[None]), best_tokens, reference
+        return Predictions(logits=logits[None], boxes=boxes[None]), tokens, best, reference
 
 
 class Proposals(TokenProposals):
@@ -88,7 +105,7 @@ class Proposals(TokenProposals):
         self, memory: Float[Array, "B S D"], pyramid: Pyramid
     ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
         """(Predictions of all tokens, content and position of the queries, their reference boxes)."""
-        predictions, _, reference = super().__call__(memory, pyramid)
+        predictions, _, _, reference = super().__call__(memory, pyramid)
         encoded = box_encoding(reference, memory.shape[-1] // 2).astype(memory.dtype)
         position, content = jnp.split(self.query_norm(self.query(encoded)), 2, axis=-1)
         return predictions, content, position, reference

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
+from deperceiver_jax.losses.hints import make_hints
 from deperceiver_jax.sharding import ALL_DEVICES, batch_sharding, check_batch_size, gather, replicated
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.train_state import Plan, TrainState
@@ -37,6 +38,8 @@ def make_train_step(
     """
     parts = config.optimizer.accumulate_steps
     check_parts(config.data.batch_size, parts, mesh)
+    if config.loss.hint_copies and config.model.name != "deperceiver_plus":
+        raise UserError(f"config.loss.hint_copies needs deperceiver_plus; {config.model.name} takes no hints.")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -45,8 +48,10 @@ def make_train_step(
             detector = plan.skeleton.merge(gather({**state.frozen, **params}, mesh))
             image, pixel_valid = normalize_images(part.image, part.size)
             dropout_key = jax.random.fold_in(step_key, part_index)
+            hints = make_hints(part, config.loss, jax.random.fold_in(dropout_key, 1))
+            given = {} if hints is None else {"hints": hints}  # which few detectors take
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
-                predictions = detector(image, pixel_valid, dropout_key=dropout_key)
+                predictions = detector(image, pixel_valid, dropout_key=dropout_key, **given)
             return loss(predictions, part, whole=batch)
 
         gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)

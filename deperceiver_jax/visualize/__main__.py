@@ -2,15 +2,16 @@
 
 python -m deperceiver_jax.visualize detections --workdir=runs/demo --output=runs/demo/detections.png
 python -m deperceiver_jax.visualize attention --workdir=runs/demo --example=0 --output=runs/demo/attention.png
+python -m deperceiver_jax.visualize latents --workdir=runs/demo --example=0 --output=runs/demo/latents.png
 """
 
 import sys
 
 from deperceiver_jax.command_line import run
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.visualize import attention, detections
+from deperceiver_jax.visualize import attention, detections, latents
 
-COMMANDS = {"detections": detections.main, "attention": attention.main}
+COMMANDS = {"detections": detections.main, "attention": attention.main, "latents": latents.main}
 
 
 def main(argv: list[str]) -> None:

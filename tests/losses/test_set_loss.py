@@ -306,3 +306,31 @@ def test_every_box_has_so_many_proposals():
     np.testing.assert_allclose(terms["loss_bbox_enc"], 0.05, rtol=1e-5)
     np.testing.assert_allclose(terms["loss_giou_enc"], (0 + (1 - 1 / 3)) / 2, rtol=1e-5)
     np.testing.assert_allclose(terms["loss_bbox"], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("focal", [True, False])
+def test_what_came_of_hints_answers_for_its_own_box(focal):
+    """Its terms are those of queries that lie on their boxes in order; empty slots are idle."""
+    config = make_config(3, focal=focal)
+    boxes = [[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.2, 0.4], [0.0] * 4]
+    batch = make_batch([boxes], [[1, 0, 0]], [[True, True, False]])
+    width = 3 if focal else 4
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 6, width)), jnp.float32)
+    shifted = jnp.asarray([boxes, boxes], jnp.float32).reshape(1, 1, 6, 4) + 0.02  # four numbers of 0.02 each
+    answers = Predictions(jnp.zeros((1, 1, 2, width)), jnp.full((1, 1, 2, 4), 0.5))
+    hinted = Predictions(logits, jnp.concatenate([shifted, shifted], axis=0))
+    (alone, _), _ = make_loss(config)(answers, batch)
+    (total, terms), gradient = make_loss(config)(answers._replace(hinted=hinted), batch)
+    np.testing.assert_allclose(terms["loss_bbox_hint"], 0.08, rtol=1e-5)
+    for field in gradient.hinted:
+        if field is not None:
+            assert np.all(np.any(np.asarray(field), axis=(0, 1, 3)) == [True, True, False] * 2)
+    # Two real hints of each copy, each of its own class: half of the sum over the four.
+    classification = build_classification(config.loss)
+    labels = jnp.asarray([[[1, 0, 1, 0]]] * 2)
+    expected = classification.loss(logits[:, :, jnp.array([0, 1, 3, 4])], labels, jnp.float32(4.0))
+    name = classification.name
+    np.testing.assert_allclose(terms[f"loss_{name}_hint"], expected[-1], rtol=1e-5)
+    weights = (config.loss.weight_class, config.loss.weight_bbox, config.loss.weight_giou)
+    layers = (expected.sum(), 2 * terms["loss_bbox_hint"], 2 * terms["loss_giou_hint"])
+    np.testing.assert_allclose(total - alone, sum(w * x for w, x in zip(weights, layers, strict=True)), rtol=1e-4)

@@ -15,6 +15,7 @@ from deperceiver_jax.models import attention_choice, build_detector
 from deperceiver_jax.models.attention import MultiHeadAttention, dense_attention
 from deperceiver_jax.models.attention_choice import chunked_attention, cudnn_attention, cudnn_takes
 from deperceiver_jax.models.flash_attention import block_size, flash_attention
+from deperceiver_jax.models.log_gaussian import LogGaussian
 from deperceiver_jax.sharding import batch_sharding, make_mesh
 
 
@@ -42,18 +43,27 @@ def same_values_and_gradients(attend, query, key, value, valid, bias, tolerance)
         (_, attended), gradients = jax.jit(gradient)(query, key, value, bias)
         return attended, *gradients
 
-    for ours, plain in zip(compute(attend), compute(dense_attention), strict=True):
+    for ours, plain in zip(jax.tree.leaves(compute(attend)), jax.tree.leaves(compute(dense_attention)), strict=True):
         np.testing.assert_allclose(ours, plain, atol=tolerance)
         if valid is not None:
             assert not np.any(ours[1])
 
 
-@pytest.mark.parametrize("bias_shape", [None, (2, 70, 50), (1, 1, 50)])
+def gaussian_for(queries, keys):
+    rng = np.random.default_rng(2)
+    shapes = ((2, 2, queries, 2), (2, 2, queries, 2), (2, keys, 2))
+    return LogGaussian(*(jnp.asarray(rng.uniform(0.2, 2.0, size=shape), jnp.float32) for shape in shapes))
+
+
+@pytest.mark.parametrize("bias_shape", [None, (2, 70, 50), (1, 1, 50), "gaussian"])
 def test_blocks_of_queries_equal_plain_attention(monkeypatch, bias_shape):
     monkeypatch.setattr(attention_choice, "BLOCK", 16 * 50)
     monkeypatch.setattr(attention_choice, "FEWEST_QUERIES", 1)  # 70 queries: four blocks of 16 and a part of one
     query, key, value, valid = arrays(queries=70, keys=50)
-    bias = None if bias_shape is None else bias_for(70, 50, bias_shape)
+    if bias_shape == "gaussian":
+        bias = gaussian_for(70, 50)
+    else:
+        bias = None if bias_shape is None else bias_for(70, 50, bias_shape)
     attend = functools.partial(chunked_attention, dense_attention)
     same_values_and_gradients(attend, query, key, value, valid, bias, 1e-5)
 
@@ -128,6 +138,24 @@ def test_choice_by_size_platform_dropout_and_field():
     assert choice("flash", *small) == "kernel"
     assert choice("flash", *large, platform="cpu") == "blocks"
     assert choice("cudnn", *large) == "blocks"  # there is no GPU here
+
+
+def test_a_gaussian_is_computed_in_blocks_or_is_a_map():
+    query, key, value, valid = arrays(queries=6, keys=5)
+    gaussian = gaussian_for(6, 5)
+    expected = dense_attention(query, key, value, valid, gaussian.map())
+    np.testing.assert_allclose(dense_attention(query, key, value, valid, gaussian), expected, atol=1e-6)
+    large = [jax.ShapeDtypeStruct((1, 2, n, 8), jnp.float32) for n in (1024, 1024)]
+    pairs = [jax.ShapeDtypeStruct((1, 2, 1024, 2), jnp.float32)] * 2
+    attend = attention_choice.attention_of("auto", dense_attention)
+
+    def run(query, key, center, inverse_width, place):
+        return attend(
+            query, key, key, None, LogGaussian(center, inverse_width, place), dropout_rate=0.0, dropout_key=None
+        )
+
+    text = jax.jit(run).lower(*large, *pairs, jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)).as_text()
+    assert "1x2x1024x1024x" not in text and "1x2x256x1024x" in text
 
 
 def test_what_cudnn_takes():

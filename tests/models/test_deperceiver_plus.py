@@ -9,7 +9,11 @@ from flax import nnx
 from configs import deperceiver_plus
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.deperceiver_plus import BoxGaussian, MixedLevels, enlarge, sources
+from deperceiver_jax.models.deformable_transformer import make_pyramid
+from deperceiver_jax.models.log_gaussian import BoxGaussian
+from deperceiver_jax.models.mixed_levels import MixedLevels, enlarge, sources
+from deperceiver_jax.models.proposals import tokens_of_boxes
+from deperceiver_jax.structures import Hints
 
 
 def small(**changes):
@@ -64,6 +68,35 @@ def test_padding_changes_nothing(start):
     np.testing.assert_allclose(tight.logits, wide.logits, atol=1e-4)
 
 
+def test_hints_change_no_other_answer():
+    """Nor do the hints of another copy, nor those of empty slots."""
+    detector = build_detector(small(), rngs=nnx.Rngs(0))
+    call = nnx.jit(lambda detector, hints: detector(*example(), hints=hints))
+    boxes = jnp.asarray([[[0.5, 0.5, 0.1, 0.1], [0.2, 0.3, 0.3, 0.3], [0.5] * 4]])
+    hints = Hints(jnp.stack([boxes, boxes], axis=1), jnp.asarray([[[True, True, False], [True, False, False]]]))
+    predictions = call(detector, hints)
+    for ours, alone in zip(predictions[:2], call(detector, None)[:2], strict=True):
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
+    moved = call(detector, hints._replace(boxes=hints.boxes.at[0, 1].set(0.3).at[0, 0, 2].set(0.9)))
+    assert predictions.hinted.boxes.shape == (2, 1, 6, 4)
+    change = np.abs(moved.hinted.logits - predictions.hinted.logits).max(axis=(0, 1, 3))
+    assert change[:2].max() < 1e-5 and change[2:].min() > 1e-2
+    with pytest.raises(UserError, match="hint_copies needs config.model.start proposals"):
+        build_detector(small(start="learned"), rngs=nnx.Rngs(0))(*example(), hints=hints)
+
+
+def test_a_hint_starts_as_the_token_that_covers_it():
+    fine = jnp.ones((1, 8, 12), bool).at[:, 7:].set(False).at[:, :, 9:].set(False)
+    pyramid = make_pyramid([fine, jnp.ones((1, 4, 6), bool).at[:, :, 5:].set(False)])
+    boxes = [[0.5, 0.5, 0.05, 0.05], [0.99, 0.99, 0.05, 0.05], [-0.2, 1.2, 0.04, 0.04]]
+    boxes += [[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]]  # the coarse level starts at a size of 0.1
+    token = tokens_of_boxes(jnp.asarray([boxes]), pyramid)[0]
+    row_and_column = [(3, 4), (6, 8), (6, 0)]
+    assert token.tolist() == [12 * row + column for row, column in row_and_column] + [96 + 6 * 3, 96 + 4]
+    for box, place in zip(boxes[:2], np.asarray(pyramid.place[0, token[:2]]), strict=True):
+        assert np.all(np.abs(place - box[:2]) <= 0.5 / np.array([9, 7]) + 1e-6)
+
+
 def test_the_gaussian_is_around_the_box():
     gaussian = BoxGaussian(8, 2, least_width=0.1, rngs=nnx.Rngs(0))
     content = jnp.ones((1, 1, 8))
@@ -71,7 +104,7 @@ def test_the_gaussian_is_around_the_box():
     place = jnp.array([[[0.5, 0.5], [0.7, 0.5], [0.5, 0.6], [0.3, 0.5]]])
     # Head 0 looks at the middle, head 1 half a box to the left of it.
     expected = [[0.0, -0.5, -0.5, -0.5], [-0.5, -2.0, -1.0, 0.0]]
-    np.testing.assert_allclose(gaussian(content, box, place)[0, :, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(gaussian(content, box, place).map()[0, :, 0], expected, atol=1e-5)
 
 
 def test_mixing_carries_deep_features_into_fine_maps():

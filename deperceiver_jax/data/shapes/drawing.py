@@ -65,15 +65,15 @@ RECIPES = {
         objects=(1, 6),
         size_odds=(0.25, 0.4, 0.35),
     ),
-    # A third of the pixels with shapes of as many pixels as there: crowded, and cheap to train on.
+    # A quarter of the pixels with shapes of as many pixels as there: crowded, and cheap to train on.
     "small": Recipe(
-        "Four to ten shapes, most of them small, in small images.",
+        "Four to eight shapes, most of them small, in small images.",
         version="2.0.0",
-        heights=(64, 80),
-        widths=(64, 80),
-        objects=(4, 10),
+        heights=(56, 64),
+        widths=(56, 64),
+        objects=(4, 8),
         size_odds=(0.8, 0.2, 0.0),
-        magnification=3.0,
+        magnification=4.0,
     ),
 }
 
