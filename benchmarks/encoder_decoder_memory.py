@@ -8,16 +8,17 @@ For every stride, and for the two sizes 800 x 800 (the paper's) and 800 x 1333:
 - kept: MiB that the forward pass keeps for the backward pass, parameters not counted, as JAX's differentiation finds it
   (nothing is run or compiled);
 - compiled (--compile): MiB of temporaries of the compiled forward and backward pass, of this machine's platform or of a
-  TPU that need not be there (--topology, with libtpu).
+  TPU that need not be there (--topology, with libtpu). Of what a TPU's compiler refuses: what it says it would need.
 
-Both models come plain, with memory-efficient attention, and with that and rematerialised layers. Float32, batch 1, no
-dropout. Writes OUTPUT/memory.json, and OUTPUT/memory.png with matplotlib (pip install '.[plots]').
+Both models come plain, with memory-efficient attention (in blocks of queries; for a TPU our kernels), and with that and
+rematerialised layers. Float32, batch 1, no dropout. Writes OUTPUT/memory.json, and OUTPUT/memory.png with matplotlib
+(pip install '.[plots]'); --rows draws again from such a file.
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -34,13 +35,15 @@ from deperceiver_jax.models.attention import MultiHeadAttention  # noqa: E402
 from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder  # noqa: E402
 from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
+from deperceiver_jax.preflight.chips import open_topology  # noqa: E402
+from deperceiver_jax.preflight.program import needed_bytes  # noqa: E402
 
 STRIDES = {"32": (32,), "16": (16,), "8": (8,), "multi-scale": (8, 16, 32), "4": (4,)}
 SIZES = ((800, 800), (800, 1333))
-KINDS = {  # config.attention, config.rematerialize
-    "plain": ("xla", False),
-    "memory-efficient attention": ("chunked", False),
-    "rematerialised layers": ("chunked", True),
+KINDS = {  # config.rematerialize
+    "plain": False,
+    "memory-efficient attention": False,
+    "rematerialised layers": True,
 }
 # Millions of numbers in the paper's figure 2 at 800 x 800, read from its drawing; DETR had no memory for the last.
 PAPER = {
@@ -54,34 +57,40 @@ MODELS = ("DETR", "DePerceiver")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=SIZES, help="such as 800x800")
+    parser.add_argument("--strides", nargs="+", choices=STRIDES, default=list(STRIDES))
     parser.add_argument("--compile", action="store_true", help="also compile, for minutes")
     parser.add_argument("--topology", default="", help="compile for this TPU topology, such as v5e:2x2")
+    parser.add_argument("--rows", type=Path, help="a memory.json: measure nothing, judge and draw that")
     arguments = parser.parse_args()
-    device = compile_for(arguments.topology) if arguments.compile or arguments.topology else None
-    rows = []
-    for size in SIZES:
-        for stride in STRIDES:
-            for model in MODELS:
-                for kind in KINDS:
-                    rows.append(measure(model, kind, size, stride, device))
-                    print(line(rows[-1]), flush=True)
+    if arguments.rows:
+        rows = json.loads(arguments.rows.read_text())
+    else:
+        device = compile_for(arguments.topology) if arguments.compile or arguments.topology else None
+        rows = []
+        for size, stride, model, kind in itertools.product(arguments.sizes, arguments.strides, MODELS, KINDS):
+            rows.append(measure(model, kind, size, stride, device))
+            print(line(rows[-1]), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for text in judge(rows):
-        print(text)
+    for figure in figures(rows)[1:]:
+        for text in judge(rows, figure):
+            print(text)
     draw(rows, arguments.output / "memory.png")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+def figures(rows: list[dict]) -> list[str]:
+    return ["outputs", "kept", *(["compiled"] if "compiled" in rows[0] else [])]
 
 
 def compile_for(topology: str):
     """The device to compile for: a described TPU, or this machine's first."""
-    if not topology:
-        return jax.devices()[0]
-    from jax.experimental import topologies
-
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return open_topology(topology or "local")[1][0]
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -91,7 +100,7 @@ def count_tokens(size: tuple[int, int], stride: str) -> int:
     return sum(math.prod(-(-side // s) for side in size) for s in STRIDES[stride])
 
 
-def encoder_decoder(model: str, kind: str) -> nnx.List:
+def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
     """(encoder, decoder) with abstract parameters."""
 
     def build():
@@ -114,18 +123,18 @@ def encoder_decoder(model: str, kind: str) -> nnx.List:
         return nnx.List(halves)
 
     halves = nnx.eval_shape(build)
-    attention, rematerialize = KINDS[kind]
+    efficient = "flash" if platform == "tpu" else "chunked"
     for _, part in nnx.iter_graph(halves):
         if isinstance(part, MultiHeadAttention):
-            part.implementation = attention
+            part.implementation = "xla" if kind == "plain" else efficient
         if isinstance(part, LayerStack):
-            part.rematerialize = rematerialize
+            part.rematerialize = KINDS[kind]
     return halves
 
 
 def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=None) -> dict:
     """One row of the table; see the top of the file."""
-    graphdef, params = nnx.split(encoder_decoder(model, kind))
+    graphdef, params = nnx.split(encoder_decoder(model, kind, device.platform if device else "cpu"))
     tokens = count_tokens(size, stride)
     x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.float32)
 
@@ -139,12 +148,22 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
     row["outputs"] = matrix_outputs(jax.make_jaxpr(apply)(params, x).jaxpr) / 1e6
     row["kept"] = _mebibytes(without(jax.tree.leaves(kept), jax.tree.leaves(params)))
     if device is not None:
-        sharding = jax.sharding.SingleDeviceSharding(device)
         step = jax.grad(lambda *inputs: jnp.sum(apply(*inputs) ** 2), argnums=(0, 1))
-        compiled = jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(params, x).compile()
-        row["compiled"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        row["platform"] = device.device_kind
+        row |= compile_step(step, params, x, device)
     return row
+
+
+def compile_step(step, params, x, device) -> dict:
+    """The compiled figures of a row."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    lowered = jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(params, x)
+    try:
+        temporaries, refused = lowered.compile().memory_analysis().temp_size_in_bytes, False
+    except jax.errors.JaxRuntimeError as error:
+        temporaries, refused = needed_bytes(str(error)), True
+        if temporaries is None:
+            raise
+    return dict(compiled=temporaries / 2**20, refused=refused, platform=device.device_kind)
 
 
 def matrix_outputs(jaxpr: Jaxpr, times: int = 1) -> int:
@@ -186,26 +205,25 @@ def _mebibytes(arrays: list) -> float:
 
 def line(row: dict) -> str:
     compiled = f"  compiled {row['compiled']:9.0f} MiB" if "compiled" in row else ""
+    compiled += " (refused)" if row.get("refused") else ""
     return (
         f"{row['size'][0]}x{row['size'][1]}  {row['stride']:12}{row['tokens']:7} tokens  {row['model']:12}"
         f"{row['kind']:28} outputs {row['outputs']:9.1f} M  kept {row['kept']:9.0f} MiB{compiled}"
     )
 
 
-def judge(rows: list[dict]) -> list[str]:
-    """Who needs less, and how straight DePerceiver's cost is against tokens."""
+def judge(rows: list[dict], figure: str) -> list[str]:
+    """Who needs less by one figure, and how straight DePerceiver's is against tokens."""
     texts = []
-    figure = "compiled" if "compiled" in rows[0] else "kept"
-    for size in SIZES:
-        here = {(r["model"], r["kind"], r["stride"]): r[figure] for r in rows if r["size"] == size}
-        for stride in STRIDES:
-            best = {model: min(here[model, kind, stride] for kind in KINDS) for model in MODELS}
-            ours, plain = best["DePerceiver"], here["DETR", "plain", stride]
-            texts.append(
-                f"{size[0]}x{size[1]} stride {stride}, {figure}: DePerceiver's best {ours:.0f} MiB is "
-                f"{ours / plain:.3f} of DETR's plain {plain:.0f} and {ours / best['DETR']:.3f} of its best "
-                f"{best['DETR']:.0f}."
-            )
+    found = {(*r["size"], r["stride"], r["model"], r["kind"]): r[figure] for r in rows}
+    for place in dict.fromkeys(key[:3] for key in found):
+        best = {model: min(found[*place, model, kind] for kind in KINDS) for model in MODELS}
+        ours, plain = best["DePerceiver"], found[*place, "DETR", "plain"]
+        texts.append(
+            f"{place[0]}x{place[1]} stride {place[2]}, {figure}: DePerceiver's best {ours:.0f} MiB is "
+            f"{ours / plain:.3f} of DETR's plain {plain:.0f} and {ours / best['DETR']:.3f} of its best "
+            f"{best['DETR']:.0f}."
+        )
     for kind in KINDS:
         points = [(r["tokens"], r[figure]) for r in rows if (r["model"], r["kind"]) == ("DePerceiver", kind)]
         texts.append(f"DePerceiver, {kind}: {figure} against tokens is a line with R^2 = {r_squared(points):.5f}.")
@@ -219,8 +237,15 @@ def r_squared(points: list[tuple[float, float]]) -> float:
     return float(1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2))
 
 
+LABELS = {
+    "outputs": "numbers written by matrix products, millions",
+    "kept": "kept for the backward pass, MiB",
+    "compiled": "temporaries of the compiled step, MiB",
+}
+
+
 def draw(rows: list[dict], path: Path) -> None:
-    """What is kept (or compiled) at each stride, on a logarithmic scale."""
+    """Every figure at each stride, on a logarithmic scale."""
     try:
         import matplotlib
     except ImportError:
@@ -229,33 +254,31 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figures = [("outputs", "numbers written by matrix products, millions")]
-    figures.append(("compiled", "temporaries, MiB") if "compiled" in rows[0] else ("kept", "kept for backward, MiB"))
-    figure, axes = pyplot.subplots(len(SIZES), len(figures), figsize=(13, 9), layout="constrained", squeeze=False)
+    sizes = sorted({tuple(row["size"]) for row in rows})
+    shape = (len(sizes), len(figures(rows)))
+    sheet, axes = pyplot.subplots(
+        *shape, figsize=(6.2 * shape[1], 4.4 * shape[0]), layout="constrained", squeeze=False, sharex=True
+    )
     styles = dict(zip(KINDS, ("-", "--", ":"), strict=True))
     colors = dict(zip(MODELS, ("C1", "C0"), strict=True))
-    for (i, size), (j, (name, label)) in ((a, b) for a in enumerate(SIZES) for b in enumerate(figures)):
+    strides = list(dict.fromkeys(row["stride"] for row in rows))
+    for (i, size), (j, name) in itertools.product(enumerate(sizes), enumerate(figures(rows))):
         ax = axes[i][j]
-        for model in MODELS:
-            for kind in (
-                KINDS if name != "outputs" else ("plain",)
-            ):  # the others write as much, or a little padding more
-                values = [r[name] for r in rows if (r["model"], r["kind"], r["size"]) == (model, kind, size)]
-                ax.plot(list(STRIDES), values, styles[kind], marker="o", color=colors[model], label=f"{model}, {kind}")
-            if name == "outputs" and size == (800, 800):
-                known = PAPER[model]
-                ax.plot(
-                    list(known),
-                    list(known.values()),
-                    "x",
-                    color="black",
-                    markersize=9,
-                    label="paper" * (model == "DETR"),
-                )
-        ax.set(title=f"{size[0]} x {size[1]}", ylabel=label, xlabel="stride of the tokens", yscale="log")
+        # With blocks and rematerialisation matrix products write as much, or a little padding more.
+        for model, kind in itertools.product(MODELS, KINDS if name != "outputs" else ("plain",)):
+            here = {r["stride"]: r[name] for r in rows if (r["model"], r["kind"], *r["size"]) == (model, kind, *size)}
+            values = [here[stride] for stride in strides]
+            ax.plot(strides, values, styles[kind], marker="o", color=colors[model], label=f"{model}, {kind}")
+        if name == "outputs" and size == (800, 800):
+            for model, known in PAPER.items():
+                points = [(stride, known[stride]) for stride in strides if stride in known]
+                label = "the paper's figure" if model == "DETR" else None
+                ax.plot(*zip(*points, strict=True), "x", color="black", markersize=9, label=label)
+        ax.set(title=f"{size[0]} x {size[1]}", ylabel=LABELS[name], xlabel="stride of the tokens", yscale="log")
         ax.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    sheet.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    sheet.savefig(path, dpi=80)
     print(f"Drew {path}.")
 
 

@@ -20,6 +20,8 @@ class LayerStack(nnx.Module):
     loop compiles in half the time (v5e, 800 x 1088 x 8: 78 s against 161 s). The target platform decides.
     """
 
+    unroll = False  # True: every row of layers is a Python loop, as benchmarks/compile_time.py compares
+
     def __init__(
         self,
         make_layer: Callable[[nnx.Rngs], nnx.Module],
@@ -81,10 +83,10 @@ class LayerStack(nnx.Module):
                 outputs.append(output)
             return x, (jax.tree.map(lambda *layers: jnp.stack(layers), *outputs) if collect else None)
 
-        if self.unroll_on_cpu:
-            last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=loop_layers, default=scan_layers)
-        elif is_recording():
+        if self.unroll or is_recording():
             last, outputs = loop_layers(x, stacked, keys)
+        elif self.unroll_on_cpu:
+            last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=loop_layers, default=scan_layers)
         else:
             last, outputs = scan_layers(x, stacked, keys)
         return outputs if collect else last

@@ -196,7 +196,7 @@ class PerceiverEncoder(nnx.Module):
     def _apply_remaining_blocks(self, first, latents, keys):
         if not self.share_blocks:
             return self.blocks(latents, start=first * self.layers_per_block, dropout_key=keys[first])
-        if is_recording():  # a loop of JAX would keep what happens inside to itself
+        if self.blocks.unroll or is_recording():  # a loop of JAX would keep what happens inside to itself
             for key in keys[first:]:
                 latents = self.blocks(latents, dropout_key=key)
             return latents

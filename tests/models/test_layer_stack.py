@@ -36,6 +36,15 @@ def test_rematerialised_layers_give_the_same_gradient_from_less_memory():
     assert least < most / 2  # six hidden layers of 64 x 256, or one
 
 
+def test_layers_written_out_are_no_loop(monkeypatch):
+    stack, x = LayerStack(Layer, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    looped = stack(x, collect=True)
+    assert "scan" in str(jax.make_jaxpr(lambda x: stack(x))(x))
+    monkeypatch.setattr(LayerStack, "unroll", True)
+    assert "scan" not in str(jax.make_jaxpr(lambda x: stack(x))(x))
+    np.testing.assert_allclose(stack(x, collect=True), looped, rtol=1e-6)
+
+
 def test_a_rematerialised_layer_keeps_its_arguments_alone():
     layer = Layer(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (64, 4))

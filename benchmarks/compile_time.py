@@ -1,0 +1,62 @@
+"""How long the training step compiles for a TPU with rows of layers as loops, and with every layer written out.
+
+    python benchmarks/compile_time.py [--configs=configs/detr.py:r50] [--topology=v5e:2x2] [--config.a.b=value]
+
+The step is the one that train.py runs and preflight compiles, for images of 832 x 1344, 8 a chip, in bfloat16; no TPU
+is needed, only libtpu. Processor seconds are of all threads, tracing included, and mean something on a busy machine.
+"""
+
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+from absl import flags
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from deperceiver_jax.command_line import parse_config, parse_flags, run  # noqa: E402
+from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
+from deperceiver_jax.preflight.chips import GIB, open_topology  # noqa: E402
+from deperceiver_jax.preflight.nominal import NOMINAL_BOXES  # noqa: E402
+from deperceiver_jax.preflight.program import trace_step  # noqa: E402
+
+BUCKET = (832, 1344)
+IMAGES = 8  # a chip
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    configs = ["configs/deperceiver.py:r50_16", "configs/detr.py:r50"]
+    flags.DEFINE_list("configs", configs, "Config files with their variants.", flag_values=values)
+    flags.DEFINE_string("topology", "v5e:2x2", "A chip and a shape, or local.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    values, rest = parse_flags(argv, define_flags, __doc__)
+    _, devices = open_topology(values.topology)
+    print("| step | processor s, loops | written out | ratio | wall s | | ratio | temporaries GiB | |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in values.configs:
+        config = parse_config([argv[0], f"--config={ROOT / name}", "--config.precision=bfloat16", *rest[1:]])
+        config.data.batch_size = IMAGES * len(devices)
+        loops, written = (compile_once(config, devices, unroll) for unroll in (False, True))
+        pairs = zip(loops[:2], written[:2], strict=True)
+        cells = " | ".join(f"{loop:.0f} | {flat:.0f} | {loop / flat:.2f}" for loop, flat in pairs)
+        memory = f"{loops[2] / GIB:.2f} | {written[2] / GIB:.2f}"
+        print(f"| {name.removeprefix('configs/')} | {cells} | {memory} |", flush=True)
+
+
+def compile_once(config: ConfigDict, devices, unroll: bool) -> tuple[float, float, int]:
+    """(processor seconds, seconds, bytes of temporaries)."""
+    processor, wall = time.process_time(), time.perf_counter()
+    with mock.patch.object(LayerStack, "unroll", unroll):
+        compiled = trace_step(config, devices, BUCKET, NOMINAL_BOXES).lower().compile()
+    seconds = time.process_time() - processor, time.perf_counter() - wall
+    print(f"{config.model.name}, unroll {unroll}: {seconds[0]:.0f} s, {seconds[1]:.0f} s", file=sys.stderr, flush=True)
+    return *seconds, compiled.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
