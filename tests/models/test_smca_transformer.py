@@ -1,13 +1,18 @@
-"""SMCA's encoder of attention: who attends to whom, and with whose weights."""
+"""SMCA's encoder: who attends to whom, and with whose weights; modulation in every implementation."""
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from configs import smca
+from deperceiver_jax.models import attention_choice
+from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.smca_transformer import AttentionEncoder, LevelEncoderLayer, Tokens
+from deperceiver_jax.models.spatial_modulation import SpatialModulation
 from deperceiver_jax.models.transformer import EncoderLayer
 
 SIZES = ((2, 3), (1, 2))
@@ -94,3 +99,55 @@ def test_separate_weights_that_are_equal_are_shared_ones(attend_across):
         arrays = (tokens.content, tokens.position, tokens.valid)
         expected = jnp.concatenate([detr(*(a[:, part] for a in arrays)) for part in parts], axis=1)
     np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+
+def modulated():
+    """Attention whose heads look in different places, by queries that weigh the levels.
+
+    (implementation -> its answer and the gradients of a sum of it, as a function of arrays; the arrays).
+    """
+    fields = smca.get_config("r50_multiscale").model.decoder.to_dict()
+    fields = {name: value for name, value in fields.items() if not name.startswith(("num", "mlp", "center"))}
+    rng, tokens = np.random.default_rng(0), make_tokens()
+    query = jnp.asarray(rng.standard_normal((2, 6, 8)), jnp.float32)
+    center = jnp.asarray(rng.uniform(8, 40, (2, 6, 2)), jnp.float32)
+
+    def build():
+        spatial = SpatialModulation(8, 2, num_levels=2, **fields, rngs=nnx.Rngs(0))
+        return spatial, MultiHeadAttention(8, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    state = jax.tree.map(lambda x: (0.5 * rng.standard_normal(x.shape)).astype(x.dtype), state)
+
+    def make_step(implementation):
+        def loss(state):
+            spatial, attention = nnx.merge(graphdef, state)
+            attention.implementation = implementation
+            bias, weight = spatial(query, center, tokens.sizes, tokens.strides)
+            levels = dict(segments=tokens.lengths, segment_weight=weight)
+            answer = attention(query, tokens.content, tokens.content, key_valid=tokens.valid, bias=bias, **levels)
+            return jnp.sum(jnp.sin(answer)), answer
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    return make_step, state
+
+
+def test_modulation_goes_through_every_implementation(monkeypatch):
+    """As a bias that queries, heads and levels have, whose gradient returns. (cuDNN takes no bias: it gets blocks.)"""
+    monkeypatch.setattr(attention_choice, "BLOCK", 6)
+    monkeypatch.setattr(attention_choice, "FEWEST_QUERIES", 4)  # a block of four queries and one of two
+    make_step, state = modulated()
+
+    def run(implementation):
+        return make_step(implementation).lower(state).compile({"xla_backend_optimization_level": 0})(state)
+
+    (_, answer), gradients = run("xla")
+    for part in (gradients[0].scale, gradients[0].offset, gradients[0].selection):
+        assert np.abs(part.kernel.get_value()).max() > 1e-3
+    (_, in_blocks), block_gradients = run("chunked")
+    np.testing.assert_allclose(in_blocks, answer, atol=2e-5)
+    for ours, plain in zip(jax.tree.leaves(block_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+    kernels = make_step("flash").trace(state).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+    assert kernels == len(SIZES) * 4  # forwards, forwards again, and two backwards
