@@ -79,8 +79,13 @@ def _deformable(variant: str, *official: str, **fields) -> Case:
     return Case(f"deformable_detr:{variant}", official, **{"query_stride": 5, **fields})
 
 
+def _smca(variant: str, number: int, *official: str, scale: str = "independent") -> Case:
+    """Of 300 queries every fifth is stored; the released code numbers what a Gaussian's scales can be."""
+    official = ("--num_queries", "300", "--dynamic_scale", f"type{number}", *official)
+    return Case(f"smca:{variant}", official, {"model.decoder.gaussian_scale": scale}, query_stride=5)
+
+
 def _small_smca(scale: str, number: int) -> Case:
-    """The released code numbers what a Gaussian's scales can be."""
     fields = {"model.encoder.layout": ("intra",), "model.decoder.num_layers": 2, "model.decoder.gaussian_scale": scale}
     official = (*_SMALL_SMCA_OFFICIAL, "--dec_layers", "2", "--dynamic_scale", f"type{number}")
     return Case("smca:r50_single_scale", official, {**_SMALL_SMCA, **fields})
@@ -125,9 +130,11 @@ CASES = {
         query_stride=1,
         seeds={"class_embed.3.": 595},
     ),
-    "smca_r50_single_scale": Case(
-        "smca:r50_single_scale", ("--num_queries", "300", "--dynamic_scale", "type3"), query_stride=5
-    ),
+    "smca_r50_single_scale": _smca("r50_single_scale", 3),
+    "smca_r50_single_scale_fixed": _smca("r50_single_scale", 1, scale="fixed"),
+    "smca_r50_single_scale_single": _smca("r50_single_scale", 2, scale="single"),
+    "smca_r50_single_scale_coupled": _smca("r50_single_scale", 4, scale="coupled"),
+    "smca_r50_multiscale_conv": _smca("r50_multiscale_conv", 3, "--dim_feedforward", "1024"),
     "smca_small_fixed": _small_smca("fixed", 1),
     "smca_small_single": _small_smca("single", 2),
     "smca_small_independent": _small_smca("independent", 3),
