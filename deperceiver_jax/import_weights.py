@@ -3,8 +3,8 @@
     python -m deperceiver_jax.import_weights --config=configs/detr.py:r50 --torch=detr-r50-e632da11.pth --output=DIR
 
 Reads, without PyTorch and without running anything that is in the file: the released .pth of DETR and
-Deformable DETR, a Lightning .ckpt of DePerceiver, the safetensors of transformers for both DETRs, and ResNets of
-torchvision and timm (then all but the backbone is new).
+Deformable DETR, what the released code of SMCA saves, a Lightning .ckpt of DePerceiver, the safetensors of transformers
+for both DETRs, and ResNets of torchvision and timm (then all but the backbone is new).
 The numbers of latents and queries are the file's, unless --config.model.num_queries=N asks for more or fewer queries.
 
 A file with other classes: --classes=FILE or --num_classes=N. If the file's class head is not of that many classes, it
