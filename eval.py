@@ -20,14 +20,12 @@ from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.evaluation.coco_metric import metric_table
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
-from deperceiver_jax.load import load_for_command
+from deperceiver_jax.load import define_detector_flags, load_for_command
 from deperceiver_jax.sharding import make_mesh, replicated
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "The run to evaluate.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
+    define_detector_flags(values)
     flags.DEFINE_string("split", None, "Default: config.data.eval_split.", flag_values=values)
     flags.DEFINE_string("output", None, "Where the two files go.", flag_values=values)
     processes.define_flags(values)

@@ -25,7 +25,7 @@ from deperceiver_jax.data.pixels import decode_image
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import coco_results
 from deperceiver_jax.evaluation.evaluate import detect, make_detect_step
-from deperceiver_jax.load import load_for_command
+from deperceiver_jax.load import define_detector_flags, load_for_command
 from deperceiver_jax.sharding import make_mesh, replicated
 from deperceiver_jax.structures import Detections
 from deperceiver_jax.visualize.boxes import draw_detections
@@ -34,9 +34,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # w
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "The run whose detector is used.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
+    define_detector_flags(values)
     flags.DEFINE_string("images", None, "A folder, or files as in 'photos/*.jpg'.", flag_values=values)
     flags.DEFINE_string("output", None, "The folder for the pictures and detections.json.", flag_values=values)
     flags.DEFINE_float("score_threshold", 0.5, "Detections below it are left out.", flag_values=values)

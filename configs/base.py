@@ -100,3 +100,15 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.model = 1  # devices over which parameters, moments and averages are split; changes no number
     return config
+
+
+def resnet() -> ConfigDict:
+    """`config.model.backbone`, the same for all families."""
+    b = ConfigDict()
+    b.depth = 50  # 18 | 34 | 50 | 101
+    b.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
+    b.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
+    b.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
+    b.dilation = False  # DC5: the last stage keeps stride 16
+    b.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    return b

@@ -12,7 +12,7 @@ the released code's, not measured with this code.
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import base, resnet
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 
@@ -63,13 +63,7 @@ def model() -> ConfigDict:
     m.strides = (8, 16, 32)  # of the backbone's feature maps that become levels
     m.extra_levels = 1  # further levels, each of half the size, below the last
 
-    m.backbone = ConfigDict()
-    m.backbone.depth = 50  # 18 | 34 | 50 | 101
-    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
-    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
-    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
-    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
-    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    m.backbone = resnet()
 
     m.encoder = ConfigDict()
     m.encoder.num_layers = 6

@@ -10,7 +10,7 @@ Edward Li and Aditya Kannan, "DePerceiver: Improving Small Object Detection in D
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import base, resnet
 
 _STRIDES = {"32": (32,), "16": (16,), "8": (8,), "4": (4,), "multiscale": (8, 16, 32)}
 VARIANTS = tuple(f"{net}_{scale}" for net in ("r50", "r101") for scale in _STRIDES)
@@ -45,13 +45,7 @@ def model() -> ConfigDict:
     m.read_tokens = False  # the queries look at the image tokens as well as at the latents
     m.strides = (16,)  # one level, or several concatenated
 
-    m.backbone = ConfigDict()
-    m.backbone.depth = 50  # 18 | 34 | 50 | 101
-    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
-    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
-    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
-    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
-    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    m.backbone = resnet()
 
     m.position = ConfigDict()
     m.position.encoding = "sine"  # sine | learned | fourier

@@ -7,7 +7,7 @@ Ours, not published; docs/deperceiver_plus.md says what led to it and what was m
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import base, resnet
 
 _STRIDES = {"16": (16,), "8": (8,), "multiscale": (8, 16, 32)}
 _MODELS = ("r50_16", "r50_8", "r50_multiscale", "r101_multiscale")
@@ -48,13 +48,7 @@ def model() -> ConfigDict:
     m.top_down = True  # deeper maps of the backbone are mixed into the finer ones
     m.start = "proposals"  # proposals (the best tokens of the image) | learned (the same for every image)
 
-    m.backbone = ConfigDict()
-    m.backbone.depth = 50  # 18 | 34 | 50 | 101
-    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
-    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
-    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
-    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
-    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    m.backbone = resnet()
 
     m.decoder = ConfigDict()
     m.decoder.num_layers = 6

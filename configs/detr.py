@@ -12,7 +12,7 @@ this code.
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import base, resnet
 
 _BACKBONES = tuple(f"{net}{dilation}" for net in ("r50", "r101") for dilation in ("", "_dc5"))
 VARIANTS = _BACKBONES + tuple(f"{backbone}_50ep" for backbone in _BACKBONES)
@@ -49,13 +49,7 @@ def model() -> ConfigDict:
     m.pre_norm = False  # norms before each sublayer rather than after each residual sum
     m.stride = 32  # of the feature map that becomes tokens; 16 with dilation
 
-    m.backbone = ConfigDict()
-    m.backbone.depth = 50  # 18 | 34 | 50 | 101
-    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
-    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
-    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
-    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
-    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    m.backbone = resnet()
 
     m.position = ConfigDict()
     m.position.encoding = "sine"  # sine | learned | fourier

@@ -14,7 +14,7 @@ authors', not measured with this code. docs/smca.md has every ablation as overri
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import base, resnet
 
 _MODELS = tuple(f"{net}_{m}" for net in ("r50", "r101") for m in ("single_scale", "multiscale", "multiscale_conv"))
 VARIANTS = _MODELS + tuple(f"{model}_108ep" for model in _MODELS)
@@ -58,13 +58,7 @@ def model() -> ConfigDict:
     m.extra_levels = 0  # further levels, each of half the size, below the last
     m.level_embedding = False  # a learned vector for each level, added to its positions
 
-    m.backbone = ConfigDict()
-    m.backbone.depth = 50  # 18 | 34 | 50 | 101
-    m.backbone.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
-    m.backbone.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
-    m.backbone.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
-    m.backbone.dilation = False  # DC5: the last stage keeps stride 16
-    m.backbone.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    m.backbone = resnet()
 
     m.encoder = ConfigDict()
     m.encoder.kind = "attention"  # attention | convolution, whose fields convolution_encoder lists

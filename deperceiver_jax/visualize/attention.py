@@ -16,16 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Float, UInt8
-from ml_collections import ConfigDict
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy
 from deperceiver_jax.command_line import parse_flags
 from deperceiver_jax.compilation_cache import keep_compiled
-from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.data.geometry import check_augmentation, evaluation_geometry
-from deperceiver_jax.data.image_header import CorruptImage
-from deperceiver_jax.data.pixels import decode_image, place_image
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.load import LoadedDetector, load_for_command
@@ -35,6 +30,7 @@ from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.attention_maps import Frame, Panel, View, dense_view, latent_view, point_view
 from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.boxes import draw_detections
+from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
 from deperceiver_jax.visualize.output import check_output, need
 
 
@@ -72,15 +68,6 @@ def choose_queries(
     return [(query, classes.slots[scores[query].argmax()], float(top[query])) for query in queries]
 
 
-def see(image: UInt8[np.ndarray, "h w 3"], config_data: ConfigDict) -> UInt8[np.ndarray, "H W 3"]:
-    """The image at the size at which the detector is evaluated."""
-    check_augmentation(config_data)
-    geometry = evaluation_geometry(np.array([image.shape[:2]], np.int32), config_data)
-    frame = np.zeros((*geometry.size[0].tolist(), 3), np.uint8)
-    place_image(frame, image, False, geometry.window()[0], geometry.size[0])
-    return frame
-
-
 def make_view(
     look: Look, layer: int, answer: tuple[int, int, float], image: UInt8[np.ndarray, "h w 3"], frame: Frame, classes
 ) -> View:
@@ -104,38 +91,10 @@ def make_view(
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "The run whose detector is used.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
-    flags.DEFINE_string("image", None, "An image file.", flag_values=values)
-    flags.DEFINE_integer("example", None, "Or an image of the evaluated split, counted from 0.", flag_values=values)
+    define_image_flags(values)
     flags.DEFINE_string("queries", None, "Which queries, as in 3,17; else the best ones.", flag_values=values)
     flags.DEFINE_integer("best", 3, "How many of the queries that score best.", flag_values=values)
     flags.DEFINE_integer("layer", -1, "Which decoder layer, from 0; -1 is the last.", flag_values=values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
-
-
-def read_image(values: flags.FlagValues, config: ConfigDict) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
-    """(pixels, what to call it). Raises UserError for an image that is not there or cannot be read."""
-    if values.example is not None:
-        source = open_source(config.data, config.data.eval_split)
-        if not 0 <= values.example < len(source):
-            raise UserError(
-                f"--example: {config.data.name}, {config.data.eval_split}, has the images 0 to {len(source) - 1}, "
-                f"not {values.example}."
-            )
-        name = f"{config.data.name}, {config.data.eval_split} image {values.example}"
-        data = source.image_bytes(values.example)
-    else:
-        name = values.image
-        try:
-            data = Path(name).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"--image: {name} cannot be read: {error.strerror}.") from None
-    try:
-        return decode_image(data), name
-    except CorruptImage as error:
-        raise UserError(f"{name} is not an image that can be read: {error}.") from None
 
 
 def parse_queries(text: str | None) -> list[int] | None:
@@ -150,8 +109,7 @@ def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     need(values, "output")
     check_output(values.output)
-    if (values.image is None) == (values.example is None):
-        raise UserError("Either --image or --example is needed: a file, or the number of an image of the split.")
+    check_image_flags(values)
     if values.best < 1:
         raise UserError(f"--best is {values.best}; it must be at least 1.")
     chosen, layer = parse_queries(values.queries), values.layer

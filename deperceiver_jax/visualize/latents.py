@@ -22,13 +22,12 @@ from deperceiver_jax.boxes import box_cxcywh_to_xyxy
 from deperceiver_jax.command_line import parse_flags
 from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.load import LoadedDetector, load_for_command
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.structures import Predictions
-from deperceiver_jax.visualize.attention import read_image, see
 from deperceiver_jax.visualize.boxes import class_color
+from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
 from deperceiver_jax.visualize.output import FAINT, INK, PAPER, check_output, need
 
 CELL = 420  # longest side of each picture, in pixels
@@ -111,21 +110,15 @@ def predict(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"]) -> Predic
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "The run whose detector is used.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
-    flags.DEFINE_string("image", None, "An image file.", flag_values=values)
-    flags.DEFINE_integer("example", None, "Or an image of the evaluated split, counted from 0.", flag_values=values)
+    define_image_flags(values)
     flags.DEFINE_float("score_threshold", 0.4, "From which score on a latent has an object.", flag_values=values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     need(values, "output")
     check_output(values.output)
-    if (values.image is None) == (values.example is None):
-        raise UserError("Either --image or --example is needed: a file, or the number of an image of the split.")
+    check_image_flags(values)
     _, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     image, name = read_image(values, loaded.config)
     keep_compiled(loaded.config.train.compilation_cache)

@@ -13,7 +13,7 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.attention_record import DenseRecord
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.visualize import __main__ as visualize
-from deperceiver_jax.visualize.attention import choose_queries, look, make_view, see
+from deperceiver_jax.visualize.attention import choose_queries, look, make_view
 from deperceiver_jax.visualize.attention_maps import (
     COLUMNS,
     Frame,
@@ -24,6 +24,7 @@ from deperceiver_jax.visualize.attention_maps import (
     spread,
 )
 from deperceiver_jax.visualize.attention_sheet import save_sheet
+from deperceiver_jax.visualize.one_image import see
 
 CLASSES = ClassMap.from_categories([(1, "round"), (2, "square")])
 FRAME = Frame(np.full((32, 48, 3), 90, np.uint8), (8, 16))  # cells: 4 x 6, then 2 x 3

@@ -47,6 +47,7 @@ def test_the_command(tiny_run, tmp_path, capsys):
     command = ["visualize", "latents", f"--workdir={tiny_run}", "--example=0", f"--output={output}"]
     assert run(visualize.main, command) == 0, capsys.readouterr().err
     assert "latents in" in capsys.readouterr().out
-    assert Image.open(output).width > 200
+    with Image.open(output) as sheet:
+        assert sheet.width > 200
     assert run(visualize.main, command[:-1]) == 1
     assert "--output is needed" in capsys.readouterr().err

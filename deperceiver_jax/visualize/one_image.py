@@ -1,0 +1,60 @@
+"""The one image that a picture is about, and the detector that looks at it."""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from deperceiver_jax.data import open_source
+from deperceiver_jax.data.geometry import check_augmentation, evaluation_geometry
+from deperceiver_jax.data.image_header import CorruptImage
+from deperceiver_jax.data.pixels import decode_image, place_image
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.load import define_detector_flags
+
+
+def define_image_flags(values: flags.FlagValues) -> None:
+    define_detector_flags(values)
+    flags.DEFINE_string("image", None, "An image file.", flag_values=values)
+    flags.DEFINE_integer("example", None, "Or an image of the evaluated split, counted from 0.", flag_values=values)
+    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
+
+
+def check_image_flags(values: flags.FlagValues) -> None:
+    """Raises UserError unless there is one image."""
+    if (values.image is None) == (values.example is None):
+        raise UserError("Either --image or --example is needed: a file, or the number of an image of the split.")
+
+
+def read_image(values: flags.FlagValues, config: ConfigDict) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+    """(pixels, what to call it). Raises UserError for an image that is not there or cannot be read."""
+    if values.example is not None:
+        source = open_source(config.data, config.data.eval_split)
+        if not 0 <= values.example < len(source):
+            raise UserError(
+                f"--example: {config.data.name}, {config.data.eval_split}, has the images 0 to {len(source) - 1}, "
+                f"not {values.example}."
+            )
+        name = f"{config.data.name}, {config.data.eval_split} image {values.example}"
+        data = source.image_bytes(values.example)
+    else:
+        name = values.image
+        try:
+            data = Path(name).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"--image: {name} cannot be read: {error.strerror}.") from None
+    try:
+        return decode_image(data), name
+    except CorruptImage as error:
+        raise UserError(f"{name} is not an image that can be read: {error}.") from None
+
+
+def see(image: UInt8[np.ndarray, "h w 3"], config_data: ConfigDict) -> UInt8[np.ndarray, "H W 3"]:
+    """The image at the size at which the detector is evaluated."""
+    check_augmentation(config_data)
+    geometry = evaluation_geometry(np.array([image.shape[:2]], np.int32), config_data)
+    frame = np.zeros((*geometry.size[0].tolist(), 3), np.uint8)
+    place_image(frame, image, False, geometry.window()[0], geometry.size[0])
+    return frame
