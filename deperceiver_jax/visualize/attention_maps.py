@@ -49,7 +49,7 @@ class Frame(NamedTuple):
 def spread(
     weight: Float[np.ndarray, " K"], frame: Frame, size: Size, *, by_area: bool = True
 ) -> Float[np.ndarray, "h w"]:
-    """A weight for each token -> one for each pixel of a picture of `size`, bilinear between the centres of cells.
+    """A weight for each token -> one for each pixel of a picture of `size`, bicubic between the centres of cells.
 
     A cell of stride s covers s x s pixels of the frame; what the last ones cover beyond it is cut off. `by_area` makes
     weights densities; without it, the value of a cell counts whatever its size.
@@ -63,7 +63,8 @@ def spread(
         stride = frame.strides[level]
         cells = Image.fromarray(cells.reshape(frame.level_sizes[level]))
         box = (0, 0, width / stride, height / stride)
-        total += np.asarray(cells.resize(size[::-1], Image.Resampling.BILINEAR, box)) / (stride**2 if by_area else 1)
+        pixels = np.maximum(np.asarray(cells.resize(size[::-1], Image.Resampling.BICUBIC, box)), 0)
+        total += pixels / (stride**2 if by_area else 1)
     return total
 
 
@@ -156,7 +157,7 @@ def _faded(image: UInt8[np.ndarray, "H W 3"], size: Size) -> Float[np.ndarray, "
 def draw_heat(image: UInt8[np.ndarray, "H W 3"], heat: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
     """A map over the image; its highest value is light yellow, whatever that is, and 0 is the image in grey."""
     heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
-    opacity = 0.25 + 0.6 * np.sqrt(heat)[..., None]
+    opacity = 0.9 * np.sqrt(heat)[..., None]
     return np.clip(_faded(image, heat.shape) * (1 - opacity) + _colors(heat) * opacity, 0, 255).round().astype(np.uint8)
 
 
@@ -175,13 +176,15 @@ def draw_points(
     height, width = (side * enlarged for side in size)
     canvas = Image.fromarray(_faded(image, (height, width)).round().astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
-    unit = enlarged * max(size) / 320
+    unit = enlarged * (max(size) / 320) ** 0.5  # dots of small panels are small, but not half as large
     places, weight = location.reshape(-1, 2) * (width, height), weight.reshape(-1)
     level = np.broadcast_to(np.arange(location.shape[1])[None, :, None], location.shape[:3]).reshape(-1)
     colors = _colors(weight / weight.max()).round().astype(int)
     for k in np.argsort(weight, kind="stable"):
         (x, y), radius = places[k], unit * (3 + 0.8 * level[k])
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), tuple(colors[k]), (0, 0, 0), round(unit * 0.6))
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), tuple(colors[k]), (225, 225, 225), round(unit * 0.5)
+        )
     x, y = reference * (width, height)
     for arm, color, line in ((9, (0, 0, 0), 4), (8, (80, 220, 255), 2)):
         arm, line = arm * unit, max(1, round(line * unit))

@@ -68,7 +68,7 @@ def test_cells_beyond_the_frame_are_cut_off():
     """A frame of 20 x 20 has 2 x 2 cells of stride 16: the last ones begin at pixel 16, and four of theirs are seen."""
     frame = Frame(np.zeros((20, 20, 3), np.uint8), (16,))
     heat = spread(one_hot(3, 4), frame, (200, 200))
-    assert heat.argmax() == 200 * 200 - 1 and heat[:80, :80].max() == 0
+    assert heat.argmax() == 200 * 200 - 1 and heat[:80, :80].max() < 0.03 * heat.max()
     with pytest.raises(ValueError, match="have 4 cells, not 5"):
         spread(one_hot(3, 5), frame, (200, 200))
 
