@@ -17,6 +17,7 @@ from etils import epath
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300  # seconds that anything may take
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
+QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 class Run:

@@ -14,6 +14,7 @@ a directory with `weights`, config.json and classes.json.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -21,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +40,7 @@ from deperceiver_jax.training.train_state import TrainState
 from deperceiver_jax.training.workdir import CHECKPOINTS, CONFIG, METRICS
 
 WEIGHTS, EMA, TRAINING, PROGRESS = "weights", "ema", "training", "progress"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
 # Orbax's threads log every error with its traceback, and then raise it where it becomes a UserError.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -107,6 +110,8 @@ class Checkpoints:
         }
         if state.ema:
             items[EMA] = ocp.args.StandardSave(state.ema)
+        with self._failure_is_a_user_error():
+            self.manager.wait_until_finished()
         self._require_space(state)
         with self._failure_is_a_user_error():
             self.manager.save(step, args=ocp.args.Composite(**items))
@@ -175,11 +180,17 @@ class Checkpoints:
             self.close()
 
     def _require_space(self, state: TrainState) -> None:
-        """Orbax would find out too, but say so in hundreds of lines."""
+        """Takes as much room as `state` does and gives it back, so that a full disk, a quota or a limit shows before a
+        save. One that fails in the middle is no more than a sentence late, but a loud one: Orbax closes its event loop
+        with the first array's error, and the other arrays' threads print a traceback each when they cannot report."""
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.directory).free
-        if jax.process_index() == 0 and free < needed:
-            self._fail(f"it needs {needed / 1e6:.3g} MB, and {free / 1e6:.3g} MB are free")
+        if jax.process_index() == 0 and hasattr(os, "posix_fallocate"):  # macOS has none
+            try:
+                with tempfile.TemporaryFile(dir=self.directory) as file:  # without a name: nothing can stay behind
+                    os.posix_fallocate(file.fileno(), 0, needed)
+            except OSError as error:
+                if error.errno in NO_ROOM:  # others: a file system that cannot tell
+                    self._fail(f"{reason(error)} (it needs {needed / 1e6:.3g} MB)", error)
 
     @contextlib.contextmanager
     def _failure_is_a_user_error(self) -> Iterator[None]:

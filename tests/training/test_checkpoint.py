@@ -1,6 +1,8 @@
 """Saving, keeping, finding and restoring; what damaged and foreign checkpoints get."""
 
 import json
+import os
+import resource
 import shutil
 
 import jax
@@ -144,18 +146,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(saved, capfd):
     assert newest_whole(workdir / "nowhere") == (0, {})
 
 
-def test_a_disk_without_room_is_one_sentence(saved, monkeypatch):
-    """Found before anything is written. tests/test_resume.py has a disk that fills while it is written to."""
-    _, workdir, state = saved
-    checkpoints = Checkpoints(workdir, keep=2)
-    four = state._replace(step=jax.device_put(np.int32(4), state.step.sharding))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
-    sentence = (
-        r"cannot be written to .*: it needs [\d.]* MB, and 0.0001 MB are free; the newest one there is of step 3\."
-    )
+@pytest.fixture
+def full_disk(tiny, tmp_path):
+    """(Checkpoints with step 1, a state to save): from here on the system takes no file of more than 16 kB."""
+    state, limits = tiny(width=8192).plan.initialize(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(state._replace(step=np.int32(1)), {})
+    assert checkpoints.latest_step() == 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    yield checkpoints, state._replace(step=np.int32(2))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_without_room_is_one_sentence(full_disk, capfd):
+    checkpoints, state = full_disk
+    sentence = r"cannot be written to .*: File too large \(it needs [\d.]* MB\); the newest one there is of step 1\."
     with pytest.raises(FailedSave, match=sentence), checkpoints:
-        checkpoints.save(four, {})
-    assert all_steps(workdir) == [3] and newest_whole(workdir)[0] == 3
+        checkpoints.save(state, {})
+    assert capfd.readouterr().err == ""
+    assert os.listdir(checkpoints.directory) == ["1"] and newest_whole(checkpoints.workdir) == (1, {})
+
+
+def test_a_disk_that_fills_during_a_save_keeps_the_checkpoint_before(full_disk, monkeypatch):
+    """Orbax's threads print tracebacks besides."""
+    checkpoints, state = full_disk
+    monkeypatch.setattr(Checkpoints, "_require_space", lambda *_: None)
+    checkpoints.save(state, {})
+    with pytest.raises(FailedSave, match=r": File too large; the newest one there is of step 1\."):
+        checkpoints.latest_step()
+    assert newest_whole(checkpoints.workdir) == (1, {})
 
 
 def test_load_params_takes_the_average(saved):
