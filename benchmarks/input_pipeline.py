@@ -3,6 +3,7 @@
     taskset -c 0 python benchmarks/input_pipeline.py --coco=/data/coco
     python benchmarks/input_pipeline.py                     # without COCO: generated photographs of COCO's sizes
     python benchmarks/input_pipeline.py --annotations=/data/coco/annotations/instances_train2017.json
+    python benchmarks/input_pipeline.py --workers=0,1,2,4   # only what worker processes add: see input_workers.py
 
 Both pipelines get the same images and the same drawn flips, scales and crops, and do all of an image's work in one
 thread: bytes -> pixels in a padded uint8 frame and boxes (ours), bytes -> normalised float32 pixels and boxes
@@ -22,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import input_workers  # noqa: E402
 from configs.base import base  # noqa: E402
 from deperceiver_jax.data.geometry import Geometry, training_geometry, transform_boxes  # noqa: E402
 from deperceiver_jax.data.pixels import decode_image, place_image  # noqa: E402
@@ -30,6 +32,9 @@ from deperceiver_jax.data.plan import training_buckets, training_plan  # noqa: E
 COCO = flags.DEFINE_string("coco", "", "A folder in COCO's layout, whose training photographs are loaded.")
 ANNOTATIONS = flags.DEFINE_string("annotations", "", "A COCO annotation file, whose image sizes are planned.")
 IMAGES = flags.DEFINE_integer("images", 80, "Number of photographs.")
+WORKERS = flags.DEFINE_list("workers", [], "Numbers of worker processes to time; 0: threads of the training process.")
+BATCH = flags.DEFINE_integer("batch", 64, "Images in a batch of --workers.")
+BATCHES = flags.DEFINE_integer("batches", 6, "Batches that --workers counts.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that every photograph is loaded; the median round counts.")
 
 IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
@@ -222,6 +227,10 @@ def main(_) -> None:
     config = base().data
     data = photographs(COCO.value, IMAGES.value)
     sizes = np.array([decode_image(jpeg).shape[:2] for jpeg in data], np.int32)
+    if WORKERS.value:
+        config = ConfigDict({**config, "batch_size": BATCH.value})
+        input_workers.report(data, sizes, config, [int(count) for count in WORKERS.value], BATCHES.value)
+        return
     ours, pillow = images_per_second(data, sizes, config, ROUNDS.value)
     print(
         f"{len(data)} {'photographs of ' + COCO.value if COCO.value else 'generated photographs'}, training transforms"
