@@ -81,7 +81,9 @@ class CrossAttentionLayer(nnx.Module):
         A layer made with `gaussian_width` needs `places`: where the queries and the tokens are.
         """
         key_attention, key_mlp = split_key(dropout_key, 2)
-        values = self.token_norm(tokens)
+        # The barrier keeps a TPU's compiler from computing the norm's gradient inside of the keys' and values': for
+        # the tokens of stride 8 that does not fit into the chip's scratch memory, and the compiler gives up.
+        values = jax.lax.optimization_barrier(self.token_norm(tokens))
         keys = values if key_position is None else values + key_position.astype(values.dtype)
         bias = None if self.gaussian is None else self.gaussian(*places)
         attended = self.attention(self.query_norm(query), keys, values, key_valid=token_valid, bias=bias)
