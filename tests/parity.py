@@ -164,21 +164,23 @@ def _gradients(state: TrainState, norm: float, config: ConfigDict) -> dict[str, 
 # ------------------------------------------------------------------------------------------------------- the figures
 
 
-def compare(name: str, *, steps: int = cases.STEPS, single: bool = False) -> list[Figure]:
-    """All figures of one case, of as many steps of training; without any, of the first batch's answer and loss.
+def compare(name: str, *, answers: bool = True, steps: int = cases.STEPS, single: bool = False) -> list[Figure]:
+    """All figures of one case: of the first batch's answers and loss, and of as many steps of training.
 
     `single` adds those of training in float32.
     """
     golden = np.load(GOLDEN / f"training_{name}.npz")
     case = cases.CASES[name]
     start = time.perf_counter()
-    predictions, query, terms, detections = predict(case)
-    figures = [
-        *_compare_predictions(predictions, query, golden, case.query_stride),
-        *_compare_proposals(predictions, golden),
-        _compare_terms(terms, golden),
-        *_compare_detections(detections, golden),
-    ]
+    figures = []
+    if answers:
+        predictions, query, terms, detections = predict(case)
+        figures += [
+            *_compare_predictions(predictions, query, golden, case.query_stride),
+            *_compare_proposals(predictions, golden),
+            _compare_terms(terms, golden),
+            *_compare_detections(detections, golden),
+        ]
     if steps:
         with double_precision():
             figures += _compare_training(*train(case, steps), golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
