@@ -10,9 +10,9 @@ For every stride, and for the two sizes 800 x 800 (the paper's) and 800 x 1333:
 - compiled (--compile): MiB of temporaries of the compiled forward and backward pass, of this machine's platform or of a
   TPU that need not be there (--topology, with libtpu). Of what a TPU's compiler refuses: what it says it would need.
 
-Both models come plain, with memory-efficient attention (in blocks of queries; for a TPU our kernels), and with that and
-rematerialised layers. Float32, batch 1, no dropout. Writes OUTPUT/memory.json, and OUTPUT/memory.png with matplotlib
-(pip install '.[plots]'); --rows draws again from such a file.
+DePerceiver+ is measured beside them. All come plain, with memory-efficient attention (in blocks of queries; for a TPU
+our kernels), and with that and rematerialised layers. Float32, batch 1, no dropout. Writes OUTPUT/memory.json, and
+OUTPUT/memory.png with matplotlib (pip install '.[plots]'); --rows draws again from such a file.
 """
 
 import argparse
@@ -30,8 +30,11 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.extend.core import ClosedJaxpr, Jaxpr  # noqa: E402
 
-from configs import deperceiver, detr  # noqa: E402
+from configs import deperceiver, deperceiver_plus, detr  # noqa: E402
+from deperceiver_jax.models import build_detector  # noqa: E402
 from deperceiver_jax.models.attention import MultiHeadAttention  # noqa: E402
+from deperceiver_jax.models.deformable_transformer import make_pyramid  # noqa: E402
+from deperceiver_jax.models.deperceiver_plus import Sight, first_latents  # noqa: E402
 from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder  # noqa: E402
 from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
@@ -51,7 +54,7 @@ PAPER = {
     "DePerceiver": {"32": 187, "16": 190, "8": 202, "multi-scale": 206},
 }
 WIDTH, QUERIES, LATENTS = 256, 100, 1024  # as the paper's figure
-MODELS = ("DETR", "DePerceiver")
+MODELS = ("DETR", "DePerceiver", "DePerceiver+")  # the last with its 300 latents and their heads
 
 
 def main() -> None:
@@ -96,8 +99,12 @@ def compile_for(topology: str):
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
+def level_sizes(size: tuple[int, int], stride: str) -> list[tuple[int, int]]:
+    return [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES[stride]]
+
+
 def count_tokens(size: tuple[int, int], stride: str) -> int:
-    return sum(math.prod(-(-side // s) for side in size) for s in STRIDES[stride])
+    return sum(map(math.prod, level_sizes(size, stride)))
 
 
 def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
@@ -112,6 +119,9 @@ def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
                 TransformerEncoder(WIDTH, **m.encoder.to_dict(), **shared),
                 TransformerDecoder(WIDTH, QUERIES, **m.decoder.to_dict(), **shared),
             ]
+        elif model == "DePerceiver+":
+            detector = build_detector(deperceiver_plus.get_config("r50_multiscale"), rngs=nnx.Rngs(0))
+            halves = [detector.start, detector.decoder]
         else:
             m = deperceiver.get_config("r50_16").model
             m.encoder.num_latents = LATENTS
@@ -141,6 +151,10 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
     def apply(params, x):
         encoder, decoder = nnx.merge(graphdef, params)
         valid = jnp.ones(x.shape[:2], bool)
+        if model == "DePerceiver+":
+            pyramid = make_pyramid([jnp.ones((1, *level), bool) for level in level_sizes(size, stride)])
+            proposals, content, boxes = first_latents(encoder, x, pyramid, None, again=decoder.layers.rematerialize)
+            return decoder(content, boxes, x, x, pyramid, Sight()), proposals
         return decoder(encoder(x, x, valid), x, valid) if model == "DETR" else decoder(encoder(x, valid))
 
     kept = jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], params, x)
@@ -148,7 +162,7 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
     row["outputs"] = matrix_outputs(jax.make_jaxpr(apply)(params, x).jaxpr) / 1e6
     row["kept"] = _mebibytes(without(jax.tree.leaves(kept), jax.tree.leaves(params)))
     if device is not None:
-        step = jax.grad(lambda *inputs: jnp.sum(apply(*inputs) ** 2), argnums=(0, 1))
+        step = jax.grad(lambda *inputs: sum(jnp.sum(y**2) for y in jax.tree.leaves(apply(*inputs))), argnums=(0, 1))
         row |= compile_step(step, params, x, device)
     return row
 
@@ -207,26 +221,27 @@ def line(row: dict) -> str:
     compiled = f"  compiled {row['compiled']:9.0f} MiB" if "compiled" in row else ""
     compiled += " (refused)" if row.get("refused") else ""
     return (
-        f"{row['size'][0]}x{row['size'][1]}  {row['stride']:12}{row['tokens']:7} tokens  {row['model']:12}"
+        f"{row['size'][0]}x{row['size'][1]}  {row['stride']:12}{row['tokens']:7} tokens  {row['model']:14}"
         f"{row['kind']:28} outputs {row['outputs']:9.1f} M  kept {row['kept']:9.0f} MiB{compiled}"
     )
 
 
 def judge(rows: list[dict], figure: str) -> list[str]:
-    """Who needs less by one figure, and how straight DePerceiver's is against tokens."""
+    """Who needs less by one figure, and how straight the DePerceivers' are against tokens."""
     texts = []
     found = {(*r["size"], r["stride"], r["model"], r["kind"]): r[figure] for r in rows}
     for place in dict.fromkeys(key[:3] for key in found):
         best = {model: min(found[*place, model, kind] for kind in KINDS) for model in MODELS}
-        ours, plain = best["DePerceiver"], found[*place, "DETR", "plain"]
-        texts.append(
-            f"{place[0]}x{place[1]} stride {place[2]}, {figure}: DePerceiver's best {ours:.0f} MiB is "
-            f"{ours / plain:.3f} of DETR's plain {plain:.0f} and {ours / best['DETR']:.3f} of its best "
-            f"{best['DETR']:.0f}."
-        )
-    for kind in KINDS:
-        points = [(r["tokens"], r[figure]) for r in rows if (r["model"], r["kind"]) == ("DePerceiver", kind)]
-        texts.append(f"DePerceiver, {kind}: {figure} against tokens is a line with R^2 = {r_squared(points):.5f}.")
+        plain = found[*place, "DETR", "plain"]
+        for ours in MODELS[1:]:
+            texts.append(
+                f"{place[0]}x{place[1]} stride {place[2]}, {figure}: {ours}'s best {best[ours]:.0f} MiB is "
+                f"{best[ours] / plain:.3f} of DETR's plain {plain:.0f} and {best[ours] / best['DETR']:.3f} of its best "
+                f"{best['DETR']:.0f}."
+            )
+    for ours, kind in itertools.product(MODELS[1:], KINDS):
+        points = [(r["tokens"], r[figure]) for r in rows if (r["model"], r["kind"]) == (ours, kind)]
+        texts.append(f"{ours}, {kind}: {figure} against tokens is a line with R^2 = {r_squared(points):.5f}.")
     return texts
 
 
@@ -260,7 +275,7 @@ def draw(rows: list[dict], path: Path) -> None:
         *shape, figsize=(6.2 * shape[1], 4.4 * shape[0]), layout="constrained", squeeze=False, sharex=True
     )
     styles = dict(zip(KINDS, ("-", "--", ":"), strict=True))
-    colors = dict(zip(MODELS, ("C1", "C0"), strict=True))
+    colors = dict(zip(MODELS, ("C1", "C0", "C2"), strict=True))
     strides = list(dict.fromkeys(row["stride"] for row in rows))
     for (i, size), (j, name) in itertools.product(enumerate(sizes), enumerate(figures(rows))):
         ax = axes[i][j]

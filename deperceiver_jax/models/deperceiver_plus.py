@@ -208,6 +208,14 @@ class ProposedStart(nnx.Module):
         return proposals, self.content_norm(self.content(chosen_tokens)), boxes
 
 
+def first_latents(start: nnx.Module, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted, *, again: bool):
+    """What `start` makes of the memory. With `again` the backward pass keeps the memory and computes the rest again."""
+    if not again:
+        return start(memory, pyramid, hinted)
+    graphdef, arrays = nnx.split(start)
+    return jax.checkpoint(lambda arrays, memory: nnx.merge(graphdef, arrays)(memory, pyramid, hinted))(arrays, memory)
+
+
 def sight_of_hints(hints: Hints, num_latents: int) -> Sight:
     """Latents see one another, and those behind them, which start from hints, see the real ones of their own copy."""
     batch, copies, slots = hints.valid.shape
@@ -290,7 +298,9 @@ class DePerceiverPlus(nnx.Module):
         memory = concatenate_levels([flatten_map(x) for x in maps])
         position = concatenate_levels([self._position(valid, i) for i, valid in enumerate(map_valid)])
         hinted = None if hints is None else hints.boxes.reshape(len(image), -1, 4)
-        proposals, content, boxes = self.start(memory, pyramid, hinted)
+        proposals, content, boxes = first_latents(
+            self.start, memory, pyramid, hinted, again=self.decoder.layers.rematerialize
+        )
         sight = Sight() if hints is None else sight_of_hints(hints, content.shape[1])
         predictions = self.decoder(content, boxes, memory, position, pyramid, sight, dropout_key=dropout_key)
         if hints is None:
