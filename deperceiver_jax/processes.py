@@ -8,17 +8,22 @@ it, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_
 import glob
 import os
 import re
+import socket
 import sys
 import threading
+import time
 import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.process_watch import watch
 
 START_TIMEOUT = 300  # seconds that the first process waits for the last one
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -26,6 +31,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LOST = re.compile("gloo|nccl|peer|heartbeat|coordination service|socket closed|connection reset", re.IGNORECASE)
 # Where clusters say how many processes a run has; a TPU slice lists its hosts instead.
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+_leaving = threading.Lock()
 HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
@@ -74,6 +80,33 @@ def join(values: flags.FlagValues, environment: Mapping[str, str] = os.environ) 
         raise UserError(f"The processes cannot be joined: {str(error).rstrip('.')}.{hint}") from None
     finally:
         late.cancel()
+    watch_others(given)
+
+
+def watch_others(given: dict[str, str | int]) -> None:
+    """From here on this process ends with a sentence when another one is gone. `given` are the flags by hand."""
+    if jax.process_count() == 1:
+        return
+    host = given["coordinator_address"].rpartition(":")[0] if given else socket.gethostname()
+    try:
+        watch(jax.process_index(), jax.process_count(), _from_first, _lost, host)
+    except OSError as error:
+        late = "when a process ends, this one may notice late, or end with a stack trace of JAX"
+        print(f"warning: process 0 cannot be watched ({error}): {late}.", file=sys.stderr, flush=True)
+
+
+def _from_first(text: str) -> str:
+    """What process 0 passes, in every process."""
+    sent = np.zeros(300, np.uint8)
+    sent[: len(text.encode())] = list(text.encode())
+    return bytes(multihost_utils.broadcast_one_to_all(sent).astype(np.uint8)).rstrip(b"\0").decode()
+
+
+def _lost(why: str) -> None:
+    _give_up(
+        f"Another process of this run ended or cannot be reached ({why}). Start the same command again on all "
+        "machines: a run continues from its last checkpoint."
+    )
 
 
 def by_hand(values: flags.FlagValues, environment: Mapping[str, str]) -> dict[str, str | int]:
@@ -140,16 +173,14 @@ def leave(error: BaseException) -> None:
     if isinstance(error, UserError):
         _give_up(str(error))
     if LOST.search(str(error)):
-        why = str(error).splitlines()[0][:200].rstrip(".")
-        _give_up(
-            f"Another process of this run ended or cannot be reached ({why}). Start the same command again on all "
-            "machines: a run continues from its last checkpoint."
-        )
+        _lost(str(error).splitlines()[0][:200].rstrip("."))
     traceback.print_exception(error)
     _give_up("This process of the run ends here, and so do the others.")
 
 
 def _give_up(sentence: str) -> None:
+    if not _leaving.acquire(blocking=False):  # a thread says why already
+        time.sleep(60)
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

@@ -21,7 +21,8 @@ ROOMS = {
     "evaluation": FOUNDATION | {"models", "losses", "data"},
     "training": FOUNDATION | {"models", "losses", "data", "weights", "evaluation"},
 }
-LIBRARY = {"command_line", "compilation_cache", "load", "processes"}  # of programs; used by nothing below them
+# Of programs; used by nothing below them.
+LIBRARY = {"command_line", "compilation_cache", "load", "process_watch", "processes"}
 PROGRAMS = {"import_weights", "export_weights", "preflight", "visualize", "benchmark"}
 
 

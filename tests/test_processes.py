@@ -83,6 +83,7 @@ def test_a_cluster_that_is_none_is_one_sentence(monkeypatch):
 def test_who_does_not_come_is_not_waited_for_for_ever(monkeypatch, capfd):
     ended = threading.Event()
     monkeypatch.setattr(processes, "START_TIMEOUT", 0.01)
+    monkeypatch.setattr(processes, "_leaving", threading.Lock())
     monkeypatch.setattr(processes.os, "_exit", lambda status: ended.set() if status == 1 else None)
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: ended.wait(30))
     processes.join(flags(None, "host:1", 2, 0), {})
@@ -130,6 +131,7 @@ def test_one_of_several_leaves_at_once_with_a_sentence(monkeypatch, capfd, error
 
     monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(processes.os, "_exit", end)
+    monkeypatch.setattr(processes, "_leaving", threading.Lock())
     with pytest.raises(SystemExit, match="1"):
         processes.leave(error)
     lines = capfd.readouterr().err.splitlines()
