@@ -1,10 +1,11 @@
 """Trains a ladder of detectors on the same pictures of many small objects, with several seeds, and compares them.
 
     python benchmarks/small_objects.py --rows=published,gaussian,proposals --seeds=0,1,2        # the built-in pictures
-    python benchmarks/small_objects.py --rows=detr,one_to_many --coco=/data/folder --steps=3000
+    python benchmarks/small_objects.py --rows=detr,hints --coco=/data/folder --overfit --steps=3000
 
 Rows are variants of configs/ladder.py. Every row and seed is a run of train.py in OUTPUT/ROW/SEED: what is finished is
-not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added. Writes
+not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added. With
+--overfit the images that are trained on, always at one size and never flipped, are those that are evaluated. Writes
 OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png.
 """
 
@@ -25,7 +26,21 @@ sys.path.insert(0, str(ROOT))
 from configs import ladder  # noqa: E402
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
+SIZES = ("APs", "APm", "APl")
 GOALS = (0.3, 0.5)  # of AP50, whose first evaluation is reported
+
+
+# Photographs are larger than the built-in pictures, and have more objects.
+COCO = (
+    "--config.data.name=coco_directory",
+    "--config.data.scales=(96,112,128)",
+    "--config.data.max_size=192",
+    "--config.data.eval_scale=128",
+    "--config.data.eval_max_size=192",
+    "--config.data.buckets=2",
+    "--config.model.num_queries=64",
+)
+OVERFIT = ("--config.data.eval_split=train", "--config.data.flip_probability=0.0")
 
 
 class Run(NamedTuple):
@@ -42,6 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="of each run; 0: the config's")
     parser.add_argument("--coco", default="", help="a COCO-format folder instead of the built-in pictures")
+    parser.add_argument("--overfit", action="store_true", help="evaluate the images that are trained on")
     parser.add_argument("--output", type=Path, default=Path("runs/small_objects"))
     parser.add_argument("--table_only", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.optimizer.learning_rate=5e-4")
@@ -54,7 +70,9 @@ def main() -> None:
         fields += [f"--config.train.{name}={every}" for name in ("eval_every", "checkpoint_every")]
         fields.append(f"--config.train.num_steps={arguments.steps}")
     if arguments.coco:
-        fields += ["--config.data.name=coco_directory", f"--config.data.directory={arguments.coco}"]
+        fields = [*COCO, f"--config.data.directory={arguments.coco}", *fields]
+    if arguments.overfit:
+        fields = [*fields, *OVERFIT, f"--config.data.scales=({128 if arguments.coco else 64},)"]
 
     if not arguments.table_only:
         for seed in arguments.seeds:  # a first seed of every row, before the second of any
@@ -160,7 +178,7 @@ def reached(steps: list[int | None]) -> str:
 
 
 def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
-    """AP50 and APs against steps: a line a row, the range of its seeds as a band."""
+    """AP50 and APs by steps, and the last AP by size of objects: a line a row, the range of its seeds as a band."""
     try:
         import matplotlib
     except ImportError:
@@ -169,16 +187,24 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharex=True, layout="constrained")
-    for ax, name in zip(axes, ("AP50", "APs"), strict=True):
-        for number, (row, found) in enumerate(runs.items()):
-            color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
-            steps = [step for step, _ in found[0].curve]
-            values = [[metrics[name] for _, metrics in run.curve] for run in found]
-            values = [list(at) for at in zip(*(v for v in values if len(v) == len(steps)), strict=True)]
-            ax.plot(steps, [statistics.mean(at) for at in values], style, color=color, label=row.replace("_", " "))
-            ax.fill_between(steps, [min(at) for at in values], [max(at) for at in values], color=color, alpha=0.15)
-        ax.set(xlabel="steps", title=name, ylim=(0, None))
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    for number, (row, found) in enumerate(runs.items()):
+        style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
+
+        def line(ax, places, values, style=style, row=row):
+            """`values`: of each run, at every place."""
+            values = list(zip(*values, strict=True))
+            ax.plot(places, [statistics.mean(at) for at in values], label=row.replace("_", " "), **style)
+            ax.fill_between(places, [min(at) for at in values], [max(at) for at in values], **style, alpha=0.15)
+
+        steps = [step for step, _ in found[0].curve]
+        equal = [run for run in found if [step for step, _ in run.curve] == steps]
+        for ax, name in zip(axes, ("AP50", "APs"), strict=False):
+            line(ax, steps, [[metrics[name] for _, metrics in run.curve] for run in equal])
+        sizes = [name for name in SIZES if found[0].curve[-1][1][name] >= 0]  # -1: the data has none
+        line(axes[2], sizes, [[run.curve[-1][1][name] for name in sizes] for run in found])
+    for ax, title in zip(axes, ("AP50 by steps", "APs by steps", "AP by size of objects, at the end"), strict=True):
+        ax.set(title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)
