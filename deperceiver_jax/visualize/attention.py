@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, UInt8
 
-from deperceiver_jax.boxes import box_cxcywh_to_xyxy
+from deperceiver_jax.boxes import box_cxcywh_to_xyxy, box_iou
 from deperceiver_jax.command_line import parse_flags
 from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data.classes import ClassMap
@@ -59,13 +59,27 @@ def look(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"], check=lambda
 
 
 def choose_queries(
-    scores: Float[np.ndarray, "Q C"], classes: ClassMap, chosen: list[int] | None, best: int
+    scores: Float[np.ndarray, "Q C"],
+    boxes: Float[np.ndarray, "Q 4"],
+    classes: ClassMap,
+    chosen: list[int] | None,
+    best: int,
 ) -> list[tuple[int, int, float]]:
-    """(query, class slot, score) of the chosen queries, or of the `best` ones by the score of their best class."""
+    """(query, class slot, score) of the chosen queries, or of the `best` ones by the score of their best class.
+
+    Queries whose box (cxcywh) overlaps that of a better one by more than half come after all others.
+    """
     scores = scores[:, list(classes.slots)]
     top = scores.max(axis=1)
-    queries = np.argsort(-top, kind="stable")[:best].tolist() if chosen is None else chosen
-    return [(query, classes.slots[scores[query].argmax()], float(top[query])) for query in queries]
+    if chosen is None:
+        order, apart = np.argsort(-top, kind="stable").tolist(), []
+        corners = box_cxcywh_to_xyxy(boxes)
+        overlap = np.asarray(box_iou(corners[:, None], corners[None]))
+        for query in order:
+            if not np.any(overlap[query, apart] > 0.5):
+                apart.append(query)
+        chosen = (apart + [query for query in order if query not in apart])[:best]
+    return [(query, classes.slots[scores[query].argmax()], float(top[query])) for query in chosen]
 
 
 def make_view(
@@ -93,7 +107,7 @@ def make_view(
 def define_flags(values: flags.FlagValues) -> None:
     define_image_flags(values)
     flags.DEFINE_string("queries", None, "Which queries, as in 3,17; else the best ones.", flag_values=values)
-    flags.DEFINE_integer("best", 3, "How many of the queries that score best.", flag_values=values)
+    flags.DEFINE_integer("best", 3, "How many of the best queries of different objects.", flag_values=values)
     flags.DEFINE_integer("layer", -1, "Which decoder layer, from 0; -1 is the last.", flag_values=values)
 
 
@@ -130,7 +144,7 @@ def main(argv: list[str]) -> None:
     found = look(loaded, frame, check)
     scores = np.asarray(build_classification(config.loss).scores(found.predictions.logits[-1]))[0]
     strides = () if isinstance(found.decoder[0], PointRecord) else loaded.skeleton.merge(loaded.arrays).token_strides
-    answers = choose_queries(scores, classes, chosen, values.best)
+    answers = choose_queries(scores, found.predictions.boxes[-1, 0], classes, chosen, values.best)
     views = [make_view(found, layer, answer, image, Frame(frame, strides), classes) for answer in answers]
     title = f"Attention of {config.model.name} in {Path(name).name}"
     number = range(len(found.decoder))[layer]

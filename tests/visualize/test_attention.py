@@ -112,9 +112,12 @@ def test_the_heaviest_point_is_the_lightest_dot():
 
 
 def test_the_best_queries_or_the_chosen_ones():
+    """Queries 1 and 2 are almost at the same place, so the second of them is the last."""
     scores = np.array([[0.1, 0.2], [0.9, 0.3], [0.4, 0.5]])
-    assert choose_queries(scores, CLASSES, None, 2) == [(1, 0, 0.9), (2, 1, 0.5)]
-    assert choose_queries(scores, CLASSES, [0], 2) == [(0, 1, 0.2)]
+    boxes = np.array([[0.2, 0.2, 0.2, 0.2], [0.5, 0.5, 0.4, 0.4], [0.52, 0.5, 0.4, 0.4]], np.float32)
+    assert choose_queries(scores, boxes, CLASSES, None, 2) == [(1, 0, 0.9), (0, 1, 0.2)]
+    assert choose_queries(scores, boxes, CLASSES, None, 3)[2] == (2, 1, 0.5)
+    assert choose_queries(scores, boxes, CLASSES, [2, 1], 2) == [(2, 1, 0.5), (1, 0, 0.9)]
 
 
 def tiny(family):
