@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.set_loss import set_loss
 from deperceiver_jax.models import build_detector
@@ -53,7 +54,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
-            raise
+            raise UserError(f"The compiler gives up at {bucket[0]}x{bucket[1]}: {reason(str(error))}") from error
         return Cost(0, needed, 0, False, flops, 0, 0, time.monotonic() - start)
     memory = compiled.memory_analysis()
     traffic = program_traffic(compiled.as_text())
@@ -67,6 +68,12 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
         interconnect_bytes=traffic.interconnect,
         seconds=time.monotonic() - start,
     )
+
+
+def reason(message: str) -> str:
+    """The first sentence of a refusal, without codes and listings."""
+    lines = [line for line in message.splitlines() if line and not re.search(r"E\d{4}: \w+:$", line)]
+    return lines[0][:200].split(" = ")[0].rstrip(".") + "."
 
 
 def needed_bytes(message: str) -> int | None:

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import Traffic, array_bytes, program_traffic
-from deperceiver_jax.preflight.program import Cost, needed_bytes
+from deperceiver_jax.preflight.program import Cost, needed_bytes, reason
 from deperceiver_jax.preflight.search import largest_batch
 from deperceiver_jax.sharding import make_mesh
 
@@ -54,6 +54,14 @@ def test_shapes_with_tiles_and_memory_spaces():
     assert array_bytes("f32[16]{0:T(128)S(1)}") == 0
     assert array_bytes("f32[16]{0:T(128)S(1)}", everywhere=True) == 512
     assert array_bytes("(pred[7]{0}, (s32[], u8[2]{0}))") == 7 + 4 + 2
+
+
+def test_another_refusal_is_one_sentence():
+    message = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while "
+    message += "allocating on stack for %fusion.5 = (f32[256]{0:T(256)S(1)}, bf16[4,256]) fusion(%copy-done.98)"
+    assert needed_bytes(message) is None
+    assert reason(message) == "Ran out of memory in memory space vmem while allocating on stack for %fusion.5."
+    assert reason("INTERNAL: no.\n\nSee there.") == "INTERNAL: no."
 
 
 def test_what_the_compiler_says_it_would_have_needed():
