@@ -123,6 +123,8 @@ def call(command: Sequence[str], end: float) -> dict:
         return {"failed": "out of time"}
     except OSError as error:
         return {"failed": f"{command[0]}: {error.strerror}"}
+    if done.returncode < 0:
+        return {"failed": f"ended by signal {-done.returncode}"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed": lines[-1].removeprefix("error: ").rstrip(".")}

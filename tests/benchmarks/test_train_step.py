@@ -109,6 +109,11 @@ def test_without_pytorch_one_sentence_says_so(capsys, tmp_path):
     assert capsys.readouterr().out == "No PyTorch peer: /no/such/python: No such file or directory.\n"
 
 
+def test_a_program_that_was_killed_says_so():
+    killed = [sys.executable, "-c", "import os, sys; print('a warning', file=sys.stderr); os.kill(os.getpid(), 9)"]
+    assert train_step.call(killed, float("inf")) == {"failed": "ended by signal 9"}
+
+
 def test_a_program_that_takes_too_long_is_stopped():
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     assert train_step.call(sleeper, time.monotonic() + 0.5) == {"failed": "out of time"}
