@@ -6,12 +6,14 @@ connection to the first one, which the operating system closes when either end d
 """
 
 import atexit
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
 
 FAREWELL = b"."
 CONNECT_TIMEOUT = 30  # seconds
+_connections: list[socket.socket] = []
 
 
 def watch(index: int, count: int, share_address: Callable[[str], str], gone: Callable[[str], None], host: str) -> None:
@@ -29,6 +31,14 @@ def watch(index: int, count: int, share_address: Callable[[str], str], gone: Cal
     connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT)
     connection.sendall(f"{index}\n".encode())
     _follow(connection, "process 0", gone)
+
+
+def part() -> bool:
+    """Lets the others notice that this process ends badly, before it does. Returns whether anybody watches."""
+    for connection in _connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+    return bool(_connections)
 
 
 def _listen() -> socket.socket:
@@ -58,12 +68,11 @@ def _follow(connection, who, gone):
         if said != FAREWELL:
             gone(who)
 
+    _connections.append(connection)
     atexit.register(_bid_farewell, connection)
     threading.Thread(target=wait, daemon=True).start()
 
 
 def _bid_farewell(connection):
-    try:
+    with contextlib.suppress(OSError):  # the other one is gone already
         connection.sendall(FAREWELL)
-    except OSError:  # the other one is gone already
-        connection.close()

@@ -5,6 +5,7 @@ environment says how many there are (a TPU slice, Slurm, Open MPI) nothing need 
 it, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in their place.
 """
 
+import contextlib
 import glob
 import os
 import re
@@ -23,7 +24,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.process_watch import watch
+from deperceiver_jax.process_watch import part, watch
 
 START_TIMEOUT = 300  # seconds that the first process waits for the last one
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -174,13 +175,17 @@ def leave(error: BaseException) -> None:
         _give_up(str(error))
     if LOST.search(str(error)):
         _lost(str(error).splitlines()[0][:200].rstrip("."))
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # nobody may read stderr any more
+        traceback.print_exception(error)
     _give_up("This process of the run ends here, and so do the others.")
 
 
 def _give_up(sentence: str) -> None:
     if not _leaving.acquire(blocking=False):  # a thread says why already
         time.sleep(60)
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if part():
+        time.sleep(1)  # or else JAX would end them with a stack trace, where this one has the coordinator
     os._exit(1)

@@ -12,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.sharding import batch_sharding
 from deperceiver_jax.structures import Batch
 from deperceiver_jax.training.train_state import TrainState
+
+PATIENCE = 3600  # seconds that one process waits for another to compile
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict]]
 
@@ -51,6 +54,9 @@ def compile_sizes(
                 print(f"compiled the step for {count} ({_name(running[done])}), {seconds:.0f} s", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+    if jax.process_count() > 1:  # a faster one would give up: the first collective of CPUs waits for 30 s alone
+        everybody = set(range(jax.process_count()))
+        ocp.multihost.sync_global_processes("the step is compiled", timeout=PATIENCE, processes=everybody)
     return lambda state, batch: programs[batch.image.shape[1:3]](state, batch)
 
 
