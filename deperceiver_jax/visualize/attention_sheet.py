@@ -47,7 +47,8 @@ def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title:
             for k, panel in enumerate(line):
                 _put(sheet, panel, (beside + k * (small[1] + GAP), y + j * step), small)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, **({"quality": 88} if str(path).lower().endswith(".jpg") else {}))
+    jpeg = dict(quality=72, optimize=True, progressive=True)
+    sheet.save(path, **(jpeg if str(path).lower().endswith(".jpg") else {}))
 
 
 def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None:
