@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -18,7 +17,7 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import program_traffic
 from deperceiver_jax.sharding import batch_sharding, make_mesh
-from deperceiver_jax.structures import Batch
+from deperceiver_jax.training.compile_ahead import abstract_batch
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.train_state import plan_train_state
 from deperceiver_jax.training.train_step import make_train_step
@@ -95,20 +94,3 @@ def trace_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tuple[
     loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
     step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
     return step.trace(plan.abstract, abstract_batch(config.data.batch_size, bucket, num_boxes, batch_sharding(mesh)))
-
-
-def abstract_batch(size: int, bucket: tuple[int, int], num_boxes: int, sharding) -> Batch:
-    """A Batch without contents, for `bucket` (height, width)."""
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
-
-    return Batch(
-        image=array(np.uint8, *map(int, bucket), 3),
-        size=array(np.int32, 2),
-        original_size=array(np.int32, 2),
-        example=array(np.int32),
-        boxes=array(np.float32, num_boxes, 4),
-        labels=array(np.int32, num_boxes),
-        box_valid=array(bool, num_boxes),
-    )
