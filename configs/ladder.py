@@ -92,7 +92,7 @@ def _reading_queries(config: ConfigDict) -> None:
 
 
 def _latent_queries(config: ConfigDict) -> None:
-    """The queries are the latents: six layers of self-attention and cross-attention to the image, each answering."""
+    """The queries are the latents: three layers of self-attention and cross-attention to the image, each answering."""
     _use(config, deperceiver_plus.model(), strides=(8,), top_down=False, start="learned")
     config.model.no_object_logit = True
     config.model.decoder.update(num_layers=3, num_heads=4, mlp_dim=128, gaussian=False, refine=False, least_width=0.03)

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Without fusion emitters XLA compiles for CPUs in about half the time; almost all programs here run only a few times.
+# Without fusion emitters and LLVM's optimisations XLA compiles for CPUs in about a third of the time, and almost all
+# programs here run only a few times.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # XLA runs all simulated devices on one pool of as many threads as there are cores, and stops for ever when a queue of
 # steps takes them all while a collective waits for its last participant. More threads than that queue needs:

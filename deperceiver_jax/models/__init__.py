@@ -29,8 +29,7 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The detector that `config.model` describes, with new parameters (`backbone.weights` is not read here).
 
     Called as `detector(image, pixel_valid, dropout_key=None) -> Predictions`; see DePerceiver, and DePerceiverPlus for
-    hints. Raises UserError for a
-    name, a precision or a field that does not exist.
+    hints. Raises UserError for a name, a precision or a field that does not exist.
     """
     for field in ("precision", "attention", "rematerialize"):
         if field not in config:

@@ -170,11 +170,11 @@ class AnchoredLayers(nnx.Module):
 
 
 def sight_of_hints(hints: Hints, num_latents: int) -> Sight:
-    """Latents see one another, and those behind them, which start from hints, see the real ones of their own copy."""
+    """The `num_latents` that answer see one another; those behind them, from hints, see the real ones of their copy."""
     batch, copies, slots = hints.valid.shape
-    copy = np.repeat(np.arange(1 + copies), [num_latents - copies * slots, *[slots] * copies])
+    copy = np.repeat(np.arange(1 + copies), [num_latents, *[slots] * copies])
     bias = np.where(copy[:, None] == copy, 0.0, -1e30).astype(np.float32)
-    answers = jnp.ones((batch, num_latents - copies * slots), bool)
+    answers = jnp.ones((batch, num_latents), bool)
     return Sight(jnp.concatenate([answers, hints.valid.reshape(batch, -1)], axis=1), jnp.asarray(bias)[None, None])
 
 
@@ -254,7 +254,7 @@ class DePerceiverPlus(nnx.Module):
         proposals, content, boxes = first_latents(
             self.start, memory, pyramid, hinted, again=self.decoder.layers.rematerialize
         )
-        sight = Sight() if hints is None else sight_of_hints(hints, content.shape[1])
+        sight = Sight() if hints is None else sight_of_hints(hints, content.shape[1] - hinted.shape[1])
         predictions = self.decoder(content, boxes, memory, position, pyramid, sight, dropout_key=dropout_key)
         if hints is None:
             return predictions._replace(proposals=proposals)
