@@ -17,8 +17,9 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.anchors import cell_places
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.heads import BoxHead, ClassHead
+from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
-from deperceiver_jax.models.linear import layer_norm, split_key
+from deperceiver_jax.models.linear import split_key
 from deperceiver_jax.models.multi_scale_deformable_attention import MultiScaleDeformableAttention
 from deperceiver_jax.models.transformer import TransformerLayer
 from deperceiver_jax.structures import Predictions
@@ -93,7 +94,7 @@ class DeformableEncoderLayer(TransformerLayer):
         self.across_levels = across_levels
         attention = attention if across_levels else {**attention, "num_levels": 1}
         self.attention = MultiScaleDeformableAttention(dim, **attention, dtype=dtype, rngs=rngs)
-        self.attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.attention_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(
         self, tokens: Float[Array, "B S D"], position: Float[Array, "B S D"], pyramid: Pyramid, *, dropout_key=None
@@ -151,9 +152,9 @@ class DeformableDecoderLayer(TransformerLayer):
         self.self_attention = MultiHeadAttention(
             dim, attention["num_heads"], dropout=dropout, xavier=True, dtype=dtype, rngs=rngs
         )
-        self.self_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.self_attention_norm = LayerNorm(dim, dtype=dtype)
         self.cross_attention = MultiScaleDeformableAttention(dim, **attention, dtype=dtype, rngs=rngs)
-        self.cross_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.cross_attention_norm = LayerNorm(dim, dtype=dtype)
         self.heads = RelativeHeads(dim, **refine, rngs=rngs) if refine else None
 
     def __call__(

@@ -19,8 +19,9 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.deformable_transformer import Pyramid, RelativeHeads, make_pyramid
 from deperceiver_jax.models.latent_start import LearnedStart, ProposedStart, first_latents
+from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
-from deperceiver_jax.models.linear import layer_norm, linear, split_key
+from deperceiver_jax.models.linear import linear, split_key
 from deperceiver_jax.models.log_gaussian import BoxGaussian
 from deperceiver_jax.models.mixed_levels import MixedLevels, sources
 from deperceiver_jax.models.mlp import MLP
@@ -75,9 +76,9 @@ class AnchoredLayer(TransformerLayer):
         self.refine = refine
         attention = dict(dropout=dropout, xavier=True, dtype=dtype, rngs=rngs)
         self.self_attention = MultiHeadAttention(dim, num_heads, **attention)
-        self.self_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.self_attention_norm = LayerNorm(dim, dtype=dtype)
         self.cross_attention = MultiHeadAttention(dim, num_heads, **attention)
-        self.cross_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.cross_attention_norm = LayerNorm(dim, dtype=dtype)
         self.gaussian = BoxGaussian(dim, num_heads, least_width=least_width, rngs=rngs) if gaussian else None
         self.level_weight = linear(dim, num_levels, dtype=jnp.float32, rngs=rngs) if separate_levels else None
         self.position = MLP([2 * dim, dim, dim], activation=jax.nn.relu, dtype=dtype, rngs=rngs)

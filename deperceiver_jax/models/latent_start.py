@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.anchors import grid_points
 from deperceiver_jax.models.deformable_transformer import Pyramid
-from deperceiver_jax.models.linear import layer_norm, linear
+from deperceiver_jax.models.layer_norm import LayerNorm
+from deperceiver_jax.models.linear import linear
 from deperceiver_jax.models.proposals import TokenProposals, tokens_of_boxes
 
 
@@ -40,7 +41,7 @@ class ProposedStart(nnx.Module):
     def __init__(self, dim: int, num_latents: int, num_logits: int, *, dtype, rngs: nnx.Rngs):
         self.proposals = TokenProposals(dim, num_logits, num_proposals=num_latents, dtype=dtype, rngs=rngs)
         self.content = linear(dim, dim, dtype=dtype, rngs=rngs)
-        self.content_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.content_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: Float[Array, "B P 4"] | None):
         """(Predictions of all tokens, content [B, Q + P, D], boxes [B, Q + P, 4])."""

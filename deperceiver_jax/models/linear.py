@@ -1,4 +1,4 @@
-"""Linear layers and norms with the defaults of the published models, which are PyTorch's, not Flax's."""
+"""Linear layers with the defaults of the published models, which are PyTorch's, not Flax's."""
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,6 @@ def linear(in_dim: int, out_dim: int, *, kernel_init=None, bias_init=None, dtype
         dtype=dtype,
         rngs=rngs,
     )
-
-
-def layer_norm(dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with epsilon 1e-5 and the two-pass variance, as torch.nn.LayerNorm."""
-    return nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

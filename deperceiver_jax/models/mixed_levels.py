@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deperceiver_jax.models.linear import layer_norm, linear
+from deperceiver_jax.models.layer_norm import LayerNorm
+from deperceiver_jax.models.linear import linear
 from deperceiver_jax.models.tokens import feature_valid
 
 
@@ -30,7 +31,7 @@ class MixedLevels(nnx.Module):
         self.convolutions = nnx.List(
             [nnx.Conv(dim, dim, (3, 3), padding=1, dtype=dtype, rngs=rngs) for _ in self.strides if top_down]
         )
-        self.norms = nnx.List([layer_norm(dim, dtype=dtype, rngs=rngs) for _ in self.strides])
+        self.norms = nnx.List([LayerNorm(dim, dtype=dtype) for _ in self.strides])
 
     def __call__(
         self, features: dict[int, Float[Array, "B h w C"]], pixel_valid: Bool[Array, "B H W"]

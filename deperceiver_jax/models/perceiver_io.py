@@ -16,8 +16,9 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.attention_record import is_recording
+from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack, apply_rematerialized
-from deperceiver_jax.models.linear import dropout, layer_norm, split_key
+from deperceiver_jax.models.linear import dropout, split_key
 from deperceiver_jax.models.mlp import MLP, exact_gelu
 
 
@@ -29,9 +30,9 @@ class SelfAttentionLayer(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, dropout: float, dtype, rngs: nnx.Rngs):
-        self.norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, dtype=dtype)
         self.attention = MultiHeadAttention(dim, num_heads, dtype=dtype, rngs=rngs)
-        self.mlp_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(dim, dtype=dtype)
         self.mlp = _mlp(dim, mlp_ratio, dropout, dtype, rngs)
         self.dropout = dropout
 
@@ -57,10 +58,10 @@ class CrossAttentionLayer(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.query_norm = layer_norm(query_dim, dtype=dtype, rngs=rngs)
-        self.token_norm = layer_norm(token_dim, dtype=dtype, rngs=rngs)
+        self.query_norm = LayerNorm(query_dim, dtype=dtype)
+        self.token_norm = LayerNorm(token_dim, dtype=dtype)
         self.attention = MultiHeadAttention(query_dim, num_heads, key_dim=token_dim, dtype=dtype, rngs=rngs)
-        self.mlp_norm = layer_norm(query_dim, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(query_dim, dtype=dtype)
         self.mlp = _mlp(query_dim, mlp_ratio, dropout, dtype, rngs)
         self.gaussian = None if gaussian_width is None else GaussianBias(num_heads, gaussian_width)
         self.dropout = dropout
@@ -244,7 +245,7 @@ class PerceiverDecoderLayer(nnx.Module):
         self.has_self_attention = self_attention
         if self_attention:
             self.self_attention = MultiHeadAttention(dim, self_heads, dropout=dropout, dtype=dtype, rngs=rngs)
-            self.self_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+            self.self_attention_norm = LayerNorm(dim, dtype=dtype)
         self.cross_attention = CrossAttentionLayer(
             dim,
             latent_dim,
@@ -336,7 +337,7 @@ class PerceiverDecoder(nnx.Module):
             num_layers,
             rngs=rngs,
         )
-        self.norm = layer_norm(dim, dtype=dtype, rngs=rngs) if final_norm else None
+        self.norm = LayerNorm(dim, dtype=dtype) if final_norm else None
         self.dtype = dtype
 
     def __call__(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deformable_transformer import Pyramid
 from deperceiver_jax.models.heads import BoxHead, ClassHead
-from deperceiver_jax.models.linear import layer_norm, linear, xavier_uniform_init
+from deperceiver_jax.models.layer_norm import LayerNorm
+from deperceiver_jax.models.linear import linear, xavier_uniform_init
 from deperceiver_jax.structures import Predictions
 
 FINEST_SIZE = 0.05  # width and height of the boxes that the finest tokens start from, as a share of the image
@@ -61,7 +62,7 @@ class TokenProposals(nnx.Module):
     def __init__(self, dim: int, num_logits: int, *, num_proposals: int, dtype, rngs: nnx.Rngs):
         self.num_proposals = num_proposals
         self.output = _square(dim, dtype=dtype, rngs=rngs)
-        self.output_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.output_norm = LayerNorm(dim, dtype=dtype)
         self.class_head = ClassHead(dim, num_logits, rngs=rngs)
         self.box_head = BoxHead(dim, rngs=rngs)
         self.class_head.linear.bias[...] = jnp.full(num_logits, -math.log(99))
@@ -99,7 +100,7 @@ class Proposals(TokenProposals):
     def __init__(self, dim: int, num_logits: int, *, num_proposals: int, dtype, rngs: nnx.Rngs):
         super().__init__(dim, num_logits, num_proposals=num_proposals, dtype=dtype, rngs=rngs)
         self.query = _square(2 * dim, dtype=dtype, rngs=rngs)
-        self.query_norm = layer_norm(2 * dim, dtype=dtype, rngs=rngs)
+        self.query_norm = LayerNorm(2 * dim, dtype=dtype)
 
     def __call__(
         self, memory: Float[Array, "B S D"], pyramid: Pyramid

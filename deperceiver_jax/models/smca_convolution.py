@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deformable_transformer import start_alike
+from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import (
-    layer_norm,
     linear,
     split_key,
     torch_bias_init,
@@ -85,7 +85,7 @@ class ConvolutionLayer(TransformerLayer):
         self.down = nnx.List([depthwise(2) for _ in range(crossings)])
         self.up = nnx.List([depthwise(1) for _ in range(crossings)])
         self.after = mixture() if pointwise else None
-        self.convolution_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.convolution_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "B S D"], position: Float[Array, "B S D"], tokens: Tokens, *, dropout_key=None

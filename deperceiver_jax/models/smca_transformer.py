@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.deformable_transformer import start_alike
+from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
-from deperceiver_jax.models.linear import layer_norm, split_key
+from deperceiver_jax.models.linear import split_key
 from deperceiver_jax.models.mlp import MLP
 from deperceiver_jax.models.spatial_modulation import SpatialModulation
 from deperceiver_jax.models.transformer import DecoderLayer, TransformerLayer
@@ -77,8 +78,8 @@ class LevelEncoderLayer(TransformerLayer):
                 for _ in range(1 if share_mlp else num_levels)
             ]
         )
-        self.attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.mlp_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.attention_norm = LayerNorm(dim, dtype=dtype)
+        self.mlp_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(
         self,
@@ -236,7 +237,7 @@ class ModulatedDecoder(nnx.Module):
         self.layers = LayerStack(
             lambda rngs: ModulatedDecoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, rngs=rngs
         )
-        self.norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, dtype=dtype)
         center = dict(activation=jax.nn.relu, xavier=True, dtype=jnp.float32, rngs=rngs)
         self.center = None if modulation == "none" else MLP([dim] * center_layers + [2], **center)
         self.dtype = dtype

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.linear import layer_norm, linear, xavier_uniform_init
+from deperceiver_jax.models.layer_norm import LayerNorm
+from deperceiver_jax.models.linear import linear, xavier_uniform_init
 
 MODULATIONS = ("none", "head_shared", "multi_head")
 # How many scales a Gaussian has: none to predict, one, one for x and one for y, and one for their product as well
@@ -66,7 +67,7 @@ class SpatialModulation(nnx.Module):
             init = init or dict(kernel_init=xavier_uniform_init(dim, width))
             return linear(dim, width, **init, dtype=jnp.float32, rngs=rngs)
 
-        self.norm = layer_norm(dim, dtype=jnp.float32, rngs=rngs) if self.modulates or select else None
+        self.norm = LayerNorm(dim, dtype=jnp.float32) if self.modulates or select else None
         self.offset = layer(2 * count) if modulation == "multi_head" else None
         self.scale = layer(self.num_scales * count, **ones) if self.modulates and self.num_scales else None
         self.selection = layer(num_levels) if select else None

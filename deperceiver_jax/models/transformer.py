@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention import MultiHeadAttention
+from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
-from deperceiver_jax.models.linear import dropout, layer_norm, split_key
+from deperceiver_jax.models.linear import dropout, split_key
 from deperceiver_jax.models.mlp import MLP
 
 
@@ -42,9 +43,9 @@ class TransformerLayer(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
-            self.mlp_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+            self.mlp_norm = LayerNorm(dim, dtype=dtype)
 
-    def sublayer(self, x: Array, norm: nnx.LayerNorm, function: Callable[[Array], Array], key) -> Array:
+    def sublayer(self, x: Array, norm: LayerNorm, function: Callable[[Array], Array], key) -> Array:
         """norm(x + dropout(function(x))), or x + dropout(function(norm(x))) with pre-norm."""
         if self.pre_norm:
             return x + dropout(function(norm(x)), self.dropout, key)
@@ -63,7 +64,7 @@ class EncoderLayer(TransformerLayer):
     def __init__(self, dim: int, num_heads: int, *, dropout: float, dtype, rngs: nnx.Rngs, **layer):
         super().__init__(dim, dropout=dropout, dtype=dtype, rngs=rngs, **layer)
         self.attention = MultiHeadAttention(dim, num_heads, dropout=dropout, xavier=True, dtype=dtype, rngs=rngs)
-        self.attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.attention_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(
         self,
@@ -91,9 +92,9 @@ class DecoderLayer(TransformerLayer):
         super().__init__(dim, dropout=dropout, dtype=dtype, rngs=rngs, **layer)
         attention = dict(dropout=dropout, xavier=True, dtype=dtype, rngs=rngs)
         self.self_attention = MultiHeadAttention(dim, num_heads, **attention)
-        self.self_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.self_attention_norm = LayerNorm(dim, dtype=dtype)
         self.cross_attention = MultiHeadAttention(dim, num_heads, **attention)
-        self.cross_attention_norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.cross_attention_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(
         self,
@@ -146,7 +147,7 @@ class TransformerEncoder(nnx.Module):
             else None
         )
         _share_initial_biases(self.layers)
-        self.norm = layer_norm(dim, dtype=dtype, rngs=rngs) if pre_norm else None
+        self.norm = LayerNorm(dim, dtype=dtype) if pre_norm else None
 
     def __call__(
         self,
@@ -192,7 +193,7 @@ class TransformerDecoder(nnx.Module):
         self.position_at_attention = query_position == "attention"
         self.layers = LayerStack(lambda rngs: DecoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, rngs=rngs)
         _share_initial_biases(self.layers)
-        self.norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, dtype=dtype)
         self.dtype = dtype
 
     def __call__(
