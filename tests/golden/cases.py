@@ -66,6 +66,17 @@ _SMALL_SMCA = {
 }
 _SMALL_SMCA_OFFICIAL = ("--backbone", "resnet18", "--num_queries", "20", "--enc_layers", "1", "--dim_feedforward", "96")
 _LATENTS = ("--num_latents", "256")
+# The released DePerceiver takes 2048 channels, whatever the backbone.
+_SMALL_DEPERCEIVER = {
+    "model.num_queries": 20,
+    "model.encoder.num_latents": 32,
+    "model.encoder.num_blocks": 2,
+    "model.encoder.layers_per_block": 2,
+}
+_SMALL_DEPERCEIVER_OFFICIAL = (
+    *("--num_queries", "20", "--num_latents", "32", "--enc_blocks", "2", "--enc_layers_per_block", "2"),
+    "--no_aux_loss",
+)
 _AUXILIARY = {
     "model.decoder.num_layers": 3,
     "model.decoder.self_attention": True,
@@ -145,11 +156,12 @@ CASES = {
         {**_SMALL_SMCA, "model.encoder.num_layers": 1, "eval.max_detections": 500},
     ),
     "deperceiver_r50_32": _deperceiver("r50_32", "--no_aux_loss"),
-    "deperceiver_r50_16": _deperceiver("r50_16", "--no_aux_loss", "--downsample_factor", "16"),
+    "deperceiver_r50_16": _deperceiver("r50_16", "--no_aux_loss"),
     "deperceiver_r50_8": _deperceiver("r50_8", "--no_aux_loss", "--downsample_factor", "8"),
     "deperceiver_r50_4": _deperceiver("r50_4", "--no_aux_loss", "--downsample_factor", "4"),
     "deperceiver_r50_multiscale": _deperceiver("r50_multiscale", "--no_aux_loss", "--multiscale"),
     "deperceiver_r50_32_auxiliary": _deperceiver("r50_32", to=_AUXILIARY),
+    "deperceiver_small": Case("deperceiver:r50_32", _SMALL_DEPERCEIVER_OFFICIAL, _SMALL_DEPERCEIVER),
 }
 
 
