@@ -88,14 +88,19 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"], valid: Bool[Array, "B H W"] | None) -> Float[Array, "B H W C"]:
         if valid is None:
             valid = jnp.ones(x.shape[:3], bool)
-        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.num_groups, -1)
-        weight = valid[..., None, None].astype(jnp.float32)
-        count = jnp.maximum(jnp.sum(weight, axis=(1, 2, 4), keepdims=True) * grouped.shape[-1], 1.0)
-        centered = (grouped - jnp.sum(grouped * weight, axis=(1, 2, 4), keepdims=True) / count) * weight
-        variance = jnp.sum(centered**2, axis=(1, 2, 4), keepdims=True) / count
-        normal = (centered * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
-        y = normal * _channels(self.scale[...]) + _channels(self.bias[...])
-        return (y * valid[..., None].astype(jnp.float32)).astype(self.dtype)
+        weight = valid[..., None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(weight, axis=(1, 2)) * (x.shape[-1] // self.num_groups), 1.0)  # [B 1]
+
+        def group_mean(x):
+            """Of each channel's group. Only sums of channels take the shape of groups, whose few channels are slow."""
+            sums = jnp.sum(x, axis=(1, 2)).reshape(len(x), self.num_groups, -1).sum(axis=2)
+            return jnp.repeat(sums / count, x.shape[-1] // self.num_groups, axis=1)[:, None, None]
+
+        x = x.astype(jnp.float32) * weight
+        centered = (x - group_mean(x)) * weight
+        inverse = jax.lax.rsqrt(group_mean(centered**2) + 1e-5)
+        y = centered * (inverse * _channels(self.scale[...])) + _channels(self.bias[...]) * weight
+        return y.astype(self.dtype)
 
 
 def _channels(vector):
