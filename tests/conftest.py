@@ -30,6 +30,12 @@ from tests.drawn_arrays import draw_arrays  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that at the end no worker is alone with one while the others have nothing."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 RECTANGLE_SIZES = [(60, 80), (80, 60), (33, 47), (64, 64), (50, 200), (120, 90), (40, 40), (61, 83), (90, 45)]
 
 
