@@ -1,4 +1,4 @@
-# make demo   installs, trains on the built-in dataset, evaluates, draws detections: about ten minutes on two cores
+# make demo   installs, trains on the built-in dataset, evaluates, draws detections: ten to twenty minutes on two cores
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
 # make lint   ruff, as CI does
@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python train.py --config=configs/demo.py:deperceiver --workdir=$(RUN)
+	$(BIN)/python train.py --config=configs/demo.py:deperceiver_plus --workdir=$(RUN)
 	$(BIN)/python eval.py --workdir=$(RUN) --checkpoint=latest
 	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png --score_threshold=0.4
 

@@ -1,6 +1,6 @@
 """Small detectors for the built-in dataset, trained from scratch in minutes on two CPU cores.
 
-    python train.py --config=configs/demo.py:deperceiver --workdir=runs/demo
+    python train.py --config=configs/demo.py:deperceiver_plus --workdir=runs/demo
 
 `make demo` runs this. The images are about 128 pixels a side, so everything is narrow; `deperceiver` here uses remedies
 that the published model lacks: latents and queries with places, small initial latents, repeated input cross-attentions,
@@ -15,7 +15,7 @@ from configs.base import base
 VARIANTS = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca")
 
 
-def get_config(variant: str = "deperceiver") -> ConfigDict:
+def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     """One of VARIANTS, at demo size."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/demo.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
