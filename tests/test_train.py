@@ -170,6 +170,8 @@ def test_a_run_needs_a_workdir_and_a_config(shared, capsys):
     assert "has no variant 'r50_2'; it has r50_32" in capsys.readouterr().err
 
 
+# 2026-11-21: Orbax closes its event loop with the first array's error, and the threads of the others find it closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workdir, shared, finished, capsys):
     """With every one damaged it says so and leaves everything as it was."""
     shutil.rmtree(workdir / "checkpoints" / "6" / "training" / "d")
@@ -223,4 +225,4 @@ def test_a_run_of_eight_devices_continues_on_four_and_on_one(workdir, finished, 
         for here, there in zip(expected, last_two(other), strict=True):
             assert without_speed(there) == pytest.approx(without_speed(here), rel=1e-4)
     assert train(CONFIG, f"--workdir={others['four']}", *shared, *longer, "--config.train.num_steps=9") == 0
-    assert all_steps(others["four"]) == [8, 9]
+    assert all_steps(others["four"])[-2:] == [8, 9]  # and the best one, if it is neither of them
