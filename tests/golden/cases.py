@@ -156,7 +156,7 @@ CASES = {
         {**_SMALL_SMCA, "model.encoder.num_layers": 1, "eval.max_detections": 500},
     ),
     "deperceiver_r50_32": _deperceiver("r50_32", "--no_aux_loss"),
-    "deperceiver_r50_16": _deperceiver("r50_16", "--no_aux_loss"),
+    "deperceiver_r50_16": _deperceiver("r50_16", "--no_aux_loss", "--downsample_factor", "16"),
     "deperceiver_r50_8": _deperceiver("r50_8", "--no_aux_loss", "--downsample_factor", "8"),
     "deperceiver_r50_4": _deperceiver("r50_4", "--no_aux_loss", "--downsample_factor", "4"),
     "deperceiver_r50_multiscale": _deperceiver("r50_multiscale", "--no_aux_loss", "--multiscale"),
