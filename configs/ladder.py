@@ -25,8 +25,8 @@ def get_config(variant: str = "published") -> ConfigDict:
     config.data.buckets = 1
     config.loss.proposal_repeats = 1
     config.matcher.backend = "device"  # the compilation cache keeps the step for the next seed
-    config.train.num_steps = 1000
-    config.train.eval_every = 100
+    config.train.num_steps = 600
+    config.train.eval_every = 50
     config.train.checkpoint_every = 100
     if variant in FAMILIES:
         FAMILIES[variant](config)
