@@ -53,9 +53,10 @@ def matching_cost(
     return sum(parts)
 
 
-def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backend: str, mesh: Mesh) -> Assignment:
+def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B k*N"], *, backend: str, mesh: Mesh) -> Assignment:
     """The assignment of least total cost for each layer and image: min(Q, number of boxes) pairs.
 
+    With k > 1 every column of `cost` stands for k slots, n, N + n, 2N + n and so on, each of which gets a query.
     Every device solves its own images, on its own host for `scipy`.
     NaN counts as the largest cost there is, and costs beyond LARGEST_COST are cut to it, so there always is an answer;
     stopping at a non-finite loss is the training loop's part. Where several assignments cost the same, either
@@ -81,12 +82,13 @@ def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backe
     return per_device(jnp.clip(cost, -LARGEST_COST, LARGEST_COST), box_valid)
 
 
-def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B N"]) -> Assignment:
-    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite.
+def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B k*N"]) -> Assignment:
+    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite. For k see match.
 
     Only the real columns are handed over: padded to 100 columns, the problems of COCO take tens of times longer.
     """
-    num_layers, num_images, _, num_slots = cost.shape
+    num_layers, num_images, _, num_columns = cost.shape
+    num_slots = box_valid.shape[1]
     query = np.zeros((num_layers, num_images, num_slots), np.int32)
     matched = np.zeros((num_layers, num_images, num_slots), bool)
     for image in range(num_images):
@@ -94,7 +96,7 @@ def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.
         if not slots.size:
             continue
         for layer in range(num_layers):
-            rows, columns = linear_sum_assignment(cost[layer, image][:, slots])
+            rows, columns = linear_sum_assignment(cost[layer, image][:, slots % num_columns])
             query[layer, image, slots[columns]] = rows
             matched[layer, image, slots[columns]] = True
     return Assignment(query, matched)
@@ -108,7 +110,7 @@ def _match_on_host(cost, box_valid, *, platform: str) -> Assignment:
     devices as threads everything waits for ever (jax issue 24255 is of this kind). `buffer_callback` lets NumPy look
     at the device's own memory: no copy, nothing to wait for.
     """
-    shape = cost.shape[:2] + cost.shape[3:]
+    shape = cost.shape[:2] + box_valid.shape[1:]
     answer = Assignment(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
     if platform == "cpu":
         return buffer_callback(_write_assignment, answer)(cost, box_valid)
@@ -128,7 +130,8 @@ def _return_assignment(cost, box_valid) -> Assignment:
 
 def _match_on_device(cost, box_valid) -> Assignment:
     """All layers and images of this device in lockstep. Rows are boxes, or queries where boxes outnumber them."""
-    num_queries, num_slots = cost.shape[2:]
+    num_queries, num_slots = cost.shape[2], box_valid.shape[1]
+    cost = jnp.concatenate([cost] * (num_slots // cost.shape[3]), axis=3)
 
     def solve_one(cost, box_valid):  # [Q N], [N]
         crowded = jnp.sum(box_valid) > num_queries

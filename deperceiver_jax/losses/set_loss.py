@@ -58,7 +58,7 @@ def set_loss(
         any_object = batch._replace(labels=jnp.zeros_like(batch.labels))
         repeats = config.loss.proposal_repeats
         shared["whole_valid"] = jnp.concatenate([whole_valid] * repeats, axis=1)
-        weighted, _, _ = _layer_losses(proposals, _repeat_slots(any_object, repeats), **shared)
+        weighted, _, _ = _layer_losses(proposals, any_object, repeats=repeats, **shared)
         total += sum(weight * layers[0] for weight, layers in weighted.values())
         terms |= {f"{name}_enc": layers[0] for name, (_, layers) in weighted.items()}
     if hinted is not None:
@@ -74,7 +74,7 @@ def set_loss(
 
 
 def _repeat_slots(batch: Batch, times: int) -> Batch:
-    """Every box `times` times: the matching then gives each of them so many proposals."""
+    """Every box `times` times, all boxes after all boxes."""
     repeated = {
         name: jnp.concatenate([getattr(batch, name)] * times, axis=1) for name in ("boxes", "labels", "box_valid")
     }
@@ -86,17 +86,27 @@ def _num_boxes(whole_valid):
 
 
 def _layer_losses(
-    predictions: Predictions, batch: Batch, *, classification, config, mesh: Mesh, whole_valid, known: bool = False
+    predictions: Predictions,
+    batch: Batch,
+    *,
+    classification,
+    config,
+    mesh: Mesh,
+    whole_valid,
+    repeats: int = 1,
+    known: bool = False,
 ):
     """{name: (weight, loss of each layer)} with the matching and the labels of queries that they were made from.
 
-    With `known`, query i answers for box slot i in every layer: nothing is matched, and an empty slot's query is idle.
+    Every box has `repeats` queries. With `known`, query i answers for box slot i in every layer: nothing is matched,
+    and an empty slot's query is idle.
     """
     predictions = jax.tree.map(lambda array: array.astype(jnp.float32), predictions)
     if known:
         assignment = _each_its_own(batch, num_layers=len(predictions.logits))
     else:
         cost = matching_cost(predictions, batch, classification, config.matcher)
+        batch = _repeat_slots(batch, repeats)
         assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
     num_boxes = _num_boxes(whole_valid)

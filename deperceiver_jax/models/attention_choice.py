@@ -29,8 +29,8 @@ def attention_of(implementation: str, plain: Callable) -> Callable:
 
     auto: plain for small matrices, else the kernel of the target platform, or blocks where it has none that fits;
     xla: always plain; chunked: always in blocks; cudnn, flash: that kernel, and blocks wherever it does not run.
-    Kernels have no dropout, so attention that drops goes in blocks; and they would need a LogGaussian's whole map,
-    which blocks compute for themselves.
+    Kernels have no dropout, so attention that drops goes in blocks. A LogGaussian is never a whole map: blocks and
+    the TPU's kernel compute their own part of it.
     """
     return functools.partial(_attention, implementation, plain)
 
@@ -43,8 +43,7 @@ def _attention(implementation, plain, query, key, value, key_valid, bias, *, dro
         return plain(*arrays, **drops)
     in_blocks = functools.partial(chunked_attention, plain, **drops)
     kernels = {}
-    can_use_kernels = (dropout_rate == 0.0 or dropout_key is None) and not isinstance(bias, LogGaussian)
-    if implementation != "chunked" and can_use_kernels:
+    if implementation != "chunked" and (dropout_rate == 0.0 or dropout_key is None):
         if implementation != "cudnn":
             kernels["tpu"] = _on_each_device(flash_attention)
         # cuDNN's operation cannot even be traced where there is no GPU.

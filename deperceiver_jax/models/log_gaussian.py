@@ -5,6 +5,7 @@ Attention adds it where it computes its logits, so that a block of queries needs
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,11 +19,11 @@ class LogGaussian(NamedTuple):
 
     center: Float[Array, "B H Q 2"]  # (x, y)
     inverse_width: Float[Array, "B H Q 2"]  # 1 / standard deviation; where it is 0 the map is 0
-    place: Float[Array, "B K 2"]  # of the keys
+    place: Float[Array, "B K 2"]  # of the keys; without gradient
 
     def map(self) -> Float[Array, "B H Q K"]:
         """-((x - center_x)^2 / width_x^2 + (y - center_y)^2 / width_y^2) / 2"""
-        place = self.place[:, None, None]
+        place = jax.lax.stop_gradient(self.place)[:, None, None]
         x, y = ((place[..., i] - self.center[..., i, None]) * self.inverse_width[..., i, None] for i in (0, 1))
         return -0.5 * (jnp.square(x) + jnp.square(y))
 

@@ -168,6 +168,15 @@ def test_other_shapes(backend, num_queries, num_slots):
 
 
 @pytest.mark.parametrize("backend", ["scipy", "device"])
+def test_columns_for_several_slots_each(backend):
+    """As if the columns stood in `cost` as many times; 3 boxes with 4 queries each, and 12 boxes for 10 queries."""
+    cost = np.random.default_rng(6).uniform(-3, 9, size=(L, B, 10, 6))
+    box_valid = np.concatenate([prefix([0, 1, 2, 2, 1, 3, 3, 2], 6)] * 4, axis=1)
+    assignment = solver(backend, "one device")(cost, box_valid)
+    check_contract(assignment, np.concatenate([cost] * 4, axis=3), box_valid)
+
+
+@pytest.mark.parametrize("backend", ["scipy", "device"])
 def test_no_box_slots_at_all(backend):
     assignment = solver(backend, "eight devices")(np.zeros((L, B, Q, 0)), np.zeros((B, 0), bool))
     assert assignment.query.shape == assignment.matched.shape == (L, B, 0)

@@ -98,11 +98,16 @@ def test_blocks_drop_with_keys_of_their_own(monkeypatch):
     np.testing.assert_array_equal(chunked_attention(dense_attention, query, key, value, **options)[0, 0] * 16, matrix)
 
 
-@pytest.mark.parametrize(("bias_shape", "masked"), [(None, True), ((1, 140, 200), True), (None, False)])
+@pytest.mark.parametrize(
+    ("bias_shape", "masked"), [(None, True), ((1, 140, 200), True), (None, False), ("gaussian", True)]
+)
 def test_kernels_equal_plain_attention(bias_shape, masked):
     """In Pallas' simulation of a TPU. Lengths that no block divides; values of another width than queries."""
-    query, key, value, valid = arrays(heads=1)
-    bias = None if bias_shape is None else bias_for(140, 200, bias_shape)
+    query, key, value, valid = arrays(heads=2 if bias_shape == "gaussian" else 1)
+    if bias_shape == "gaussian":
+        bias = gaussian_for(140, 200)
+    else:
+        bias = None if bias_shape is None else bias_for(140, 200, bias_shape)
     with pltpu.force_tpu_interpret_mode():
         same_values_and_gradients(flash_attention, query, key, value, valid if masked else None, bias, 1e-5)
 
@@ -131,6 +136,9 @@ def test_choice_by_size_platform_dropout_and_field():
     large, small = [tokens(1024)] * 3, [tokens(512)] * 3
     assert choice("auto", *large) == "kernel"
     assert choice("auto", *large, platform="cpu") == "blocks"
+    places = jnp.ones((1, 1, 1024, 2)), jnp.ones((1, 1, 1024, 2)), jnp.ones((1, 1024, 2))
+    assert choice("auto", *large, bias=LogGaussian(*places)) == "kernel"
+    assert choice("auto", *large, bias=LogGaussian(*places), platform="cpu") == "blocks"
     assert choice("auto", *large, dropout=0.1) == "blocks"
     assert choice("auto", *small) == "matrix"
     assert choice("xla", *large) == "matrix"
