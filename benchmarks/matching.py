@@ -2,6 +2,7 @@
 
     python benchmarks/matching.py
     python benchmarks/matching.py --queries=300 --slots=100
+    python benchmarks/matching.py --layers=1 --queries=22932 --repeats=4     # proposals of all tokens
 
 The costs are those of random predictions, some of them near their boxes, under DETR's weights. Box counts are spread
 like COCO's: mean 7, many images with one or two boxes, one with as many as there are slots. A batch's time is the
@@ -13,6 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.box_counts import coco_box_counts  # noqa: E402
 from configs.base import base  # noqa: E402
+from deperceiver_jax.losses import matcher  # noqa: E402
 from deperceiver_jax.losses.classification import build_classification  # noqa: E402
 from deperceiver_jax.losses.matcher import hungarian_assignment, match, matching_cost  # noqa: E402
 from deperceiver_jax.sharding import make_mesh, shard_batch  # noqa: E402
@@ -35,6 +38,7 @@ LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.")
 IMAGES = flags.DEFINE_integer("images", 16, "Images.")
 QUERIES = flags.DEFINE_integer("queries", 100, "Queries of each layer.")
 SLOTS = flags.DEFINE_integer("slots", 63, "Box slots of each image, as many as COCO's fullest image needs.")
+REPEATS = flags.DEFINE_integer("repeats", 1, "Queries for every box; with several, only SciPy's rows are timed.")
 BATCHES = flags.DEFINE_integer("batches", 8, "Batches of that many images.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Calls for each batch and row.")
 
@@ -78,6 +82,12 @@ def padded_assignment(cost, box_valid):
     return [linear_sum_assignment(problem) for problem in cost.reshape(-1, *cost.shape[2:])]
 
 
+def assignment_of_all_rows(cost, box_valid):
+    """Ours without taking a problem apart."""
+    with mock.patch.object(matcher, "MANY_ROWS", cost.shape[2] + 1):
+        return hungarian_assignment(cost, box_valid)
+
+
 def milliseconds(call, problems) -> list[float]:
     """The median time of each problem."""
     times = []
@@ -101,18 +111,26 @@ def main(_) -> None:
     inputs = [make_problem(rng, batch_counts) for batch_counts in counts]
     inputs = [(jax.device_put(predictions), shard_batch(batch, mesh)) for predictions, batch in inputs]
     cost_of = jax.jit(partial(matching_cost, classification=build_classification(config.loss), config=config.matcher))
-    on_device = [(cost_of(predictions, batch), batch.box_valid) for predictions, batch in inputs]
+    on_device = [
+        (cost_of(predictions, batch), jnp.concatenate([batch.box_valid] * REPEATS.value, axis=1))
+        for predictions, batch in inputs
+    ]
     on_host = jax.tree.map(np.asarray, on_device)
 
     rows = [
         ("SciPy, real columns only", hungarian_assignment, on_host),
-        ("SciPy, padded to all slots", padded_assignment, on_host),
         ("`match` under jit, scipy", jax.jit(partial(match, backend="scipy", mesh=mesh)), on_device),
+        ("SciPy, all queries", assignment_of_all_rows, on_host),
+    ]
+    others = [
+        ("SciPy, padded to all slots", padded_assignment, on_host),
         ("`match` under jit, device", jax.jit(partial(match, backend="device", mesh=mesh)), on_device),
         ("optax, vmapped, under jit", jax.jit(optax_assignment), on_device),
         ("`matching_cost` under jit", cost_of, inputs),
     ]
-    print(f"{LAYERS.value} layers x {IMAGES.value} images, {QUERIES.value} queries, {SLOTS.value} box slots")
+    rows += others if REPEATS.value == 1 else []
+    sizes = f"{QUERIES.value} queries, {SLOTS.value} box slots, {REPEATS.value} queries a box"
+    print(f"{LAYERS.value} layers x {IMAGES.value} images, {sizes}")
     print(f"{BATCHES.value} batches; boxes per image: mean {counts.mean():.1f}, largest {counts.max()}")
     print(
         f"jax {jax.__version__}, scipy {scipy.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}"

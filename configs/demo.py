@@ -35,8 +35,8 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.data.scales = (88, 96, 104, 112)
     config.data.max_size = 128
     config.data.crop_probability = 0.0
-    config.data.eval_scale = 96
-    config.data.eval_max_size = 128
+    config.data.eval_scale = 112
+    config.data.eval_max_size = 152
     config.data.buckets = 2
     config.data.eval_buckets = 1
     config.data.num_workers = 0
@@ -53,9 +53,9 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
 
-    config.train.num_steps = 1600
+    config.train.num_steps = 900
     config.train.eval_every = -1
-    config.train.checkpoint_every = 400
+    config.train.checkpoint_every = 300
     config.eval.batch_size = 40
     return config
 

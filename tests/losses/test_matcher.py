@@ -176,6 +176,14 @@ def test_columns_for_several_slots_each(backend):
     check_contract(assignment, np.concatenate([cost] * 4, axis=3), box_valid)
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.0])
+def test_most_of_many_queries_do_not_matter(spread):
+    """With no spread all costs of a column are the same."""
+    cost = np.random.default_rng(7).normal(size=(1, B, 2000, 6)) * spread + np.arange(6.0)
+    box_valid = np.concatenate([prefix([0, 1, 2, 6, 5, 3, 6, 2], 6)] * 3, axis=1)
+    check_contract(hungarian_assignment(cost, box_valid), np.concatenate([cost] * 3, axis=3), box_valid)
+
+
 @pytest.mark.parametrize("backend", ["scipy", "device"])
 def test_no_box_slots_at_all(backend):
     assignment = solver(backend, "eight devices")(np.zeros((L, B, Q, 0)), np.zeros((B, 0), bool))
