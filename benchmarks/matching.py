@@ -84,7 +84,7 @@ def padded_assignment(cost, box_valid):
 
 def assignment_of_all_rows(cost, box_valid):
     """Ours without taking a problem apart."""
-    with mock.patch.object(matcher, "MANY_ROWS", cost.shape[2] + 1):
+    with mock.patch.object(matcher, "MANY_QUERIES", cost.shape[2] + 1):
         return hungarian_assignment(cost, box_valid)
 
 
@@ -115,7 +115,8 @@ def main(_) -> None:
         (cost_of(predictions, batch), jnp.concatenate([batch.box_valid] * REPEATS.value, axis=1))
         for predictions, batch in inputs
     ]
-    on_host = jax.tree.map(np.asarray, on_device)
+    on_host = [(np.ascontiguousarray(cost.swapaxes(2, 3)).swapaxes(2, 3), valid) for cost, valid in on_device]
+    on_host = jax.tree.map(np.asarray, on_host)
 
     rows = [
         ("SciPy, real columns only", hungarian_assignment, on_host),

@@ -27,7 +27,8 @@ from deperceiver_jax.structures import Assignment, Batch, Predictions
 # No assignment needs costs beyond this: with the published weights they stay below 100. Small enough for float32 to
 # tell ordinary costs apart next to it.
 LARGEST_COST = 1e5
-MANY_ROWS = 1000  # queries from which on a problem is taken apart first
+MANY_QUERIES = 1000  # from which on a problem is taken apart first
+GROUP = 32  # queries looked at together
 
 
 def matching_cost(
@@ -100,40 +101,52 @@ def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.
             continue
         columns, of_slot = np.unique(slots % num_columns, return_inverse=True)
         for layer in range(num_layers):
-            real = cost[layer, image][:, columns]
+            real = cost[layer, image].T[columns]
             for rows, group in _independent_parts(real, of_slot):
-                chosen, position = linear_sum_assignment(real[np.ix_(rows, of_slot[group])])
+                position, chosen = linear_sum_assignment(real[np.ix_(of_slot[group], rows)])
                 query[layer, image, slots[group[position]]] = rows[chosen]
                 matched[layer, image, slots[group[position]]] = True
     return Assignment(query, matched)
 
 
-def _independent_parts(cost: Float[np.ndarray, "Q n"], of_slot: Int64[np.ndarray, " s"]):
-    """(rows, slots) of problems whose solutions together are one of the whole; slot i stands for column `of_slot[i]`.
+def _independent_parts(cost: Float[np.ndarray, "n Q"], of_slot: Int64[np.ndarray, " s"]):
+    """(queries, slots) of problems whose solutions together are one of the whole; slot i stands for box `of_slot[i]`.
 
-    A column never needs more than its cheapest rows, as many as slots compete for them: one of those is always free.
-    Columns that share such rows compete, and then all of them together need so many more. Of the 22,932 proposals of an
-    image, most boxes compete with no other.
+    A box never needs more than its cheapest queries, as many as slots compete for them: one of those is always free.
+    Boxes that share such queries compete, and then all of them together need so many more. Of the 22,932 proposals of
+    an image, most boxes compete with no other.
     """
-    num_rows, num_columns = cost.shape
-    if num_rows < MANY_ROWS or num_rows <= of_slot.size:
-        yield np.arange(num_rows), np.arange(of_slot.size)
+    num_boxes, num_queries = cost.shape
+    if num_queries < MANY_QUERIES or num_queries <= of_slot.size:
+        yield np.arange(num_queries), np.arange(of_slot.size)
         return
-    by_column = np.ascontiguousarray(cost.T)
-    cheapest = np.argpartition(by_column, of_slot.size - 1, axis=1)[:, : of_slot.size]
-    order = np.argsort(np.take_along_axis(by_column, cheapest, axis=1), axis=1)
-    cheapest = np.take_along_axis(cheapest, order, axis=1)
-    group, num_groups = np.arange(num_columns), num_columns + 1
+    cheapest = np.stack([_cheapest(row, of_slot.size) for row in cost])
+    queries, cheapest = np.unique(cheapest, return_inverse=True)  # numbered among those that matter
+    group, num_groups = np.arange(num_boxes), num_boxes + 1
     while group.max() + 1 < num_groups:
         num_groups = group.max() + 1
-        needed = np.bincount(group[of_slot])[group]  # rows of each column
-        column, rank = np.nonzero(np.arange(of_slot.size)[None] < needed[:, None])
-        row = cheapest[column, rank]
-        edges = csr_array((np.ones(row.size, bool), (column, num_columns + row)), shape=2 * (num_columns + num_rows,))
+        needed = np.bincount(group[of_slot])[group]  # queries of each box
+        box, rank = np.nonzero(np.arange(of_slot.size)[None] < needed[:, None])
+        query = cheapest[box, rank]
+        edges = csr_array((np.ones(box.size, bool), (box, num_boxes + query)), shape=2 * (num_boxes + queries.size,))
         _, labels = connected_components(edges, directed=False)
-        group = np.unique(labels[:num_columns], return_inverse=True)[1]
+        group = np.unique(labels[:num_boxes], return_inverse=True)[1]
     for i in range(num_groups):
-        yield np.unique(row[group[column] == i]), np.flatnonzero(group[of_slot] == i)
+        yield queries[np.unique(query[group[box] == i])], np.flatnonzero(group[of_slot] == i)
+
+
+def _cheapest(cost: Float[np.ndarray, " Q"], count: int) -> Int64[np.ndarray, " count"]:
+    """The places of the `count` least numbers, in order.
+
+    Of groups of numbers, `count` have one that is no more than the `count`-th least of their least ones: only numbers
+    up to that are sorted.
+    """
+    least = cost[: cost.size // GROUP * GROUP].reshape(GROUP, -1).min(axis=0)
+    if least.size > count:
+        candidates = np.flatnonzero(cost <= np.partition(least, count - 1)[count - 1])
+    else:
+        candidates = np.arange(cost.size)
+    return candidates[np.argsort(cost[candidates], kind="stable")[:count]]
 
 
 def _match_on_host(cost, box_valid, *, platform: str) -> Assignment:
@@ -146,20 +159,21 @@ def _match_on_host(cost, box_valid, *, platform: str) -> Assignment:
     """
     shape = cost.shape[:2] + box_valid.shape[1:]
     answer = Assignment(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+    by_slot = cost.swapaxes(2, 3)  # a box's costs side by side, as SciPy wants them
     if platform == "cpu":
-        return buffer_callback(_write_assignment, answer)(cost, box_valid)
-    return jax.pure_callback(_return_assignment, answer, cost, box_valid, vmap_method="sequential")
+        return buffer_callback(_write_assignment, answer)(by_slot, box_valid)
+    return jax.pure_callback(_return_assignment, answer, by_slot, box_valid, vmap_method="sequential")
 
 
-def _write_assignment(context, answer, cost, box_valid) -> None:
+def _write_assignment(context, answer, by_slot, box_valid) -> None:
     del context
-    result = hungarian_assignment(np.asarray(cost), np.asarray(box_valid))
+    result = _return_assignment(by_slot, box_valid)
     np.asarray(answer.query)[...] = result.query
     np.asarray(answer.matched)[...] = result.matched
 
 
-def _return_assignment(cost, box_valid) -> Assignment:
-    return hungarian_assignment(np.asarray(cost), np.asarray(box_valid))
+def _return_assignment(by_slot, box_valid) -> Assignment:
+    return hungarian_assignment(np.asarray(by_slot).swapaxes(2, 3), np.asarray(box_valid))
 
 
 def _match_on_device(cost, box_valid) -> Assignment:
