@@ -93,8 +93,13 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
     compile_seconds = time.perf_counter() - start
     on_device = [shard_batch(batch, mesh) for batch in batches]
     state, loss = warm_up(compiled, plan.initialize(), on_device)
-    state, times = time_rounds(compiled, state, on_device, steps, rounds)
     allocator = jax.devices()[0].memory_stats()
+    steps_to_time = [compiled]
+    if with_matching:
+        with mock.patch("deperceiver_jax.losses.set_loss.match", fixed_assignment):
+            steps_to_time.append(compile_step(prepare(config, mesh)[1], plan, batches, mesh))
+        state, _ = warm_up(steps_to_time[1], state, on_device)
+    times, *unmatched = time_rounds(steps_to_time, state, on_device, steps, rounds)
     flops = model_flops(config, batches)
     result = {
         "implementation": "this package",
@@ -109,12 +114,8 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
         "compiled_bytes": max(map(program_bytes, compiled.values())),
         "peak_bytes": allocator["peak_bytes_in_use"] if allocator else None,
     }
-    if with_matching:
-        with mock.patch("deperceiver_jax.losses.set_loss.match", fixed_assignment):
-            compiled = compile_step(prepare(config, mesh)[1], plan, batches, mesh)
-        state, _ = warm_up(compiled, state, on_device)
-        _, times = time_rounds(compiled, state, on_device, steps, rounds)
-        result |= {"unmatched_seconds": statistics.median(times)}
+    if unmatched:
+        result |= {"unmatched_seconds": statistics.median(unmatched[0])}
     return result
 
 
@@ -152,23 +153,27 @@ def warm_up(compiled, state: TrainState, batches: list[Batch]) -> tuple[TrainSta
 
 
 def time_rounds(
-    compiled, state: TrainState, batches: list[Batch], steps: int, rounds: int
-) -> tuple[TrainState, list[float]]:
-    """(state, seconds a step of each round). Like train.py, it starts a step before it waits for the last one."""
+    compiled: list[dict], state: TrainState, batches: list[Batch], steps: int, rounds: int
+) -> list[list[float]]:
+    """Seconds a step of every round, for each of the compiled steps: they take turns, as a machine's speed may drift.
+
+    Like train.py, it starts a step before it waits for the last one.
+    """
     steps = math.ceil(steps / len(batches)) * len(batches)
-    times = []
+    times: list[list[float]] = [[] for _ in compiled]
     for _ in range(rounds):
-        unread = []
-        start = time.perf_counter()
-        for step in range(steps):
-            batch = batches[step % len(batches)]
-            state, metrics = compiled[batch.image.shape](state, batch)
-            unread.append(metrics)
-            if len(unread) > 1:
-                jax.block_until_ready(unread.pop(0))
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - start) / steps)
-    return state, times
+        for program, seconds in zip(compiled, times, strict=True):
+            unread = []
+            start = time.perf_counter()
+            for step in range(steps):
+                batch = batches[step % len(batches)]
+                state, metrics = program[batch.image.shape](state, batch)
+                unread.append(metrics)
+                if len(unread) > 1:
+                    jax.block_until_ready(unread.pop(0))
+            jax.block_until_ready(state)
+            seconds.append((time.perf_counter() - start) / steps)
+    return times
 
 
 def fixed_assignment(cost, box_valid, *, backend: str, mesh) -> Assignment:
