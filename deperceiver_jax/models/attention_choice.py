@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from deperceiver_jax.models.each_device import on_each_device
 from deperceiver_jax.models.flash_attention import flash_attention
 from deperceiver_jax.models.linear import split_key
 from deperceiver_jax.models.log_gaussian import LogGaussian
@@ -45,7 +45,7 @@ def _attention(implementation, plain, query, key, value, key_valid, bias, *, dro
     kernels = {}
     if implementation != "chunked" and (dropout_rate == 0.0 or dropout_key is None):
         if implementation != "cudnn":
-            kernels["tpu"] = _on_each_device(flash_attention)
+            kernels["tpu"] = on_each_device(flash_attention)
         # cuDNN's operation cannot even be traced where there is no GPU.
         if implementation != "flash" and jax.default_backend() == "gpu" and cudnn_takes(*arrays):
             kernels["cuda"] = cudnn_attention
@@ -123,19 +123,3 @@ def cudnn_attention(query, key, value, key_valid=None, bias=None):
     if key_valid is None:
         return attended
     return jnp.where(jnp.any(key_valid, axis=1)[:, None, None, None], attended, jnp.zeros_like(attended))
-
-
-def _on_each_device(attention: Callable) -> Callable:
-    """`attention` of each device's own images: a kernel cannot be split by the compiler.
-
-    The devices are those of the mesh in whose context the detector is called, or the one that there is.
-    """
-
-    def attend(*arrays):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
-            return attention(*arrays)
-        images = PartitionSpec(mesh.axis_names)
-        return jax.shard_map(attention, mesh=mesh, in_specs=images, out_specs=images, check_vma=False)(*arrays)
-
-    return attend

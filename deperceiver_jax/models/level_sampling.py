@@ -3,8 +3,9 @@
 Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), equations 2 and 3. Two ways with one contract:
 
 - `gather` reads the four cells around a point as one row. Its gradient scatters such rows.
-- `matmul` writes a query's points as one weight for each cell of a map, and multiplies all weights with all cells. That
-  is hundreds of times the arithmetic, but in the form that a TPU does best, and it neither gathers nor scatters.
+- `kernel`, for TPUs, writes a query's points as one weight for each cell of a map and multiplies weights with cells,
+  strip by strip in on-chip memory (sampling_kernel.py). That is many times the arithmetic, but in the form that a TPU
+  does best, and it neither gathers nor scatters.
 
 benchmarks/README.md has the figures behind the choice.
 """
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.each_device import on_each_device
+from deperceiver_jax.models.sampling_kernel import sample_level
 
 GATHER_QUERIES = 256  # read at one time: 4 MB each image and level, for 8 heads of 32 channels and 4 points
-MATMUL_QUERIES = 1024  # weighed at one time: 55 MB each image in float32, for a map of 100 x 134
 
 
 def sample_levels(
@@ -37,21 +39,24 @@ def sample_levels(
     cell i is (i + 0.5) / size. Locations count in float32, the sum is in float32, the result has the type of `value`.
     This is grid_sample with align_corners False and zero padding.
 
-    `sampling` is gather, matmul, or auto: matmul where the program runs on a TPU, else gather. In bfloat16, matmul
-    rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the order of sums.
+    `sampling` is gather, kernel (on TPUs alone), or auto: kernel where the program runs on a TPU, else gather. In
+    bfloat16, the kernel rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the
+    order of sums.
     """
     check_sampling(sampling)
     gather = functools.partial(_gather, tuple(level_sizes))
-    matmul = functools.partial(_matmul, tuple(level_sizes))
+    kernel = on_each_device(functools.partial(_kernel, tuple(level_sizes)))
     arguments = value, location.astype(jnp.float32), weight.astype(jnp.float32)
     if sampling == "auto":
-        return jax.lax.platform_dependent(*arguments, tpu=matmul, default=gather)
-    return {"gather": gather, "matmul": matmul}[sampling](*arguments)
+        # A switch between platforms keeps for the backward pass what each would; the checkpoint keeps the arguments.
+        choose = functools.partial(jax.lax.platform_dependent, tpu=kernel, default=gather)
+        return jax.checkpoint(choose)(*arguments)
+    return {"gather": gather, "kernel": kernel}[sampling](*arguments)
 
 
 def check_sampling(sampling: str) -> None:
-    if sampling not in ("auto", "gather", "matmul"):
-        raise UserError(f"sampling is {sampling!r}; it can be auto, gather or matmul.")
+    if sampling not in ("auto", "gather", "kernel"):
+        raise UserError(f"sampling is {sampling!r}; it can be auto, gather or kernel.")
 
 
 def _cells_around(location: Float[Array, "*N 2"], size: tuple[int, int]):
@@ -185,49 +190,13 @@ def _add(quads, rows, values):
     return quads.at[rows].add(values, mode="promise_in_bounds")
 
 
-# --- matmul ---------------------------------------------------------------------------------------------------------
+# --- kernel ---------------------------------------------------------------------------------------------------------
 
 
-def _matmul(level_sizes, value, location, weight):
-    """Head by head and some queries at a time: the weights of all cells for all queries would take 10 GB an image."""
-
-    def one_head(arguments):
-        cells, location, weight = arguments
-
-        @jax.checkpoint
-        def one_block(arguments):
-            location, weight = arguments
-            total = 0.0
-            for level, cells_of_level in enumerate(_split_levels(cells, level_sizes)):
-                # The cast is in here so that the blocks' gradients of a cell add up in float32.
-                cast = cells_of_level.astype(value.dtype)
-                total += _matmul_level(cast, location[:, :, level], weight[:, :, level])
-            return total
-
-        blocks = _in_blocks(location, MATMUL_QUERIES), _in_blocks(weight, MATMUL_QUERIES)
-        return _out_of_blocks(jax.lax.map(one_block, blocks), location.shape[1])
-
-    by_head = [jnp.moveaxis(array, 2, 0) for array in (value.astype(jnp.float32), location, weight)]
-    return jnp.moveaxis(jax.lax.map(one_head, tuple(by_head)), 0, 2).astype(value.dtype)
-
-
-def _matmul_level(
-    cells: Float[Array, "B h w D"], location: Float[Array, "B q K 2"], weight: Float[Array, "B q K"]
-) -> Float[Array, "B q D"]:
-    """A point's weights are those of its rows times those of its columns. Queries come last inside, where lanes are."""
-    batch, height, width, channels = cells.shape
-    left, right_share, top, bottom_share = _cells_around(jnp.moveaxis(location, 1, 2), (height, width))  # B K q
-
-    def shares(first, second_share, number):
-        cell = jnp.arange(number)[None, None, :, None]
-        first, second_share = first[:, :, None], second_share[:, :, None]
-        return jnp.where(cell == first, 1 - second_share, jnp.where(cell == first + 1, second_share, 0.0))
-
-    rows = shares(top, bottom_share, height) * weight.swapaxes(1, 2)[:, :, None]  # B K h q
-    columns = shares(left, right_share, width)
-    # Not an einsum: with so few points to sum over, this stays out of the matrix unit.
-    of_cell = sum(rows[:, k, :, None] * columns[:, k, None] for k in range(rows.shape[1]))
-    of_cell = of_cell.reshape(batch, height * width, -1).astype(cells.dtype)
-    cells = cells.reshape(batch, height * width, channels)
-    precision = jax.lax.Precision.HIGHEST if cells.dtype == jnp.float32 else None
-    return jnp.einsum("bsd,bsq->bqd", cells, of_cell, precision=precision, preferred_element_type=jnp.float32)
+def _kernel(level_sizes, value, location, weight):
+    maps = _split_levels(value.astype(jnp.float32), level_sizes)  # blocks' gradients of a cell add up in float32
+    sums = (
+        sample_level(cells, location[:, :, :, level], weight[:, :, :, level], value.dtype)
+        for level, cells in enumerate(maps)
+    )
+    return sum(sums).astype(value.dtype)
