@@ -133,9 +133,10 @@ def _points_of(points, num_points):
         yield points[k : k + 1], points[num_points + k : num_points + k + 1], points[2 * num_points + k :][:1]
 
 
-def _distances(x, columns):
-    """[columns, q]: from each column of the map to a point."""
-    return x - jax.lax.broadcasted_iota(jnp.int32, (columns, x.shape[1]), 0).astype(jnp.float32)
+def _distances(place, first, number):
+    """[number, q]: to a point, from each of so many rows or columns of the map, beginning with `first`."""
+    cells = jax.lax.broadcasted_iota(jnp.int32, (number, place.shape[1]), 0).astype(jnp.float32)
+    return place - first - cells
 
 
 def _if_touched(points, first, num_points, body):
@@ -150,11 +151,11 @@ def _first_row(axis):
 
 def _weights(points, first, num_points, columns, dtype):
     """[cells of the strip, q]: what each cell counts for each query."""
-    spread = [(_hat(_distances(x, columns)), y, weight) for x, y, weight in _points_of(points, num_points)]
-    rows = [
-        sum(across * (weight * _hat(y - (first + row))) for across, y, weight in spread).astype(dtype)
-        for row in range(STRIP)
+    spread = [
+        (_hat(_distances(x, 0, columns)), weight * _hat(_distances(y, first, STRIP)))
+        for x, y, weight in _points_of(points, num_points)
     ]
+    rows = [sum(across * down[row : row + 1] for across, down in spread).astype(dtype) for row in range(STRIP)]
     return jnp.concatenate(rows, axis=0)
 
 
@@ -204,13 +205,13 @@ def _points_kernel(cells, points, gradient, out, sums, *, num_points, columns):
         rows = [of_cells[row * columns : (row + 1) * columns] for row in range(STRIP)]
         of_x, of_y, of_weight = [], [], []
         for x, y, weight in _points_of(points, num_points):
-            distance = _distances(x, columns)
-            across, hats = _hat(distance), [_hat(y - (first + row)) for row in range(STRIP)]
-            along = [jnp.sum(of_row * across, axis=0, keepdims=True) for of_row in rows]
-            of_weight.append(sum(hat * one for hat, one in zip(hats, along, strict=True)))
-            of_y.append(weight * sum(_slope(y - (first + row)) * one for row, one in enumerate(along)))
-            down = sum(of_row * hat for of_row, hat in zip(rows, hats, strict=True))
-            of_x.append(weight * jnp.sum(_slope(distance) * down, axis=0, keepdims=True))
+            to_columns, to_rows = _distances(x, 0, columns), _distances(y, first, STRIP)
+            across, down = _hat(to_columns), _hat(to_rows)
+            of_across = sum(row * down[i : i + 1] for i, row in enumerate(rows))
+            of_down = jnp.concatenate([jnp.sum(row * across, axis=0, keepdims=True) for row in rows], axis=0)
+            of_x.append(weight * jnp.sum(_slope(to_columns) * of_across, axis=0, keepdims=True))
+            of_y.append(weight * jnp.sum(_slope(to_rows) * of_down, axis=0, keepdims=True))
+            of_weight.append(jnp.sum(down * of_down, axis=0, keepdims=True))
         found = [*of_x, *of_y, *of_weight]
         found += [jnp.zeros_like(found[0])] * (sums.shape[0] - len(found))
         sums[...] += jnp.concatenate(found, axis=0)
