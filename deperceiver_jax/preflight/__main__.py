@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         def cost_of(images: int) -> Cost:
             if images * len(devices) == config.data.batch_size and rematerialize == config.rematerialize:
                 return costs[hungriest]
-            other = ConfigDict(config)
+            other = config.copy_and_resolve_references()
             other.update(rematerialize=rematerialize)
             other.data.batch_size = images * len(devices)
             other.optimizer.accumulate_steps = 1

@@ -60,7 +60,8 @@ def linear(config, devices, bucket, num_boxes, *, most=10**9):
 def test_the_largest_batch_is_named(monkeypatch, capsys):
     monkeypatch.setattr(preflight, "compile_step", linear)
     assert command(TINY, "--sizes=64x96", "--config.data.batch_size=160", "--hbm_gib=4") == 1
-    assert "on local; the largest that fits is 96 (12 a chip)" in capsys.readouterr().err
+    sentence = "batch_size 160 does not fit 4 GiB a chip on local; the largest that fits is 96 (12 a chip)"
+    assert sentence in capsys.readouterr().err
 
 
 def test_suggest_says_what_rematerialisation_gives(monkeypatch, capsys):
