@@ -101,7 +101,7 @@ def _call(kernel, inputs, kinds, output, columns, block, *, strips_inside):
         scratch_shapes=[pltpu.VMEM((rows, strip if kind == "s" else block), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * batch * heads * channels * num_cells * points.shape[3] * (len(inputs) - 1),
+            flops=2 * batch * heads * channels * num_cells * points.shape[3],
             transcendentals=0,
             bytes_accessed=moved + result.size * 4,
         ),
