@@ -91,48 +91,56 @@ def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.
 
     Only the real columns are handed over: padded to 100 columns, the problems of COCO take tens of times longer.
     """
-    num_layers, num_images, _, num_columns = cost.shape
+    num_layers, num_images, num_queries, num_columns = cost.shape
     num_slots = box_valid.shape[1]
+    solve = _solve if num_queries < MANY_QUERIES else _solve_in_parts
     query = np.zeros((num_layers, num_images, num_slots), np.int32)
     matched = np.zeros((num_layers, num_images, num_slots), bool)
     for image in range(num_images):
         slots = np.flatnonzero(box_valid[image])
         if not slots.size:
             continue
-        columns, of_slot = np.unique(slots % num_columns, return_inverse=True)
         for layer in range(num_layers):
-            real = cost[layer, image].T[columns]
-            for rows, group in _independent_parts(real, of_slot):
-                position, chosen = linear_sum_assignment(real[np.ix_(of_slot[group], rows)])
-                query[layer, image, slots[group[position]]] = rows[chosen]
-                matched[layer, image, slots[group[position]]] = True
+            position, chosen = solve(cost[layer, image].T, slots % num_columns)
+            query[layer, image, slots[position]] = chosen
+            matched[layer, image, slots[position]] = True
     return Assignment(query, matched)
 
 
-def _independent_parts(cost: Float[np.ndarray, "n Q"], of_slot: Int64[np.ndarray, " s"]):
-    """(queries, slots) of problems whose solutions together are one of the whole; slot i stands for box `of_slot[i]`.
+def _solve(by_box: Float[np.ndarray, "N Q"], box: Int64[np.ndarray, " s"]) -> tuple[np.ndarray, np.ndarray]:
+    """(slots, queries) of the least sum of by_box[box[slot], query]."""
+    return linear_sum_assignment(by_box[box])
+
+
+def _solve_in_parts(by_box: Float[np.ndarray, "N Q"], box: Int64[np.ndarray, " s"]) -> tuple[np.ndarray, np.ndarray]:
+    """The same of many queries, as problems whose solutions together are one of the whole.
 
     A box never needs more than its cheapest queries, as many as slots compete for them: one of those is always free.
     Boxes that share such queries compete, and then all of them together need so many more. Of the 22,932 proposals of
     an image, most boxes compete with no other.
     """
-    num_boxes, num_queries = cost.shape
-    if num_queries < MANY_QUERIES or num_queries <= of_slot.size:
-        yield np.arange(num_queries), np.arange(of_slot.size)
-        return
-    cheapest = np.stack([_cheapest(row, of_slot.size) for row in cost])
+    num_queries, num_slots = by_box.shape[1], box.size
+    if num_queries <= num_slots:
+        return _solve(by_box, box)
+    boxes, box = np.unique(box, return_inverse=True)
+    cheapest = np.stack([_cheapest(by_box[i], num_slots) for i in boxes])
     queries, cheapest = np.unique(cheapest, return_inverse=True)  # numbered among those that matter
-    group, num_groups = np.arange(num_boxes), num_boxes + 1
+    group, num_groups = np.arange(boxes.size), boxes.size + 1
     while group.max() + 1 < num_groups:
         num_groups = group.max() + 1
-        needed = np.bincount(group[of_slot])[group]  # queries of each box
-        box, rank = np.nonzero(np.arange(of_slot.size)[None] < needed[:, None])
-        query = cheapest[box, rank]
-        edges = csr_array((np.ones(box.size, bool), (box, num_boxes + query)), shape=2 * (num_boxes + queries.size,))
-        _, labels = connected_components(edges, directed=False)
-        group = np.unique(labels[:num_boxes], return_inverse=True)[1]
+        needed = np.bincount(group[box])[group]  # queries of each box
+        of_box, rank = np.nonzero(np.arange(num_slots)[None] < needed[:, None])
+        query = cheapest[of_box, rank]
+        edges = (np.ones(query.size, bool), (of_box, boxes.size + query))
+        _, labels = connected_components(csr_array(edges, shape=2 * (boxes.size + queries.size,)), directed=False)
+        group = np.unique(labels[: boxes.size], return_inverse=True)[1]
+    slots, chosen = [], []
     for i in range(num_groups):
-        yield queries[np.unique(query[group[box] == i])], np.flatnonzero(group[of_slot] == i)
+        members, candidates = np.flatnonzero(group[box] == i), queries[np.unique(query[group[of_box] == i])]
+        position, column = linear_sum_assignment(by_box[np.ix_(boxes[box[members]], candidates)])
+        slots.append(members[position])
+        chosen.append(candidates[column])
+    return np.concatenate(slots), np.concatenate(chosen)
 
 
 def _cheapest(cost: Float[np.ndarray, " Q"], count: int) -> Int64[np.ndarray, " count"]:
