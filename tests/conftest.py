@@ -5,18 +5,16 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # configs/ and the command-line programs live beside the package
+
+from tests.quick_compile import quick_flags  # noqa: E402
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Without fusion emitters and LLVM's optimisations XLA compiles for CPUs in about a third of the time, and almost all
-# programs here run only a few times.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags(8)}"
 # XLA runs all simulated devices on one pool of as many threads as there are cores, and stops for ever when a queue of
 # steps takes them all while a collective waits for its last participant. More threads than that queue needs:
 os.environ.setdefault("NPROC", "32")
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # configs/ and the command-line programs live beside the package
 
 import cv2  # noqa: E402
 import jax  # noqa: E402

@@ -23,9 +23,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.quick_compile import quick_flags
+
 if __name__ == "__main__":  # before JAX starts; tests/conftest.py does the same and says why
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    os.environ.setdefault("XLA_FLAGS", quick_flags(8))
     os.environ.setdefault("NPROC", "32")
 
 import jax
@@ -53,11 +55,6 @@ PAIR = "2 processes x 2"
 BATCH, HEIGHT, WIDTH, SLOTS = 8, 64, 48, 3
 SMALL = dict(num_heads=2, cross_heads=2, self_heads=2, num_layers=2, mlp_dim=64)
 SMALL |= dict(num_latents=8, latent_dim=64, num_blocks=1, num_cross_attentions=1)
-QUICK = {  # to compile
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 class Step(NamedTuple):
@@ -137,7 +134,7 @@ def one_step(name: str, backend: str, mesh: Mesh) -> Step:
 
     loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
     step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
-    state, metrics = step.lower(start, batch).compile(compiler_options=QUICK)(start, batch)
+    state, metrics = step(start, batch)
     held, whole = (
         sum(size(x) for x in jax.tree.leaves(state))
         for size in (lambda x: x.addressable_shards[0].data.nbytes, lambda x: x.nbytes)
@@ -173,7 +170,7 @@ def steps_of_two_processes(cases: list[tuple[str, str]]) -> dict[tuple[str, str]
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": root}
+    environment = os.environ | {"XLA_FLAGS": quick_flags(2), "PYTHONPATH": root}
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "tests.devices", f"--address={address}", f"--output={directory}"]
         command += ["--cases", *(f"{name}:{backend}" for name, backend in cases)]

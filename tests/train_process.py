@@ -14,10 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tests.quick_compile import quick_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300  # seconds that anything may take
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
-QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 class Run:
@@ -25,8 +25,7 @@ class Run:
 
     def __init__(self, workdir: Path, shared: list[str], *, count: int = 1, devices: int = 1):
         self.workdir = workdir
-        flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(devices)}
         command = [sys.executable, "train.py", "--config=tests/tiny_training.py", f"--workdir={workdir}", *shared]
         joins = [[]]
         if count > 1:

@@ -35,9 +35,6 @@ CONVOLUTION = {
 }
 
 
-FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
-
-
 class Patches(nnx.Module):
     """Stands in for the ResNet where convolutions would only cost time: a cell is its mean pixel, zero on padding."""
 
@@ -89,7 +86,7 @@ def build(config, backbone=Patches):
 
 
 def compiled(call, *arguments):
-    return jax.jit(call).lower(*arguments).compile(FAST)
+    return jax.jit(call).lower(*arguments).compile()
 
 
 def example():
@@ -172,7 +169,7 @@ def test_published_start():
         return {path: x for path, x in arrays_of(new_detector(small(**CONVOLUTION))).items() if tested.search(path)}
 
     tested = re.compile("class_head|box_head.*2|scale|offset|mlp/layers/0|within|down|before|reduce|level_embedding")
-    start = {path: np.asarray(x) for path, x in new_arrays.lower().compile(FAST)().items()}
+    start = {path: np.asarray(x) for path, x in new_arrays.lower().compile()().items()}
     np.testing.assert_allclose(start["heads/class_head/linear/bias"], -4.59512, rtol=1e-5)
     assert start["heads/box_head/mlp/layers/2/kernel"].std() > 0.05
     layers = "decoder/layers/layers"
