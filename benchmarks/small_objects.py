@@ -2,14 +2,17 @@
 
     python benchmarks/small_objects.py --rows=published,gaussian,proposals --seeds=0,1,2        # the built-in pictures
     python benchmarks/small_objects.py --rows=detr,hints --coco=/data/folder --overfit --steps=3000
+    python benchmarks/small_objects.py --rows=detr,hints --seeds=100 --rates=3e-4,1e-3,3e-3     # which learning rate
 
 Rows are variants of configs/ladder.py. Every row and seed is a run of train.py in OUTPUT/ROW/SEED: what is finished is
 not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added. With
 --overfit the images that are trained on, always at one size and never flipped, are those that are evaluated. Writes
-OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png.
+OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png. With --rates the runs are in
+OUTPUT/lrRATE/ROW/SEED and the table says what came of each rate.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of each run; 0: the config's")
     parser.add_argument("--coco", default="", help="a COCO-format folder instead of the built-in pictures")
     parser.add_argument("--overfit", action="store_true", help="evaluate the images that are trained on")
+    parser.add_argument("--rates", type=lambda s: s.split(","), default=[], help="learning rates to compare")
     parser.add_argument("--output", type=Path, default=Path("runs/small_objects"))
     parser.add_argument("--table_only", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.optimizer.learning_rate=5e-4")
@@ -74,17 +78,18 @@ def main() -> None:
     if arguments.overfit:
         fields = [*fields, *OVERFIT, f"--config.data.scales=({128 if arguments.coco else 64},)"]
 
+    rates = {f"lr{rate}": [f"--config.optimizer.learning_rate={rate}"] for rate in arguments.rates} or {"": []}
     if not arguments.table_only:
-        for seed in arguments.seeds:  # a first seed of every row, before the second of any
-            for row in arguments.rows:
-                train(row, seed, arguments.output, fields)
-    runs = {row: read_runs(arguments.output / row) for row in arguments.rows}
-    runs = {row: found for row, found in runs.items() if found}
+        # A first seed of every row, before the second of any.
+        for seed, row, (name, rate) in itertools.product(arguments.seeds, arguments.rows, rates.items()):
+            train(row, seed, arguments.output / name, fields + rate)
+    runs = {name: read_rows(arguments.output / name, arguments.rows) for name in rates}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    table = make_table(runs)
+    table = compare_rates(runs) if arguments.rates else make_table(runs[""])
     (arguments.output / "table.md").write_text(table)
     print(table)
-    draw_curves(runs, arguments.output / "curves.png")
+    if not arguments.rates:
+        draw_curves(runs[""], arguments.output / "curves.png")
 
 
 def _names(text: str) -> list[str]:
@@ -117,9 +122,10 @@ def train(row: str, seed: int, output: Path, fields: list[str]) -> None:
     done.write_text(json.dumps(facts) + "\n")
 
 
-def read_runs(directory: Path) -> list[Run]:
-    """The finished runs of a row."""
-    return [read_run(done.parent) for done in sorted(directory.glob("*/run.json"))]
+def read_rows(directory: Path, rows: list[str]) -> dict[str, list[Run]]:
+    """The finished runs of each row that has some."""
+    found = {row: [read_run(done.parent) for done in sorted(directory.glob(f"{row}/*/run.json"))] for row in rows}
+    return {row: runs for row, runs in found.items() if runs}
 
 
 def read_run(directory: Path) -> Run:
@@ -155,6 +161,20 @@ def make_table(runs: dict[str, list[Run]]) -> str:
         cells += [f"{statistics.mean(run.step_seconds for run in found):.2f}"]
         cells += [f"{statistics.mean(run.peak_gib for run in found):.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def compare_rates(runs: dict[str, dict[str, list[Run]]]) -> str:
+    """Markdown: the last AP50 of each row with each rate, means over the seeds, and the rate of the highest."""
+    lines = ["| row | " + " | ".join(f"AP50, {rate}" for rate in runs) + " | best |", "|" + "---|" * (len(runs) + 2)]
+    for row in dict.fromkeys(row for found in runs.values() for row in found):
+        ends = {
+            rate: statistics.mean(run.curve[-1][1]["AP50"] for run in found[row])
+            for rate, found in runs.items()
+            if row in found
+        }
+        cells = [f"{ends[rate]:.3f}" if rate in ends else "-" for rate in runs]
+        lines.append(f"| {row} | {' | '.join(cells)} | {max(ends, key=ends.get)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.small_objects import make_table, reached, read_run, spread, steps_to
+from benchmarks.small_objects import compare_rates, make_table, reached, read_rows, read_run, spread, steps_to
 from configs import ladder
 
 
@@ -30,6 +30,15 @@ def test_the_table_has_means_ranges_and_steps(tmp_path):
     assert cells["AP50"] == "0.500 [0.400, 0.600]" and cells["APs/AP"] == "0.500 [0.500, 0.500]"
     assert cells["steps to AP50 0.3"] == "15" and cells["steps to AP50 0.5"] == "20 (1 of 2 never)"
     assert cells["s/step"] == "0.33" and cells["GiB"] == "1.5"  # 16 and 32 images a second: the median is 24
+
+
+def test_rates_are_compared_by_their_mean(tmp_path):
+    ends = {"lr1e-3": {"0": 0.4, "1": 0.6}, "lr3e-3": {"0": 0.7}}
+    for rate, seeds in ends.items():
+        for seed, end in seeds.items():
+            write_run(tmp_path / rate / "detr" / seed, (0.1, end))
+    runs = {rate: read_rows(tmp_path / rate, ["detr", "smca"]) for rate in (*ends, "lr1")}
+    assert compare_rates(runs).splitlines()[2:] == ["| detr | 0.500 | 0.700 | - | lr3e-3 |"]
 
 
 def test_nothing_reached_is_said():
