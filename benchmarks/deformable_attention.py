@@ -186,7 +186,7 @@ def compile_ahead(topology: str, samplings: list[str], batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has PyTorch")
-    parser.add_argument("--samplings", nargs="+", default=["gather"], help="ours to measure: gather, kernel, auto")
+    parser.add_argument("--samplings", nargs="+", default=["gather"], help="ours to measure: gather, auto")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--cases", nargs="+", default=["encoder", "decoder"], choices=list(QUERIES))
     parser.add_argument("--rounds", type=int, default=5)

@@ -70,7 +70,7 @@ def model() -> ConfigDict:
     m.encoder.num_heads = 8
     m.encoder.num_points = 4  # of each head and level
     m.encoder.across_levels = True  # False: a token looks at its own level alone; queries look at all of them anyway
-    m.encoder.sampling = "auto"  # how points are read: gather | kernel (TPUs alone) | auto (by platform)
+    m.encoder.sampling = "auto"  # how points are read: gather, or auto: a kernel on TPUs, else gather
     m.encoder.mlp_dim = 1024
 
     m.decoder = ConfigDict()

@@ -57,10 +57,11 @@ def matching_cost(
     return sum(parts)
 
 
-def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B k*N"], *, backend: str, mesh: Mesh) -> Assignment:
+def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B S"], *, backend: str, mesh: Mesh) -> Assignment:
     """The assignment of least total cost for each layer and image: min(Q, number of boxes) pairs.
 
-    With k > 1 every column of `cost` stands for k slots, n, N + n, 2N + n and so on, each of which gets a query.
+    There are S = k N slots: with k > 1 every column of `cost` stands for k of them, n, N + n, 2N + n and so on, each of
+    which gets a query.
     Every device solves its own images, on its own host for `scipy`.
     NaN counts as the largest cost there is, and costs beyond LARGEST_COST are cut to it, so there always is an answer;
     stopping at a non-finite loss is the training loop's part. Where several assignments cost the same, either
@@ -86,8 +87,8 @@ def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B k*N"], *, bac
     return per_device(jnp.clip(cost, -LARGEST_COST, LARGEST_COST), box_valid)
 
 
-def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B k*N"]) -> Assignment:
-    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite. For k see match.
+def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B S"]) -> Assignment:
+    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite. For S see match.
 
     Only the real columns are handed over: padded to 100 columns, the problems of COCO take tens of times longer.
     """
@@ -116,8 +117,8 @@ def _solve_in_parts(by_box: Float[np.ndarray, "N Q"], box: Int64[np.ndarray, " s
     """The same of many queries, as problems whose solutions together are one of the whole.
 
     A box never needs more than its cheapest queries, as many as slots compete for them: one of those is always free.
-    Boxes that share such queries compete, and then all of them together need so many more. Of the 22,932 proposals of
-    an image, most boxes compete with no other.
+    Boxes that share such queries compete, and then all of them together need so many more. Among the 22,932 proposals
+    of an image, most boxes share none of these with another.
     """
     num_queries, num_slots = by_box.shape[1], box.size
     if num_queries <= num_slots:

@@ -168,7 +168,7 @@ def _call(kernel, inputs, kinds, outputs, *, scratch, blocks, keys_inside, produ
 
     def reads(kind):  # what runs inside is read again for every block outside, unless it is a single block
         inside, (outer_steps, inner_steps) = "kp" if keys_inside else "q", grid if keys_inside else grid[::-1]
-        each_head = heads if kind == "p" else 1
+        each_head = heads if kind == "p" and num_keys > block_k else 1
         return each_head * (outer_steps if kind in inside and inner_steps > 1 else 1)
 
     def shape(rows, kind):

@@ -39,24 +39,23 @@ def sample_levels(
     cell i is (i + 0.5) / size. Locations count in float32, the sum is in float32, the result has the type of `value`.
     This is grid_sample with align_corners False and zero padding.
 
-    `sampling` is gather, kernel (on TPUs alone), or auto: kernel where the program runs on a TPU, else gather. In
-    bfloat16, the kernel rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the
-    order of sums.
+    `sampling` is gather, or auto: the kernel where the program runs on a TPU, else gather. In bfloat16, the kernel
+    rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the order of sums.
     """
     check_sampling(sampling)
     gather = functools.partial(_gather, tuple(level_sizes))
-    kernel = on_each_device(functools.partial(_kernel, tuple(level_sizes)))
+    kernel = on_each_device(functools.partial(sample_by_kernel, tuple(level_sizes)))
     arguments = value, location.astype(jnp.float32), weight.astype(jnp.float32)
-    if sampling == "auto":
-        # A switch between platforms keeps for the backward pass what each would; the checkpoint keeps the arguments.
-        choose = functools.partial(jax.lax.platform_dependent, tpu=kernel, default=gather)
-        return jax.checkpoint(choose)(*arguments)
-    return {"gather": gather, "kernel": kernel}[sampling](*arguments)
+    if sampling == "gather":
+        return gather(*arguments)
+    # A switch between platforms keeps for the backward pass what each would; the checkpoint keeps the arguments.
+    choose = functools.partial(jax.lax.platform_dependent, tpu=kernel, default=gather)
+    return jax.checkpoint(choose)(*arguments)
 
 
 def check_sampling(sampling: str) -> None:
-    if sampling not in ("auto", "gather", "kernel"):
-        raise UserError(f"sampling is {sampling!r}; it can be auto, gather or kernel.")
+    if sampling not in ("auto", "gather"):
+        raise UserError(f"sampling is {sampling!r}; it can be auto or gather.")
 
 
 def _cells_around(location: Float[Array, "*N 2"], size: tuple[int, int]):
@@ -193,7 +192,8 @@ def _add(quads, rows, values):
 # --- kernel ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(level_sizes, value, location, weight):
+def sample_by_kernel(level_sizes, value, location, weight):
+    """`sample_levels` on one TPU."""
     maps = _split_levels(value.astype(jnp.float32), level_sizes)  # blocks' gradients of a cell add up in float32
     sums = (
         sample_level(cells, location[:, :, :, level], weight[:, :, :, level], value.dtype)

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention: a query looks at a few points of each feature map, wherever it wants them.
 
-Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), equation 3. No compiled operator: level_sampling.py is JAX, so
-it differentiates, runs in bfloat16 and exports like any other part of a model.
+Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), equation 3. level_sampling.py reads the points, with JAX
+alone or, on TPUs, with a Pallas kernel.
 """
 
 import math

@@ -89,7 +89,8 @@ def _call(kernel, inputs, kinds, output, columns, block, *, strips_inside):
 
     blocks, strips = points.shape[3] // block, num_cells // strip
     rows, length, kind = output
-    inside, again = ("s", blocks) if strips_inside else ("q", strips)
+    # What runs inside is read again for every block outside, unless it is a single block.
+    inside, again = ("s", blocks if strips > 1 else 1) if strips_inside else ("q", strips if blocks > 1 else 1)
     moved = sum(x.size * x.dtype.itemsize * (again if k == inside else 1) for x, k in zip(inputs, kinds, strict=True))
     result = jax.ShapeDtypeStruct((batch, heads, rows, length), jnp.float32)
     return pl.pallas_call(
@@ -140,9 +141,12 @@ def _distances(place, first, number):
 
 
 def _if_touched(points, first, num_points, body):
-    """Runs `body` where a point's y is less than a row away from the strip that begins with row `first`."""
+    """Runs `body` where a point's y is at most a row above the strip that begins with row `first`, or in it.
+
+    Exactly a row above, a point has no weight there, but a slope.
+    """
     y = points[0, 0][num_points : 2 * num_points]
-    pl.when(jnp.max(jnp.where((y > first - 1) & (y < first + STRIP), 1.0, 0.0)) > 0)(body)
+    pl.when(jnp.max(jnp.where((y >= first - 1) & (y < first + STRIP), 1.0, 0.0)) > 0)(body)
 
 
 def _first_row(axis):

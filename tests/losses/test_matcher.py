@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from configs.base import base
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.losses import matcher
 from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
 from deperceiver_jax.losses.matcher import LARGEST_COST, _match_on_host, hungarian_assignment, match, matching_cost
 from deperceiver_jax.sharding import batch_sharding, make_mesh
@@ -169,11 +170,20 @@ def test_other_shapes(backend, num_queries, num_slots):
 
 @pytest.mark.parametrize("backend", ["scipy", "device"])
 def test_columns_for_several_slots_each(backend):
-    """As if the columns stood in `cost` as many times; 3 boxes with 4 queries each, and 12 boxes for 10 queries."""
+    """As if the columns stood in `cost` as many times: at most 3 boxes of 4 slots each, so 12 slots for 10 queries."""
     cost = np.random.default_rng(6).uniform(-3, 9, size=(L, B, 10, 6))
     box_valid = np.concatenate([prefix([0, 1, 2, 2, 1, 3, 3, 2], 6)] * 4, axis=1)
     assignment = solver(backend, "one device")(cost, box_valid)
     check_contract(assignment, np.concatenate([cost] * 4, axis=3), box_valid)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_contract_in_parts(case, monkeypatch):
+    """As of many queries, with groups of two queries."""
+    monkeypatch.setattr(matcher, "MANY_QUERIES", 1)
+    monkeypatch.setattr(matcher, "GROUP", 2)
+    cost, box_valid = case(np.random.default_rng(3))
+    check_contract(hungarian_assignment(finite(cost).astype(np.float32), box_valid), cost, box_valid)
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.0])
