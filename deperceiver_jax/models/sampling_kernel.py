@@ -178,26 +178,25 @@ def _start_and_finish(sums, out):
     return finish
 
 
-def _forward_kernel(cells, points, out, sums, *, num_points, columns):
+def _multiply(array, points, out, sums, *, strip_axis, over, num_points, columns):
+    """`array` times the weights, summed over cells (`over` 0) or queries (1), and over the steps inside."""
     finish = _start_and_finish(sums, out)
-    first = _first_row(3)
+    first = _first_row(strip_axis)
 
     def add():
-        sums[...] += _dot(cells[0, 0], _weights(points, first, num_points, columns, cells.dtype), 1, 0)
+        sums[...] += _dot(array[0, 0], _weights(points, first, num_points, columns, array.dtype), 1, over)
 
     _if_touched(points, first, num_points, add)
     finish()
 
 
-def _cells_kernel(cells, points, gradient, out, sums, *, num_points, columns):
-    finish = _start_and_finish(sums, out)
-    first = _first_row(2)
+def _forward_kernel(cells, points, out, sums, **sizes):
+    _multiply(cells, points, out, sums, strip_axis=3, over=0, **sizes)
 
-    def add():
-        sums[...] += _dot(gradient[0, 0], _weights(points, first, num_points, columns, cells.dtype), 1, 1)
 
-    _if_touched(points, first, num_points, add)
-    finish()
+def _cells_kernel(cells, points, gradient, out, sums, **sizes):
+    del cells
+    _multiply(gradient, points, out, sums, strip_axis=2, over=1, **sizes)
 
 
 def _points_kernel(cells, points, gradient, out, sums, *, num_points, columns):
