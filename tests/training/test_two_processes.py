@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from deperceiver_jax.training.checkpoint import Checkpoints, all_steps
-from tests.train_process import QUICK, arrays_of
+from tests.quick_compile import quick_flags
+from tests.train_process import arrays_of
 
 PROGRAM = """
 import json, os, signal, sys
@@ -62,9 +63,8 @@ def ends_of_two(workdir: Path, last: int, signum: int = 0) -> list[tuple[int, st
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count=2 {QUICK}"
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": quick_flags(2), "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(process), address, str(workdir), str(last), str(signum)],
