@@ -93,13 +93,14 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
     compile_seconds = time.perf_counter() - start
     on_device = [shard_batch(batch, mesh) for batch in batches]
     state, loss = warm_up(compiled, plan.initialize(), on_device)
+    state, _ = time_rounds([compiled], state, on_device, steps, 1)  # two steps under way, and no other program's memory
     allocator = jax.devices()[0].memory_stats()
     steps_to_time = [compiled]
     if with_matching:
         with mock.patch("deperceiver_jax.losses.set_loss.match", fixed_assignment):
             steps_to_time.append(compile_step(prepare(config, mesh)[1], plan, batches, mesh))
         state, _ = warm_up(steps_to_time[1], state, on_device)
-    times, *unmatched = time_rounds(steps_to_time, state, on_device, steps, rounds)
+    _, (times, *unmatched) = time_rounds(steps_to_time, state, on_device, steps, rounds)
     flops = model_flops(config, batches)
     result = {
         "implementation": "this package",
@@ -154,10 +155,10 @@ def warm_up(compiled, state: TrainState, batches: list[Batch]) -> tuple[TrainSta
 
 def time_rounds(
     compiled: list[dict], state: TrainState, batches: list[Batch], steps: int, rounds: int
-) -> list[list[float]]:
-    """Seconds a step of every round, for each of the compiled steps: they take turns, as a machine's speed may drift.
+) -> tuple[TrainState, list[list[float]]]:
+    """(state, seconds a step of every round for each of the compiled steps).
 
-    Like train.py, it starts a step before it waits for the last one.
+    They take turns, as a machine's speed may drift. Like train.py, it starts a step before it waits for the last one.
     """
     steps = math.ceil(steps / len(batches)) * len(batches)
     times: list[list[float]] = [[] for _ in compiled]
@@ -173,7 +174,7 @@ def time_rounds(
                     jax.block_until_ready(unread.pop(0))
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - start) / steps)
-    return times
+    return state, times
 
 
 def fixed_assignment(cost, box_valid, *, backend: str, mesh) -> Assignment:
