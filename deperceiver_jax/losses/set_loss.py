@@ -56,15 +56,12 @@ def set_loss(
         terms |= {f"{name}_{layer}": layers[layer] for name, (_, layers) in weighted.items()}
     if proposals is not None:
         any_object = batch._replace(labels=jnp.zeros_like(batch.labels))
-        repeats = config.loss.proposal_repeats
-        shared["whole_valid"] = jnp.concatenate([whole_valid] * repeats, axis=1)
-        weighted, _, _ = _layer_losses(proposals, any_object, repeats=repeats, **shared)
+        weighted, _, _ = _layer_losses(proposals, any_object, repeats=config.loss.proposal_repeats, **shared)
         total += sum(weight * layers[0] for weight, layers in weighted.values())
         terms |= {f"{name}_enc": layers[0] for name, (_, layers) in weighted.items()}
     if hinted is not None:
         copies = hinted.boxes.shape[2] // batch.boxes.shape[1]
-        shared["whole_valid"] = jnp.concatenate([whole_valid] * copies, axis=1)
-        weighted, _, _ = _layer_losses(hinted, _repeat_slots(batch, copies), known=True, **shared)
+        weighted, _, _ = _layer_losses(hinted, batch, repeats=copies, known=True, **shared)
         total += sum(weight * jnp.sum(layers) for weight, layers in weighted.values())
         terms |= {f"{name}_hint": layers[-1] for name, (_, layers) in weighted.items()}
     terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
@@ -102,11 +99,12 @@ def _layer_losses(
     and an empty slot's query is idle.
     """
     predictions = jax.tree.map(lambda array: array.astype(jnp.float32), predictions)
+    cost = None if known else matching_cost(predictions, batch, classification, config.matcher)
+    batch = _repeat_slots(batch, repeats)
+    whole_valid = jnp.concatenate([whole_valid] * repeats, axis=1)
     if known:
         assignment = _each_its_own(batch, num_layers=len(predictions.logits))
     else:
-        cost = matching_cost(predictions, batch, classification, config.matcher)
-        batch = _repeat_slots(batch, repeats)
         assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
     num_boxes = _num_boxes(whole_valid)
