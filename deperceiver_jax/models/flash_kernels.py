@@ -13,14 +13,15 @@ MASKED = -1e30
 SUBLANES = 8  # rows of a register of float32: x and y, or the four numbers of a Gaussian, are padded to as many
 
 
-def _dot(a, b, axis_a: int, axis_b: int):
+def dot(a, b, axis_a: int, axis_b: int, *, precision=None):
     """The product of two matrices, summed over one axis of each, in float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    axes = ((axis_a,), (axis_b,)), ((), ())
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _logits(query, key, biases):
     """[keys, queries]"""
-    logits = _dot(key[0, 0], query[0, 0], 0, 0)
+    logits = dot(key[0, 0], query[0, 0], 0, 0)
     if len(biases) == 1:
         logits += biases[0][0, 0].astype(jnp.float32)
     if len(biases) == 2:
@@ -63,7 +64,7 @@ def forward_kernel(query, key, value, *refs, num_biases):
     shrink = jnp.exp(top[...] - new_top)
     top[...] = new_top
     total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-    sums[...] = sums[...] * shrink + _dot(value[0, 0], weights.astype(value.dtype), 1, 0)
+    sums[...] = sums[...] * shrink + dot(value[0, 0], weights.astype(value.dtype), 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish():
@@ -76,7 +77,7 @@ def forward_kernel(query, key, value, *refs, num_biases):
 def _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta):
     """(probabilities, gradient of the logits), both [keys, queries]."""
     probabilities = jnp.exp(_logits(query, key, biases) - lse[0, 0])
-    return probabilities, probabilities * (_dot(value[0, 0], gradient[0, 0], 0, 0) - delta[0, 0])
+    return probabilities, probabilities * (dot(value[0, 0], gradient[0, 0], 0, 0) - delta[0, 0])
 
 
 def query_kernel(query, key, value, *refs, num_biases):
@@ -95,7 +96,7 @@ def query_kernel(query, key, value, *refs, num_biases):
         d_biases[0][0, 0] = d_logits.astype(d_biases[0].dtype)
     if num_biases == 2:
         spot_sums[0][...] += _gradient_of_spots(d_logits, *biases)
-    query_sums[...] += _dot(key[0, 0], d_logits.astype(key.dtype), 1, 0)
+    query_sums[...] += dot(key[0, 0], d_logits.astype(key.dtype), 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish():
@@ -115,8 +116,8 @@ def key_kernel(query, key, value, *refs, num_biases):
         value_sums[...] = jnp.zeros(value_sums.shape, jnp.float32)
 
     probabilities, d_logits = _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta)
-    key_sums[...] += _dot(query[0, 0], d_logits.astype(query.dtype), 1, 1)
-    value_sums[...] += _dot(gradient[0, 0], probabilities.astype(gradient.dtype), 1, 1)
+    key_sums[...] += dot(query[0, 0], d_logits.astype(query.dtype), 1, 1)
+    value_sums[...] += dot(gradient[0, 0], probabilities.astype(gradient.dtype), 1, 1)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish():

@@ -58,14 +58,20 @@ def check_sampling(sampling: str) -> None:
         raise UserError(f"sampling is {sampling!r}; it can be auto or gather.")
 
 
-def _cells_around(location: Float[Array, "*N 2"], size: tuple[int, int]):
-    """(left, right_share, top, bottom_share): the upper left of the four cells around, and what the others weigh.
+def _in_cells(location: Float[Array, "*N 2"], size: tuple[int, int]):
+    """x and y with cells as units, 0 at the centre of the first.
 
     Beyond one cell outside everything is zero; the clip keeps far locations from overflowing an integer.
     """
     height, width = size
     x = jnp.clip(location[..., 0] * width - 0.5, -1.0, width)
     y = jnp.clip(location[..., 1] * height - 0.5, -1.0, height)
+    return x, y
+
+
+def _cells_around(location: Float[Array, "*N 2"], size: tuple[int, int]):
+    """(left, right_share, top, bottom_share): the upper left of the four cells around, and what the others weigh."""
+    x, y = _in_cells(location, size)
     left, top = jnp.floor(x), jnp.floor(y)
     return left.astype(jnp.int32), x - left, top.astype(jnp.int32), y - top
 
@@ -196,7 +202,7 @@ def sample_by_kernel(level_sizes, value, location, weight):
     """`sample_levels` on one TPU."""
     maps = _split_levels(value.astype(jnp.float32), level_sizes)  # blocks' gradients of a cell add up in float32
     sums = (
-        sample_level(cells, location[:, :, :, level], weight[:, :, :, level], value.dtype)
-        for level, cells in enumerate(maps)
+        sample_level(cells, *_in_cells(location[:, :, :, level], size), weight[:, :, :, level], value.dtype)
+        for level, (cells, size) in enumerate(zip(maps, level_sizes, strict=True))
     )
     return sum(sums).astype(value.dtype)

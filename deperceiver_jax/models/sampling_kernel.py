@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from deperceiver_jax.models.flash_kernels import SUBLANES, dot
+
 STRIP = 8  # rows of a map
 COLUMNS = 16  # of which a strip's width is a multiple, so that it has whole rows of 128 cells
 QUERIES = 512  # at a time
@@ -22,24 +24,23 @@ FAR = -2.0  # a place beyond every cell, for queries that are padding
 
 def sample_level(
     cells: Float[Array, "B h w H D"],
-    location: Float[Array, "B Q H K 2"],
+    x: Float[Array, "B Q H K"],
+    y: Float[Array, "B Q H K"],
     weight: Float[Array, "B Q H K"],
     dtype,
 ) -> Float[Array, "B Q H D"]:
-    """Sum over points of weight * cells at location ((x, y) of the padded map, in [0, 1]), zero outside, in float32.
+    """Sum over points of weight * cells at (x, y), zero outside, in float32.
 
-    Products are of `dtype`. All arrays are float32, and so are their gradients' sums.
+    Units are cells, 0 the centre of the first; points are at most one cell outside of the map. Products are of `dtype`. All arrays are float32, and so are their gradients' sums.
     """
     batch, height, width, heads, channels = cells.shape
-    num_queries, num_points = location.shape[1], location.shape[3]
+    num_queries, num_points = x.shape[1], x.shape[3]
     columns = -(-width // COLUMNS) * COLUMNS
     cells = jnp.pad(cells, [(0, 0), (0, -height % STRIP), (0, columns - width), (0, 0), (0, 0)])
     cells = jnp.transpose(cells, (0, 3, 4, 1, 2)).reshape(batch, heads, channels, -1)
-    x = jnp.clip(location[..., 0] * width - 0.5, -1.0, width)
-    y = jnp.clip(location[..., 1] * height - 0.5, -1.0, height)
     points = jnp.transpose(jnp.concatenate([x, y, weight], axis=-1), (0, 2, 3, 1))  # B H 3K Q
     block = min(QUERIES, -(-num_queries // 128) * 128)
-    pads = [(0, 0), (0, 0), (0, -3 * num_points % 8), (0, -num_queries % block)]
+    pads = [(0, 0), (0, 0), (0, -3 * num_points % SUBLANES), (0, -num_queries % block)]
     points = jnp.pad(points, pads, constant_values=FAR)
     sampled = _sample(cells, points, num_points, columns, block, dtype)
     return jnp.transpose(sampled[..., :num_queries], (0, 3, 1, 2))
@@ -113,9 +114,7 @@ def _call(kernel, inputs, kinds, output, columns, block, *, strips_inside):
 
 
 def _dot(a, b, axis_a: int, axis_b: int):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return dot(a, b, axis_a, axis_b, precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def _hat(distance):
