@@ -85,10 +85,6 @@ def build(config, backbone=Patches):
     return call, jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def compiled(call, *arguments):
-    return jax.jit(call).lower(*arguments).compile()
-
-
 def example():
     """Three images of different sizes in a frame of 64 x 64."""
     sizes = ((64, 48), (32, 64), (64, 64))
@@ -103,7 +99,7 @@ def example():
 def usual():
     """(the small detector compiled, its arrays, its answer)."""
     call, state = build(small())
-    call = compiled(call, state, *example())
+    call = jax.jit(call)
     return call, state, call(state, *example())
 
 
@@ -169,7 +165,7 @@ def test_published_start():
         return {path: x for path, x in arrays_of(new_detector(small(**CONVOLUTION))).items() if tested.search(path)}
 
     tested = re.compile("class_head|box_head.*2|scale|offset|mlp/layers/0|within|down|before|reduce|level_embedding")
-    start = {path: np.asarray(x) for path, x in new_arrays.lower().compile()().items()}
+    start = {path: np.asarray(x) for path, x in new_arrays().items()}
     np.testing.assert_allclose(start["heads/class_head/linear/bias"], -4.59512, rtol=1e-5)
     assert start["heads/box_head/mlp/layers/2/kernel"].std() > 0.05
     layers = "decoder/layers/layers"
@@ -238,7 +234,7 @@ def test_the_order_of_images_does_not_matter(changes):
     """Each image has its own scale attention; the released code takes that of the first for all."""
     call, state = build(small(**changes))
     image, valid = example()
-    call = compiled(call, state, image, valid)
+    call = jax.jit(call)
     order = np.array([2, 0, 1])
     answer, reordered = call(state, image, valid), call(state, image[order], valid[order])
     np.testing.assert_allclose(reordered.logits, answer.logits[:, order], atol=2e-5)
@@ -253,7 +249,7 @@ def test_padding_does_not_matter():
     image, valid = example()
     pad = ((0, 0), (0, 64), (0, 128))
     far = jnp.pad(image, (*pad, (0, 0))), jnp.pad(valid, pad)
-    near, far = (compiled(call, state, *images)(state, *images) for images in ((image, valid), far))
+    near, far = (jax.jit(call)(state, *images) for images in ((image, valid), far))
     np.testing.assert_allclose(near.logits, far.logits, atol=5e-5)
     np.testing.assert_allclose(near.boxes, far.boxes, atol=5e-6)
     assert np.abs(near.logits[:, 0] - near.logits[:, 1]).max() > 1e-2
@@ -273,7 +269,7 @@ def test_boxes_start_from_the_centre(usual):
 def test_dropout_needs_a_key(usual):
     call, state = build(small())
     key = jax.random.key(0, impl="rbg")
-    call = compiled(call, state, *example(), key)
+    call = jax.jit(call)
     one, same, other = (call(state, *example(), key) for key in (key, key, jax.random.key(1, impl="rbg")))
     np.testing.assert_array_equal(one.logits, same.logits)
     assert np.abs(one.logits - other.logits).max() > 1e-2 and np.abs(one.logits - usual[2].logits).max() > 1e-2
@@ -283,7 +279,7 @@ def test_bfloat16_is_near_float32(usual):
     config = small()
     config.precision = "bfloat16"
     call, state = build(config)
-    answer = compiled(call, state, *example())(state, *example())
+    answer = jax.jit(call)(state, *example())
     assert answer.logits.dtype == answer.boxes.dtype == jnp.float32
     assert 1e-4 < np.abs(answer.boxes - usual[2].boxes).max() < 0.1
 
@@ -297,7 +293,7 @@ def test_the_demo_takes_gradients():
         answer = call(state, image, valid)
         return jnp.sum(answer.logits**2) + jnp.sum(answer.boxes**2)
 
-    for path, x in nnx.to_flat_state(compiled(jax.grad(loss), state)(state)):
+    for path, x in nnx.to_flat_state(jax.jit(jax.grad(loss))(state)):
         gradient = np.asarray(x.get_value())
         assert np.isfinite(gradient).all() and gradient.any(), path
 
