@@ -31,7 +31,8 @@ def sample_level(
 ) -> Float[Array, "B Q H D"]:
     """Sum over points of weight * cells at (x, y), zero outside, in float32.
 
-    Units are cells, 0 the centre of the first; points are at most one cell outside of the map. Products are of `dtype`. All arrays are float32, and so are their gradients' sums.
+    Units are cells, 0 the centre of the first; points are at most one cell outside of the map.
+    Products are of `dtype`. All arrays are float32, and so are their gradients' sums.
     """
     batch, height, width, heads, channels = cells.shape
     num_queries, num_points = x.shape[1], x.shape[3]
