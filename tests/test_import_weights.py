@@ -35,6 +35,7 @@ from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.torch_writer import write_state_dict
 
 DETR = {
+    "model.backbone.depth": 18,
     "model.backbone.width": 2,
     "model.embed_dim": 16,
     "model.encoder.num_layers": 2,
@@ -44,7 +45,8 @@ DETR = {
     "model.decoder.num_heads": 2,
     "model.decoder.mlp_dim": 8,
 }
-DEFORMABLE_DETR = {**DETR, "model.embed_dim": 32, "model.backbone.depth": 18}
+DEFORMABLE_DETR = {**DETR, "model.embed_dim": 32}
+BOTTLENECKS = {"model.backbone.depth": 50}
 DEPERCEIVER = {"model.backbone.width": 2, "model.embed_dim": 32, "model.encoder.latent_dim": 32}
 AUXILIARY = {"model.decoder.num_layers": 3, "model.decoder.self_attention": True, "model.decoder.final_norm": True}
 
@@ -87,7 +89,8 @@ DETR_ARGUMENTS = arguments_of("detr", "r50", DETR)
 @pytest.mark.parametrize("learned", [False, True])
 def test_detr(tmp_path, layout, learned, capsys):
     """The state dict comes back as it was, with COCO's classes and as many queries as the file has."""
-    fields = DETR | ({"model.position.encoding": "learned"} if learned else {})
+    fields = DETR | (BOTTLENECKS if layout != "hugging_face" else {})
+    fields |= {"model.position.encoding": "learned"} if learned else {}
     state = make_state(detr.get_config("r50"), fields, layout, **{"model.num_queries": 7})
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({**state, f"{next(iter(state))}.num_batches_tracked": np.array(3)}, path)
@@ -141,7 +144,7 @@ def test_deperceiver(tmp_path, variant, decoder):
 def test_deformable_detr(tmp_path, variant, layout, capsys):
     """Official files hold shared arrays several times; transformers keeps one of them, and of two names the longer."""
     config = deformable_detr.get_config(variant)
-    fields = DEFORMABLE_DETR | ({"model.backbone.depth": 50} if layout == "hugging_face_resnet" else {})
+    fields = DEFORMABLE_DETR | (BOTTLENECKS if layout == "hugging_face_resnet" else {})
     state = make_state(config, fields, layout, **{"model.num_queries": 7})
     rules = LAYOUTS[layout]["deformable_detr"](config.model)
     held = with_copies(state, rules)
@@ -290,7 +293,7 @@ def changed(**arrays):
             "bbox_embed.layers.2.bias has the shape [5] in ",
         ),
         (changed(**{"query_embed.weight": np.zeros((7, 5))}), [], "query_embed.weight has the shape [7, 5] in "),
-        (changed(), ["--config=configs/detr.py:r101"], "x.pth lacks backbone.0.body.layer3.10.bn1.bias, "),
+        (changed(), ["--config.model.backbone.depth=34"], "x.pth lacks backbone.0.body.layer1.2.bn1.bias, "),
         (changed(), ["--config.model.embed_dim=32"], "in_proj_bias has the shape [48] in "),
         (changed(), ["--num_classes=3", "--classes=x.json"], "--classes and --num_classes are both given"),
         (changed(), ["--num_classes=0"], "--num_classes is 0"),
@@ -349,7 +352,7 @@ def three_classes(tmp_path):
 @pytest.mark.slow
 def test_fine_tuning(tmp_path, three_classes, capsys):
     """COCO's weights, a folder of three classes: only the class head is new, and predict.py says the right names."""
-    smaller = {"model.backbone.depth": 18, "model.encoder.num_layers": 1, "model.decoder.num_layers": 1}
+    smaller = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 1}
     model = arguments_of("detr", "r50", DETR | smaller)
     before = make_state(detr.get_config("r50"), DETR | smaller, **{"model.num_queries": 7})
     write_state_dict(tmp_path / "detr.pth", before, wrapper="model")
