@@ -52,6 +52,7 @@ def test_every_row_changes_something_and_keeps_the_data():
     for config in [*configs.values(), *map(ladder.get_config, ladder.FAMILIES)]:
         assert config.data == configs["published"].data and config.train == configs["published"].train
         assert config.model.backbone == configs["published"].model.backbone
-        assert config.optimizer == configs["published"].optimizer
+        assert {**config.optimizer, "learning_rate": 0.0} == {**configs["published"].optimizer, "learning_rate": 0.0}
+    assert len({config.optimizer.learning_rate for config in configs.values()}) == 1
     with pytest.raises(ValueError, match="has no variant 'rungs'"):
         ladder.get_config("rungs")
