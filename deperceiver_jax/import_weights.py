@@ -29,8 +29,8 @@ from deperceiver_jax.command_line import parse_config, parse_flags, run
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.training.checkpoint import save_params
 from deperceiver_jax.training.start import CLASS_HEAD
+from deperceiver_jax.training.stored_detector import save_params
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.training.workdir import read_classes
 from deperceiver_jax.weights import read_state_dict

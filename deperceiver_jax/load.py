@@ -14,7 +14,8 @@ from deperceiver_jax.command_line import has_config_file, parse_config
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.training.checkpoint import StoredDetector, find_detector, load_params, require_same_arrays
+from deperceiver_jax.training.checkpoint_files import require_same_arrays
+from deperceiver_jax.training.stored_detector import StoredDetector, find_detector, load_params
 from deperceiver_jax.training.train_state import Skeleton, take_apart
 from deperceiver_jax.training.workdir import CLASSES, CONFIG, read_classes, read_config
 

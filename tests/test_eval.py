@@ -18,7 +18,7 @@ from deperceiver_jax.data import open_source
 from deperceiver_jax.data.loader import EvaluationBatches
 from deperceiver_jax.evaluation.coco_metric import STATISTICS, coco_metric, ground_truth
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.training.checkpoint import find_detector, load_params, save_params
+from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.training.workdir import read_config
 
 

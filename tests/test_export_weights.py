@@ -11,7 +11,7 @@ from deperceiver_jax import export_weights as program
 from deperceiver_jax import import_weights
 from deperceiver_jax.command_line import run
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
-from deperceiver_jax.training.checkpoint import find_detector, load_params, save_params
+from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.weights import read_state_dict
 from deperceiver_jax.weights.torch_writer import write_state_dict
 

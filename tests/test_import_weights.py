@@ -25,7 +25,7 @@ from deperceiver_jax import load_detector
 from deperceiver_jax.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.training.checkpoint import find_detector, load_params
+from deperceiver_jax.training.stored_detector import find_detector, load_params
 from deperceiver_jax.training.workdir import flat_fields
 from deperceiver_jax.weights import to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import NameRules, copies_of, with_copies

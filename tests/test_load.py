@@ -10,7 +10,7 @@ from flax import nnx
 
 from deperceiver_jax import UserError, load_detector
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.training.checkpoint import find_detector, load_params, save_params
+from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.training.workdir import read_config
 

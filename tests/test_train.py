@@ -11,7 +11,8 @@ import eval as evaluation_program
 import train as program
 from deperceiver_jax.command_line import run
 from deperceiver_jax.evaluation.coco_metric import STATISTICS
-from deperceiver_jax.training.checkpoint import all_steps, find_detector, load_params
+from deperceiver_jax.training.checkpoint_files import all_steps
+from deperceiver_jax.training.stored_detector import find_detector, load_params
 from deperceiver_jax.training.workdir import read_config
 from tests.train_process import Run
 

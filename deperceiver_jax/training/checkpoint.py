@@ -1,4 +1,4 @@
-"""Checkpoints of a run, kept by Orbax, and parameters by themselves.
+"""Checkpoints of a run, kept by Orbax.
 
 checkpoints/<step>/ has four items:
 
@@ -9,45 +9,47 @@ checkpoints/<step>/ has four items:
 
 A save writes into a directory with another name, which gets its own when it is complete; what a killed process or a
 full disk leaves behind is never taken for a checkpoint, and the next run removes it. A checkpoint that was damaged
-later is called <step>.damaged when a run finds it, and the one before takes its place. The output of import_weights is
-a directory with `weights`, config.json and classes.json.
+later is called <step>.damaged when a run finds it, and the one before takes its place.
 """
 
 import contextlib
 import errno
 import functools
-import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.training.checkpoint_files import (
+    EMA,
+    PROGRESS,
+    TRAINING,
+    WEIGHTS,
+    DamagedCheckpoint,
+    all_steps,
+    best_step,
+    check_readable,
+    damage_is_a_user_error,
+    read_shapes,
+    reason,
+    require_same_arrays,
+)
 from deperceiver_jax.training.train_state import TrainState
-from deperceiver_jax.training.workdir import CHECKPOINTS, CONFIG, METRICS
+from deperceiver_jax.training.workdir import CHECKPOINTS
 
-WEIGHTS, EMA, TRAINING, PROGRESS = "weights", "ema", "training", "progress"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
 # Orbax's threads log every error with its traceback, and then raise it where it becomes a UserError.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-
-
-class DamagedCheckpoint(UserError):
-    """Files that are there, but cannot be read."""
 
 
 class FailedSave(UserError):
@@ -206,12 +208,6 @@ class Checkpoints:
         raise FailedSave(f"A checkpoint cannot be written to {self.directory}: {why}; {kept}.") from error
 
 
-def all_steps(workdir: Path) -> list[int]:
-    """The steps of a workdir's complete checkpoints, in ascending order."""
-    directory = workdir / CHECKPOINTS
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
-
-
 def newest_whole(workdir: Path) -> tuple[int, dict[int, DamagedCheckpoint]]:
     """(the newest step whose checkpoint can be read, the error of each after it); (0, {}) for a run without any.
 
@@ -241,131 +237,3 @@ def check_whole(directory: Path) -> None:
             ocp.PyTreeCheckpointHandler().metadata(epath.Path((directory / item).absolute()))
     with damage_is_a_user_error(directory / PROGRESS):
         ocp.JsonCheckpointHandler().restore(epath.Path((directory / PROGRESS).absolute()))
-
-
-def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
-    """The one of `steps` with the highest AP that metrics.jsonl knows, the earliest among equals; None if none has."""
-    try:
-        text = (workdir / METRICS).read_text()
-    except FileNotFoundError:
-        return None
-    whole = text[: text.rfind("\n") + 1]  # a run may be writing the next line
-    lines = [json.loads(line) for line in whole.splitlines()]
-    scores = {line["step"]: line["AP"] for line in lines if "AP" in line and line["step"] in steps}
-    return max(sorted(scores), key=scores.get, default=None)
-
-
-class StoredDetector(NamedTuple):
-    """Where a detector's parameters lie, and the directory of the config.json and classes.json that describe it."""
-
-    items: Path
-    directory: Path
-    step: int | None  # None for parameters that no run here has trained
-
-
-def find_detector(directory: Path, checkpoint: str = "latest") -> StoredDetector:
-    """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
-    (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
-    if (directory / WEIGHTS).is_dir():
-        if directory.parent.name == CHECKPOINTS:
-            return StoredDetector(directory, directory.parent.parent, int(directory.name))
-        return StoredDetector(directory, directory, None)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory.")
-    steps = all_steps(directory)
-    if not steps:
-        raise UserError(f"{directory} has no checkpoint and no weights.")
-    if checkpoint == "latest":
-        step = steps[-1]
-    elif checkpoint == "best":
-        step = best_step(directory, steps)
-        if step is None:
-            raise UserError(f"{directory} has no best checkpoint: none of steps {steps} was evaluated.")
-    elif checkpoint.isdigit() and int(checkpoint) in steps:
-        step = int(checkpoint)
-    else:
-        raise UserError(f"{directory} has no checkpoint {checkpoint!r}; it has {steps}, latest and best.")
-    return StoredDetector(directory / CHECKPOINTS / str(step), directory, step)
-
-
-def load_params(items: Path) -> dict[str, np.ndarray]:
-    """Every array of a detector by path, from `StoredDetector.items`; the moving average where one was kept.
-
-    Raises UserError when the files are damaged.
-    """
-    arrays = _read_arrays(items / WEIGHTS)
-    if (items / EMA).is_dir():
-        arrays |= _read_arrays(items / EMA)
-    return arrays
-
-
-def save_params(directory: Path, arrays: Mapping[str, Array | np.ndarray], config: str, classes: str) -> None:
-    """Writes a directory that load_detector, init_from and eval.py read: weights, and the texts of the two JSON files.
-
-    Raises UserError when there is something at `directory` already.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists already.")
-    directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / WEIGHTS).absolute(), dict(arrays))
-    (directory / "classes.json").write_text(classes)
-    (directory / CONFIG).write_text(config)
-
-
-def read_shapes(item: Path) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the arrays in an item of a checkpoint, all of which can be read."""
-    check_readable(item)
-    with damage_is_a_user_error(item):
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item.absolute())).tree
-        return {path: tuple(array.shape) for path, array in tree.items()}
-
-
-def require_same_arrays(expected: Mapping[str, Array], found: Mapping[str, tuple[int, ...]], origin: Path) -> None:
-    """Raises UserError when the arrays at `origin` are not those that the model has, by path and shape."""
-    lacks = [f"it lacks {path}" for path in sorted(expected.keys() - found.keys())]
-    extra = [f"the model lacks {path}" for path in sorted(found.keys() - expected.keys())]
-    other = [
-        f"{path} is {found[path]} there and {tuple(expected[path].shape)} in the model"
-        for path in sorted(expected.keys() & found.keys())
-        if found[path] != tuple(expected[path].shape)
-    ]
-    differences = other[:3] + lacks[:2] + extra[:2]
-    if differences:
-        more = len(other) + len(lacks) + len(extra) - len(differences)
-        rest = f", and {more} more" if more else ""
-        raise UserError(f"{origin} holds another model: {', '.join(differences)}{rest}.")
-
-
-def _read_arrays(item: Path) -> dict[str, np.ndarray]:
-    shapes = read_shapes(item)
-    restore_args = dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray))
-    with damage_is_a_user_error(item):
-        return ocp.PyTreeCheckpointHandler().restore(
-            epath.Path(item.absolute()), args=ocp.args.PyTreeRestore(restore_args=restore_args)
-        )
-
-
-def check_readable(item: Path) -> None:
-    """Reads every record of an item once, one after the other. Orbax reads them all at once, so that a broken file
-    ends in as many tracebacks, from other threads, as there are arrays; it gets only what passes here."""
-    with damage_is_a_user_error(item):
-        records = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item.absolute()}/"}).result()
-        for key in records.list().result():
-            records.read(key).result()
-
-
-@contextlib.contextmanager
-def damage_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise for incomplete or broken files into one sentence."""
-    try:
-        yield
-    except (ValueError, KeyError, OSError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged or incomplete: {reason(error)}.") from None
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read or written: the system's word for it, or else the first sentence of the message."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    code = int(code[1]) if code else getattr(error, "errno", None)
-    return os.strerror(code) if code else str(error).split("[")[0].split("\n")[0].strip()[:300].rstrip(".:")

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from deperceiver_jax.training.checkpoint import Checkpoints, all_steps
+from deperceiver_jax.training.checkpoint import Checkpoints
+from deperceiver_jax.training.checkpoint_files import all_steps
 from tests.quick_compile import quick_flags
 from tests.train_process import arrays_of
 
