@@ -60,6 +60,8 @@ def make_train_step(
         else:
             total, terms, gradients = accumulate(gradient_of_part, state.params, split_batch(batch, parts, mesh))
         updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
+        # Without the barrier XLA computes each update twice, to add it and for its norm, and compiles it twice.
+        updates = jax.tree.map(jax.lax.optimization_barrier, updates)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, config.optimizer.ema_decay)
         norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
