@@ -1,7 +1,7 @@
 """Trains a ladder of detectors on the same pictures of many small objects, with several seeds, and compares them.
 
     python benchmarks/small_objects.py --rows=published,gaussian,proposals --seeds=0,1,2        # the built-in pictures
-    python benchmarks/small_objects.py --rows=detr,hints --coco=/data/folder --overfit --steps=3000
+    python benchmarks/small_objects.py --rows=hints,detr --coco=/data/folder --overfit --steps=3000
     python benchmarks/small_objects.py --rows=detr,hints --seeds=100 --rates=3e-4,1e-3,3e-3     # which learning rate
 
 Rows are variants of configs/ladder.py. Every row and seed is a run of train.py in OUTPUT/ROW/SEED: what is finished is
@@ -43,7 +43,14 @@ COCO = (
     "--config.data.buckets=2",
     "--config.model.num_queries=64",
 )
-OVERFIT = ("--config.data.eval_split=train", "--config.data.flip_probability=0.0")
+OVERFIT = ("--config.data.eval_split=train", "--config.data.flip_probability=0.0", "--config.data.scales=(64,)")
+# What is to be learned by heart may be small, and is cheaper.
+COCO_OVERFIT = (
+    "--config.data.batch_size=8",
+    "--config.data.max_size=96",
+    "--config.data.eval_scale=64",
+    "--config.data.eval_max_size=96",
+)
 
 
 class Run(NamedTuple):
@@ -73,10 +80,10 @@ def main() -> None:
         every = max(arguments.steps // 10, 1)
         fields += [f"--config.train.{name}={every}" for name in ("eval_every", "checkpoint_every")]
         fields.append(f"--config.train.num_steps={arguments.steps}")
+    if arguments.overfit:
+        fields = [*OVERFIT, *(COCO_OVERFIT if arguments.coco else ()), *fields]
     if arguments.coco:
         fields = [*COCO, f"--config.data.directory={arguments.coco}", *fields]
-    if arguments.overfit:
-        fields = [*fields, *OVERFIT, f"--config.data.scales=({128 if arguments.coco else 64},)"]
 
     rates = {f"lr{rate}": [f"--config.optimizer.learning_rate={rate}"] for rate in arguments.rates} or {"": []}
     if not arguments.table_only:
