@@ -1,8 +1,10 @@
-"""Parameters for tests, without a detector's own initialisation."""
+"""Parameters for tests: drawn at random, and a detector's own without those of its backbone."""
 
 import math
 
+import jax
 import numpy as np
+from flax import nnx
 
 
 def draw_arrays(shapes):
@@ -22,3 +24,15 @@ def draw_arrays(shapes):
             values *= 0.1
         arrays[path] = values
     return arrays
+
+
+def start_beside_backbone(build):
+    """{path: array} of what the detector starts with; the backbone's, which take longest to compile, are left out."""
+
+    def parameters():
+        arrays = {
+            "/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(build(), nnx.Param))
+        }
+        return {path: x for path, x in arrays.items() if not path.startswith("backbone/")}
+
+    return jax.tree.map(np.asarray, jax.jit(parameters)())

@@ -20,6 +20,7 @@ from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
+from tests.drawn_arrays import start_beside_backbone
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
@@ -117,8 +118,7 @@ def test_variants():
 @pytest.mark.parametrize("changes", [{}, REFINE, TWO_STAGE])
 def test_start(changes):
     """Classes at 1 %, boxes at their references; sizes of sigmoid(-2) of the image, or of the proposals."""
-    state = jax.jit(lambda: nnx.state(new_detector(small(**changes)), nnx.Param))()
-    start = {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(state)}
+    start = start_beside_backbone(lambda: new_detector(small(**changes)))
     heads = "decoder/layers/layers/heads" if changes else "decoder/heads"
     np.testing.assert_allclose(start[f"{heads}/class_head/linear/bias"], -math.log(99), rtol=1e-6)
     assert not start[f"{heads}/box_head/mlp/layers/2/kernel"].any()

@@ -13,6 +13,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder
+from tests.drawn_arrays import start_beside_backbone
 
 
 class Patches(nnx.Module):
@@ -133,8 +134,7 @@ def test_published_start():
     """Xavier over the three input matrices of an attention together; layers start with the same MLP biases."""
     config = detr.get_config("r50")
     config.model.encoder.num_layers = config.model.decoder.num_layers = 2
-    state = jax.jit(lambda: nnx.state(new_detector(config)))()
-    start = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+    start = start_beside_backbone(lambda: new_detector(config))
     bounds = {  # path below encoder/layers/layers: bound of its uniform range
         "attention/query/kernel": math.sqrt(6 / 1024),
         "attention/key/kernel": math.sqrt(6 / 1024),
