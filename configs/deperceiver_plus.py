@@ -46,6 +46,7 @@ def model() -> ConfigDict:
     m.dropout = 0.0
     m.strides = (8, 16, 32)  # of the maps whose cells are the tokens
     m.top_down = True  # deeper maps of the backbone are mixed into the finer ones
+    m.neck_blocks = 2  # residual blocks of two 3x3 convolutions on each map, after mixing
     m.start = "proposals"  # proposals (the best tokens of the image) | learned (the same for every image)
 
     m.backbone = resnet()

@@ -93,7 +93,7 @@ def _reading_queries(config: ConfigDict) -> None:
 
 def _latent_queries(config: ConfigDict) -> None:
     """The queries are the latents: three layers of self-attention and cross-attention to the image, each answering."""
-    _use(config, deperceiver_plus.model(), strides=(8,), top_down=False, start="learned")
+    _use(config, deperceiver_plus.model(), strides=(8,), top_down=False, neck_blocks=0, start="learned")
     config.model.no_object_logit = True
     config.model.decoder.update(num_layers=3, num_heads=4, mlp_dim=128, gaussian=False, refine=False, least_width=0.03)
 
@@ -140,6 +140,11 @@ def _hints(config: ConfigDict) -> None:
     config.loss.hint_copies = 2
 
 
+def _neck(config: ConfigDict) -> None:
+    """Two residual blocks of 3x3 convolutions on each map: what lies beside a cell tells where an object ends."""
+    config.model.neck_blocks = 2
+
+
 def _separate_levels(config: ConfigDict) -> None:
     """A softmax for each level, with predicted weights."""
     config.model.decoder.separate_levels = True
@@ -162,6 +167,7 @@ ROWS = {
     "proposals": _proposals,
     "one_to_many": _one_to_many,
     "hints": _hints,
+    "neck": _neck,
     "separate_levels": _separate_levels,
 }
 

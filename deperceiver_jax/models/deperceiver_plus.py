@@ -196,6 +196,7 @@ class DePerceiverPlus(nnx.Module):
         dropout: float,
         strides: Sequence[int],
         top_down: bool,
+        neck_blocks: int,
         start: str,
         backbone: dict,
         decoder: dict,
@@ -209,7 +210,13 @@ class DePerceiverPlus(nnx.Module):
         needed = sources(strides, top_down=top_down)
         self.backbone = build_part(ResNet, "config.model.backbone", backbone, strides=needed, dtype=dtype, rngs=rngs)
         self.levels = MixedLevels(
-            self.backbone.channels, embed_dim, strides=strides, top_down=top_down, dtype=dtype, rngs=rngs
+            self.backbone.channels,
+            embed_dim,
+            strides=strides,
+            top_down=top_down,
+            neck_blocks=neck_blocks,
+            dtype=dtype,
+            rngs=rngs,
         )
         normal = nnx.initializers.normal(0.02)
         self.level_embedding = nnx.Param(normal(rngs.params(), (len(strides), embed_dim)))

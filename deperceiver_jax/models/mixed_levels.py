@@ -9,42 +9,87 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.layer_norm import LayerNorm
+from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import linear
 from deperceiver_jax.models.tokens import feature_valid
+
+
+class NeckBlock(nnx.Module):
+    """x + convolution(relu(convolution(norm(x)))), both 3x3: a cell learns what lies around it."""
+
+    def __init__(self, dim: int, *, dtype, rngs: nnx.Rngs):
+        self.norm = LayerNorm(dim, dtype=dtype)
+        self.inner, self.outer = (_convolution(dim, dtype=dtype, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"], *, dropout_key=None):
+        """Padding is zero before the convolutions. There is no dropout; LayerStack passes the key to every layer."""
+        del dropout_key
+        inner = nnx.relu(self.inner(_blank(self.norm(x), valid)))
+        return x + self.outer(_blank(inner, valid))
 
 
 class MixedLevels(nnx.Module):
     """Backbone features -> maps of `dim` channels at `strides`; with `top_down`, deeper ones are mixed into them.
 
     Mixing lets fine maps know what the deep layers know (feature pyramids, arXiv:1612.03144): each map of the backbone
-    is projected, gets the coarser one, enlarged, and goes through a 3x3 convolution. A norm ends either way.
+    is projected, gets the coarser one, enlarged, and goes through a 3x3 convolution. Then come `neck_blocks` of each
+    map's own, and a norm.
     """
 
     def __init__(
-        self, channels: dict[int, int], dim: int, *, strides: Sequence[int], top_down: bool, dtype, rngs: nnx.Rngs
+        self,
+        channels: dict[int, int],
+        dim: int,
+        *,
+        strides: Sequence[int],
+        top_down: bool,
+        neck_blocks: int,
+        dtype,
+        rngs: nnx.Rngs,
     ):
+        if neck_blocks < 0:
+            raise UserError(f"config.model.neck_blocks is {neck_blocks}; it must be at least 0.")
         self.strides = tuple(sorted(strides))
         self.top_down = top_down
         self.sources = sources(strides, top_down=top_down)
         self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in self.sources])
-        self.convolutions = nnx.List(
-            [nnx.Conv(dim, dim, (3, 3), padding=1, dtype=dtype, rngs=rngs) for _ in self.strides if top_down]
+        self.convolutions = nnx.List([_convolution(dim, dtype=dtype, rngs=rngs) for _ in self.strides if top_down])
+        self.blocks = nnx.List(
+            [
+                LayerStack(
+                    lambda rngs: NeckBlock(dim, dtype=dtype, rngs=rngs), neck_blocks, unroll_on_cpu=True, rngs=rngs
+                )
+                for _ in self.strides
+                if neck_blocks
+            ]
         )
         self.norms = nnx.List([LayerNorm(dim, dtype=dtype) for _ in self.strides])
 
     def __call__(
         self, features: dict[int, Float[Array, "B h w C"]], pixel_valid: Bool[Array, "B H W"]
     ) -> tuple[list[Float[Array, "B h w D"]], list[Bool[Array, "B h w"]]]:
-        """The maps and which of their cells are real. Padding is zero before the convolutions, as beyond the frame."""
+        """The maps and which of their cells are real. Padding is zero before the convolutions."""
         maps = {s: projection(features[s]) for projection, s in zip(self.projections, self.sources, strict=True)}
         valid = {s: feature_valid(pixel_valid, *maps[s].shape[1:3]) for s in self.strides}
         if self.top_down:
             for coarse, fine in zip(self.sources[:0:-1], self.sources[-2::-1], strict=True):
                 maps[fine] = maps[fine] + enlarge(maps[coarse], *maps[fine].shape[1:3])
             for convolution, s in zip(self.convolutions, self.strides, strict=True):
-                maps[s] = convolution(jnp.where(valid[s][..., None], maps[s], 0))
+                maps[s] = convolution(_blank(maps[s], valid[s]))
+        for blocks, s in zip(self.blocks, self.strides, strict=bool(self.blocks)):
+            maps[s] = blocks(maps[s], valid[s])
         return [norm(maps[s]) for norm, s in zip(self.norms, self.strides, strict=True)], list(valid.values())
+
+
+def _convolution(dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(dim, dim, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+
+
+def _blank(x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"]) -> Float[Array, "B h w D"]:
+    """Zeros on padding, as beyond the frame."""
+    return jnp.where(valid[..., None], x, 0)
 
 
 def sources(strides: Sequence[int], *, top_down: bool) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def example(frame=(64, 96), size=(50, 70)):
     return jnp.asarray(image), jnp.asarray(valid)
 
 
-PLAIN = {"decoder__gaussian": False, "decoder__refine": False, "top_down": False, "start": "learned"}
+PLAIN = {"decoder__gaussian": False, "decoder__refine": False, "top_down": False, "neck_blocks": 0, "start": "learned"}
 
 
 @pytest.mark.parametrize("changes", [{"decoder__separate_levels": True}, {**PLAIN, "strides": (32,)}])
@@ -108,15 +108,33 @@ def test_the_gaussian_is_around_the_box():
 def test_mixing_carries_deep_features_into_fine_maps():
     channels = {4: 3, 8: 3, 16: 3, 32: 3}
     features = {8: jnp.zeros((1, 5, 7, 3)), 16: jnp.zeros((1, 3, 4, 3)), 32: jnp.zeros((1, 2, 2, 3))}
-    valid = jnp.ones((1, 40, 56), bool)
+    valid, new = jnp.ones((1, 40, 56), bool), dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
     for top_down in (False, True):
-        levels = MixedLevels(channels, 4, strides=(8,), top_down=top_down, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        levels = MixedLevels(channels, 4, strides=(8,), top_down=top_down, neck_blocks=0, **new)
         still, _ = levels(features, valid)
         moved, (map_valid,) = levels({**features, 32: features[32].at[0, 1, 1].set(9.0)}, valid)
         changed = np.abs(moved[0] - still[0]).max(axis=-1)[0] > 1e-4
         assert map_valid.shape == (1, 5, 7)
         # The deep cell covers rows and columns from 4 on; the convolution reaches one further.
         assert changed[3:, 3:].all() == top_down and not changed[:3].any() and not changed[:, :3].any()
+
+
+def test_a_block_of_the_neck_sees_two_cells_further():
+    """One convolution after the other, and neither sees what padding holds."""
+    new = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
+    levels = MixedLevels({8: 3}, 4, strides=(8,), top_down=False, neck_blocks=1, **new)
+    features = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 9, 3)), jnp.float32)
+    valid = np.ones((1, 72, 72))
+    valid[:, 48:] = 0
+
+    def real_cells(features):
+        return levels({8: features}, jnp.asarray(valid, bool))[0][0][0, :6]
+
+    still = real_cells(features)
+    moved, hidden = (real_cells(features.at[0, row, 4].add(9.0)) for row in (3, 7))
+    rows, columns = np.nonzero(np.abs(moved - still).max(axis=-1) > 1e-5)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, 5, 2, 6)
+    np.testing.assert_array_equal(hidden, still)
 
 
 def test_enlarging_repeats_cells():
@@ -133,6 +151,7 @@ def test_mixing_needs_the_deeper_strides():
     ("changes", "sentence"),
     [
         ({"start": "random"}, "config.model.start is 'random'; it can be learned or proposals."),
+        ({"neck_blocks": -1}, "config.model.neck_blocks is -1; it must be at least 0."),
         ({"decoder__num_layers": 0}, "config.model.decoder.num_layers is 0; it must be at least 1."),
         ({"decoder__num_heads": 5}, "5 heads do not divide"),
     ],
