@@ -109,7 +109,7 @@ def count_tokens(size: tuple[int, int], stride: str) -> int:
 
 
 def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
-    """(encoder, decoder) with abstract parameters."""
+    """(encoder, decoder) with abstract parameters; of DePerceiver+ the neck's blocks, the start and the decoder."""
 
     def build():
         shared = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -122,7 +122,7 @@ def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
             ]
         elif model == "DePerceiver+":
             detector = build_detector(deperceiver_plus.get_config("r50_multiscale"), rngs=nnx.Rngs(0))
-            halves = [detector.start, detector.decoder]
+            halves = [detector.levels.blocks, detector.start, detector.decoder]
         else:
             m = deperceiver.get_config("r50_16").model
             m.encoder.num_latents = LATENTS
@@ -150,12 +150,15 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
     x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.float32)
 
     def apply(params, x):
-        encoder, decoder = nnx.merge(graphdef, params)
-        valid = jnp.ones(x.shape[:2], bool)
+        parts = nnx.merge(graphdef, params)
         if model == "DePerceiver+":
-            pyramid = make_pyramid([jnp.ones((1, *level), bool) for level in level_sizes(size, stride)])
-            proposals, content, boxes = first_latents(encoder, x, pyramid, None, again=decoder.layers.rematerialize)
+            neck, start, decoder = parts
+            map_valid = [jnp.ones((1, *level), bool) for level in level_sizes(size, stride)]
+            x, pyramid = through_neck(neck, x, map_valid), make_pyramid(map_valid)
+            proposals, content, boxes = first_latents(start, x, pyramid, None, again=decoder.layers.rematerialize)
             return decoder(content, boxes, x, x, pyramid, Sight()), proposals
+        encoder, decoder = parts
+        valid = jnp.ones(x.shape[:2], bool)
         return decoder(encoder(x, x, valid), x, valid) if model == "DETR" else decoder(encoder(x, valid))
 
     kept = jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], params, x)
@@ -166,6 +169,16 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
         step = jax.grad(lambda *inputs: sum(jnp.sum(y**2) for y in jax.tree.leaves(apply(*inputs))), argnums=(0, 1))
         row |= compile_step(step, params, x, device)
     return row
+
+
+def through_neck(neck: nnx.List, tokens, map_valid: list):
+    """The tokens of all levels after their maps' blocks."""
+    ends = np.cumsum([valid.size for valid in map_valid])[:-1]
+    maps = [
+        blocks(part.reshape(*valid.shape, WIDTH), valid).reshape(part.shape)
+        for blocks, part, valid in zip(neck, jnp.split(tokens, ends, axis=1), map_valid, strict=False)
+    ]
+    return jnp.concatenate(maps, axis=1)
 
 
 def compile_step(step, params, x, device) -> dict:
@@ -182,10 +195,10 @@ def compile_step(step, params, x, device) -> dict:
 
 
 def matrix_outputs(jaxpr: Jaxpr, times: int = 1) -> int:
-    """Numbers that all matrix products of a program write; a loop's body counts as often as it runs."""
+    """Numbers that matrix products and convolutions write; a loop's body counts as often as it runs."""
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             total += times * sum(math.prod(v.aval.shape) for v in eqn.outvars)
         inner = [p for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program) if _is_program(p)]
         inner = inner[:1] if eqn.primitive.name in ("cond", "platform_dependent") else inner

@@ -18,6 +18,8 @@ class LayerStack(nnx.Module):
     `unroll_on_cpu` is for convolutions: XLA's CPU backend runs their gradients inside a loop on its slowest path
     (ResNet-50, forward and backward, 256 x 256 x 2 on two cores: 11 s in a loop, 0.4 s unrolled), while on a TPU the
     loop compiles in half the time (v5e, 800 x 1088 x 8: 78 s against 161 s). The target platform decides.
+    With `keep_inputs` the backward pass keeps each layer's input alone and computes the rest again, whatever
+    config.rematerialize says.
     """
 
     unroll = False  # True: every row of layers is a Python loop, as benchmarks/compile_time.py compares
@@ -28,10 +30,12 @@ class LayerStack(nnx.Module):
         num_layers: int,
         *,
         unroll_on_cpu: bool = False,
+        keep_inputs: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_layers = num_layers
         self.unroll_on_cpu = unroll_on_cpu
+        self.keep_inputs = keep_inputs
         self.rematerialize = False  # build_detector sets it: config.rematerialize
 
         @nnx.split_rngs(splits=num_layers)
@@ -70,7 +74,9 @@ class LayerStack(nnx.Module):
             y = layer(x, *args, dropout_key=key)
             return y, (y if collect else None)
 
-        if self.rematerialize and not is_recording():  # what is kept here must not be made inside a checkpoint
+        if (
+            self.rematerialize or self.keep_inputs
+        ) and not is_recording():  # what is kept here must not be made inside a checkpoint
             apply_layer = jax.checkpoint(apply_layer)
 
         def scan_layers(x, stacked, keys):

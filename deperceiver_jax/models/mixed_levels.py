@@ -3,6 +3,7 @@
 Source: Lin et al., "Feature Pyramid Networks for Object Detection" (arXiv:1612.03144), section 3.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -56,15 +57,12 @@ class MixedLevels(nnx.Module):
         self.sources = sources(strides, top_down=top_down)
         self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in self.sources])
         self.convolutions = nnx.List([_convolution(dim, dtype=dtype, rngs=rngs) for _ in self.strides if top_down])
-        self.blocks = nnx.List(
-            [
-                LayerStack(
-                    lambda rngs: NeckBlock(dim, dtype=dtype, rngs=rngs), neck_blocks, unroll_on_cpu=True, rngs=rngs
-                )
-                for _ in self.strides
-                if neck_blocks
-            ]
-        )
+        self.blocks = nnx.List([])
+        if neck_blocks:
+            # At full size one fine map is a hundred times what the latents take: a block keeps no more than it must.
+            how = dict(unroll_on_cpu=True, keep_inputs=True, rngs=rngs)
+            make = functools.partial(NeckBlock, dim, dtype=dtype)
+            self.blocks.extend(LayerStack(lambda rngs: make(rngs=rngs), neck_blocks, **how) for _ in self.strides)
         self.norms = nnx.List([LayerNorm(dim, dtype=dtype) for _ in self.strides])
 
     def __call__(
