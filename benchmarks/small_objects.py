@@ -14,6 +14,7 @@ OUTPUT/lrRATE/ROW/SEED and the table says what came of each rate.
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,6 +31,7 @@ from configs import ladder  # noqa: E402
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 SIZES = ("APs", "APm", "APl")
+LEAST = 0.01  # AP under which its ratio to APs says nothing
 GOALS = (0.3, 0.5)  # of AP50, whose first evaluation is reported
 
 
@@ -163,7 +165,7 @@ def make_table(runs: dict[str, list[Run]]) -> str:
     for row, found in runs.items():
         last = [run.curve[-1][1] for run in found]
         cells = [row, str(len(found)), *(spread([m[name] for m in last]) for name in METRICS[:3])]
-        cells.append(spread([m["APs"] / m["AP"] if m["AP"] > 0 else float("nan") for m in last]))
+        cells.append(spread([m["APs"] / m["AP"] if m["AP"] >= LEAST else float("nan") for m in last]))
         cells += [reached([steps_to(run, goal) for run in found]) for goal in GOALS]
         cells += [f"{statistics.mean(run.step_seconds for run in found):.2f}"]
         cells += [f"{statistics.mean(run.peak_gib for run in found):.1f}"]
@@ -186,7 +188,9 @@ def compare_rates(runs: dict[str, dict[str, list[Run]]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and the range of several."""
+    """Mean, and the range of several; - where one is not a number."""
+    if any(map(math.isnan, values)):
+        return "-"
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} [{min(values):.3f}, {max(values):.3f}]"
 
@@ -218,10 +222,11 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
     for number, (row, found) in enumerate(runs.items()):
         style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
 
-        def line(ax, places, values, style=style, row=row):
+        def line(ax, places, values, marker="", style=style, row=row):
             """`values`: of each run, at every place."""
             values = list(zip(*values, strict=True))
-            ax.plot(places, [statistics.mean(at) for at in values], label=row.replace("_", " "), **style)
+            means = [statistics.mean(at) for at in values]
+            ax.plot(places, means, marker=marker, label=row.replace("_", " "), **style)
             ax.fill_between(places, [min(at) for at in values], [max(at) for at in values], **style, alpha=0.15)
 
         steps = [step for step, _ in found[0].curve]
@@ -229,11 +234,11 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
         for ax, name in zip(axes, ("AP50", "APs"), strict=False):
             line(ax, steps, [[metrics[name] for _, metrics in run.curve] for run in equal])
         sizes = [name for name in SIZES if found[0].curve[-1][1][name] >= 0]  # -1: the data has none
-        line(axes[2], sizes, [[run.curve[-1][1][name] for name in sizes] for run in found])
+        line(axes[2], sizes, [[run.curve[-1][1][name] for name in sizes] for run in found], marker="o")
     for ax, title in zip(axes, ("AP50 by steps", "APs by steps", "AP by size of objects, at the end"), strict=True):
         ax.set(title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 7))
     figure.savefig(path, dpi=110)
     print(f"Drew {path}.")
 

@@ -42,7 +42,7 @@ def test_rates_are_compared_by_their_mean(tmp_path):
 
 
 def test_nothing_reached_is_said():
-    assert reached([None, None]) == "never" and spread([math.nan]) == "nan"
+    assert reached([None, None]) == "never" and spread([1.0, math.nan]) == "-"
 
 
 def test_every_row_changes_something_and_keeps_the_data():
