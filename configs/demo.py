@@ -103,6 +103,7 @@ def deperceiver_plus_model() -> ConfigDict:
     m.num_queries = 48
     m.embed_dim = 96
     m.strides = (8, 16)
+    m.neck_blocks = 0  # on two cores its convolutions would take a third of every step
     m.decoder.update(num_layers=3, num_heads=4, mlp_dim=256, least_width=0.03)
     return m
 
