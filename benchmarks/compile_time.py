@@ -1,9 +1,9 @@
 """How long the training step compiles for a TPU with rows of layers as loops, and with every layer written out.
 
-    python benchmarks/compile_time.py [--configs=configs/detr.py:r50] [--topology=v5e:2x2] [--config.a.b=value]
+    python benchmarks/compile_time.py [--configs=configs/detr.py:r50] [--images=8] [--topology=v5e:2x2] [--config.a.b=value]
 
-The step is the one that train.py runs and preflight compiles, for images of 832 x 1344, 8 a chip, in bfloat16; no TPU
-is needed, only libtpu. Processor seconds are of all threads, tracing included, and mean something on a busy machine.
+The step is the one that train.py runs and preflight compiles, for images of 832 x 1344, in bfloat16; no TPU is needed,
+only libtpu. Processor seconds are of all threads, tracing included, and mean something on a busy machine.
 """
 
 import sys
@@ -24,12 +24,12 @@ from deperceiver_jax.preflight.nominal import NOMINAL_BOXES  # noqa: E402
 from deperceiver_jax.preflight.program import trace_step  # noqa: E402
 
 BUCKET = (832, 1344)
-IMAGES = 8  # a chip
 
 
 def define_flags(values: flags.FlagValues) -> None:
     configs = ["configs/deperceiver.py:r50_16", "configs/detr.py:r50"]
     flags.DEFINE_list("configs", configs, "Config files with their variants.", flag_values=values)
+    flags.DEFINE_integer("images", 8, "Images a chip.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("topology", "v5e:2x2", "A chip and a shape, or local.", flag_values=values)
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in values.configs:
         config = parse_config([argv[0], f"--config={ROOT / name}", "--config.precision=bfloat16", *rest[1:]])
-        config.data.batch_size = IMAGES * len(devices)
+        config.data.batch_size = values.images * len(devices)
         loops, written = (compile_once(config, devices, unroll) for unroll in (False, True))
         pairs = zip(loops[:2], written[:2], strict=True)
         cells = " | ".join(f"{loop:.0f} | {flat:.0f} | {loop / flat:.2f}" for loop, flat in pairs)

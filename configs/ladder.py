@@ -181,7 +181,7 @@ ROWS = {
 
 
 def _deperceiver_plus(config: ConfigDict) -> None:
-    """DePerceiver+ with what the ladder selected."""
+    """The row `neck`: what the ladder selected, and denoising queries, for which it found nothing."""
     _climb(config, "neck")
     config.optimizer.learning_rate = 3e-3
 

@@ -4,7 +4,8 @@ import math
 
 import jax
 import numpy as np
-from flax import nnx
+
+from deperceiver_jax.training.train_state import take_apart
 
 
 def draw_arrays(shapes):
@@ -27,12 +28,10 @@ def draw_arrays(shapes):
 
 
 def start_beside_backbone(build):
-    """{path: array} of what the detector starts with; the backbone's, which take longest to compile, are left out."""
+    """{path: array} of what the detector trains, as it starts, without the backbone, which takes longest to compile."""
 
     def parameters():
-        arrays = {
-            "/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(build(), nnx.Param))
-        }
-        return {path: x for path, x in arrays.items() if not path.startswith("backbone/")}
+        _, trained, _ = take_apart(build())
+        return {path: x for path, x in trained.items() if not path.startswith("backbone/")}
 
     return jax.tree.map(np.asarray, jax.jit(parameters)())

@@ -3,7 +3,6 @@
 Source: Lin et al., "Feature Pyramid Networks for Object Detection" (arXiv:1612.03144), section 3.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -57,12 +56,15 @@ class MixedLevels(nnx.Module):
         self.sources = sources(strides, top_down=top_down)
         self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in self.sources])
         self.convolutions = nnx.List([_convolution(dim, dtype=dtype, rngs=rngs) for _ in self.strides if top_down])
-        self.blocks = nnx.List([])
-        if neck_blocks:
-            # At full size one fine map is a hundred times what the latents take: a block keeps no more than it must.
-            how = dict(unroll_on_cpu=True, keep_inputs=True, rngs=rngs)
-            make = functools.partial(NeckBlock, dim, dtype=dtype)
-            self.blocks.extend(LayerStack(lambda rngs: make(rngs=rngs), neck_blocks, **how) for _ in self.strides)
+        # A fine map of a large image has many times more cells than there are latents: a block keeps its input alone.
+        how = dict(unroll_on_cpu=True, keep_inputs=True, rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                LayerStack(lambda rngs: NeckBlock(dim, dtype=dtype, rngs=rngs), neck_blocks, **how)
+                for _ in self.strides
+                if neck_blocks
+            ]
+        )
         self.norms = nnx.List([LayerNorm(dim, dtype=dtype) for _ in self.strides])
 
     def __call__(
@@ -76,8 +78,9 @@ class MixedLevels(nnx.Module):
                 maps[fine] = maps[fine] + enlarge(maps[coarse], *maps[fine].shape[1:3])
             for convolution, s in zip(self.convolutions, self.strides, strict=True):
                 maps[s] = convolution(_blank(maps[s], valid[s]))
-        for blocks, s in zip(self.blocks, self.strides, strict=bool(self.blocks)):
-            maps[s] = blocks(maps[s], valid[s])
+        if self.blocks:
+            for blocks, s in zip(self.blocks, self.strides, strict=True):
+                maps[s] = blocks(maps[s], valid[s])
         return [norm(maps[s]) for norm, s in zip(self.norms, self.strides, strict=True)], list(valid.values())
 
 
