@@ -1,6 +1,6 @@
 """How long the training step compiles for a TPU with rows of layers as loops, and with every layer written out.
 
-    python benchmarks/compile_time.py [--configs=configs/detr.py:r50] [--images=8] [--topology=v5e:2x2] [--config.a.b=value]
+    python benchmarks/compile_time.py [--configs=configs/detr.py:r50] [--images=8] [--topology=v5e:2x2] [--config.x=y]
 
 The step is the one that train.py runs and preflight compiles, for images of 832 x 1344, in bfloat16; no TPU is needed,
 only libtpu. Processor seconds are of all threads, tracing included, and mean something on a busy machine.
