@@ -10,6 +10,7 @@ import pytest
 import eval as evaluation_program
 import train as program
 from deperceiver_jax.command_line import run
+from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.coco_metric import STATISTICS
 from deperceiver_jax.training.checkpoint_files import all_steps
 from deperceiver_jax.training.stored_detector import find_detector, load_params
@@ -21,7 +22,8 @@ CONFIG = "--config=tests/tiny_training.py"
 
 @pytest.fixture(scope="session")
 def shared(rectangles, tmp_path_factory):
-    """Overrides that every run here has: one batch for all eight devices, and one compilation cache."""
+    """Overrides that every run here has: prepared data, one batch for all eight devices, and one compilation cache."""
+    open_source(rectangles, "validation")  # prepares it
     return [
         f"--config.data.directory={rectangles.directory}",
         f"--config.data.prepared_directory={rectangles.prepared_directory}",

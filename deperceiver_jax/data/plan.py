@@ -37,9 +37,9 @@ class Plan(NamedTuple):
 
 def training_buckets(sizes: Int32[np.ndarray, "N 2"], config: ConfigDict) -> Int32[np.ndarray, "K 2"]:
     """Padded sizes (height, width) for training: config.data.buckets of them, or fewer where fewer are as good."""
-    epochs = -(-SAMPLE // len(sizes))
-    sample = [training_geometry(sizes, 0, epoch, config).size for epoch in range(epochs)]
-    return choose_buckets(np.concatenate(sample), _largest_outputs(sizes, config), config.buckets)
+    sample = np.tile(sizes, (-(-SAMPLE // len(sizes)), 1))
+    outputs = training_geometry(sample, 0, 0, config).size
+    return choose_buckets(outputs, _largest_outputs(sizes, config), config.buckets)
 
 
 def evaluation_buckets(sizes: Int32[np.ndarray, "N 2"], config: ConfigDict) -> Int32[np.ndarray, "K 2"]:

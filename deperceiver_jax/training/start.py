@@ -40,7 +40,8 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
     if weights:
         path = Path(weights).expanduser()
         shapes = {name: x.shape for name, x in {**plan.abstract.params, **plan.abstract.frozen}.items()}
-        return replace_arrays(plan.initialize(), load_backbone(path, shapes), origin=str(path))
+        arrays = load_backbone(path, shapes)  # what is wrong with the file is said before anything compiles
+        return replace_arrays(plan.initialize(), arrays, origin=str(path))
     return plan.initialize()
 
 
