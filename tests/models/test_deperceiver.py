@@ -24,7 +24,8 @@ def parameters(config):
 
 
 def shapes(config):
-    return {"/".join(map(str, path)): variable.shape for path, variable in parameters(config)}
+    abstract = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract))}
 
 
 def predict(config, image=None, dropout_key=None):
