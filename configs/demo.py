@@ -44,8 +44,6 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.loss.classification = "sigmoid_focal"
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
-
-    config.loss.proposal_repeats = 4
     config.loss.hint_copies = 2 if variant == "deperceiver_plus" else 0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.groups.backbone.multiplier = 1.0  # nothing is pretrained

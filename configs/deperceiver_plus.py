@@ -27,7 +27,7 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
 
     config.loss.classification = "sigmoid_focal"
     config.loss.weight_class = 2.0
-    config.loss.proposal_repeats = 4
+    config.loss.hint_copies = 2
     config.matcher.cost_class = 2.0
     config.optimizer.learning_rate = 2e-4
     config.train.num_epochs, drop = _EPOCHS[epochs]

@@ -23,7 +23,6 @@ def get_config(variant: str = "published") -> ConfigDict:
     config.data.eval_scale = 64
     config.data.eval_max_size = 64
     config.data.buckets = 1
-    config.loss.proposal_repeats = 1
     config.matcher.backend = "device"  # the compilation cache keeps the step for the next seed
     config.train.num_steps = 600
     config.train.eval_every = 50
@@ -181,8 +180,9 @@ ROWS = {
 
 
 def _deperceiver_plus(config: ConfigDict) -> None:
-    """The row `neck`: what the ladder selected, and denoising queries, for which it found nothing."""
+    """The parts of configs/deperceiver_plus.py: the row `neck` without `one_to_many`."""
     _climb(config, "neck")
+    config.loss.proposal_repeats = 1
     config.optimizer.learning_rate = 3e-3
 
 

@@ -1,10 +1,14 @@
-"""Parameters for tests: drawn at random, and a detector's own without those of its backbone."""
+"""Detectors for tests with parameters drawn at random, and a detector's own without those of its backbone."""
 
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
+from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.train_state import take_apart
 
 
@@ -25,6 +29,32 @@ def draw_arrays(shapes):
             values *= 0.1
         arrays[path] = values
     return arrays
+
+
+class Patches(nnx.Module):
+    """Stands in for the ResNet where convolutions would only cost time: a cell is its mean pixel, zero on padding."""
+
+    def __init__(self, *, depth, width, norm, frozen_stages, dilation, strides, dtype, rngs):
+        self.strides = strides
+        self.channels = dict.fromkeys(strides, 3)
+
+    def __call__(self, image, pixel_valid):
+        batch, height, width, _ = image.shape
+        return {s: image.reshape(batch, height // s, s, width // s, s, 3).mean(axis=(2, 4)) for s in self.strides}
+
+
+def abstract_detector(config, backbone=None):
+    """The detector of `config` without arrays: enough for its shapes, and for what is wrong with a config."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backbone:
+            patch.setattr(f"deperceiver_jax.models.{config.model.name}.ResNet", backbone)
+        return nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+
+
+def drawn_detector(config, backbone=Patches):
+    """The detector of `config` with drawn arrays, the same for every config that has the same ones."""
+    skeleton, params, others = take_apart(abstract_detector(config, backbone))
+    return skeleton.merge(jax.tree.map(jnp.asarray, draw_arrays({**params, **others})))
 
 
 def start_beside_backbone(build):

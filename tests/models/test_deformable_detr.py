@@ -20,25 +20,13 @@ from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
-from tests.drawn_arrays import start_beside_backbone
+from tests.drawn_arrays import Patches, start_beside_backbone
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
 REFINE = {"refine": True}
 TWO_STAGE = {"refine": True, "two_stage": True}
 WITHIN_LEVELS = {"encoder__across_levels": False, "encoder__num_points": 1, "decoder__num_points": 1}
-
-
-class Patches(nnx.Module):
-    """Stands in for the ResNet where convolutions would only cost time: a cell is its mean pixel, zero on padding."""
-
-    def __init__(self, *, depth, width, norm, frozen_stages, dilation, strides, dtype, rngs):
-        self.strides = strides
-        self.channels = dict.fromkeys(strides, 3)
-
-    def __call__(self, image, pixel_valid):
-        batch, height, width, _ = image.shape
-        return {s: image.reshape(batch, height // s, s, width // s, s, 3).mean(axis=(2, 4)) for s in self.strides}
 
 
 def small(**changes):

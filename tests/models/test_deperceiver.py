@@ -8,6 +8,7 @@ from flax import nnx
 
 from configs import deperceiver
 from deperceiver_jax import UserError, build_detector
+from tests.drawn_arrays import abstract_detector, drawn_detector
 
 
 def small_config(variant="r50_16"):
@@ -24,15 +25,18 @@ def parameters(config):
 
 
 def shapes(config):
-    abstract = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
-    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(abstract))}
+    state = nnx.state(abstract_detector(config))
+    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
+
+
+def example(image=None):
+    """(image, valid)"""
+    image = jax.random.normal(jax.random.key(0), (2, 64, 96, 3)) if image is None else image
+    return image, jnp.ones(image.shape[:3], bool).at[1, 40:].set(False)
 
 
 def predict(config, image=None, dropout_key=None):
-    image = jax.random.normal(jax.random.key(0), (2, 64, 96, 3)) if image is None else image
-    valid = jnp.ones(image.shape[:3], bool).at[1, 40:].set(False)
-    detector = build_detector(config, rngs=nnx.Rngs(0))
-    return detector(image, valid, dropout_key=dropout_key)
+    return drawn_detector(config)(*example(image), dropout_key=dropout_key)
 
 
 def test_published_model_has_the_published_number_of_parameters():
@@ -40,8 +44,7 @@ def test_published_model_has_the_published_number_of_parameters():
     for variant, count in {"r50_32": 27_368_288, "r50_8": 4_954_976, "r50_4": 3_677_024}.items():
         config = deperceiver.get_config(variant)
         config.model.encoder.num_latents = 1024
-        model = nnx.eval_shape(lambda config=config: build_detector(config, rngs=nnx.Rngs(0)))
-        state = nnx.state(model, nnx.Param)
+        state = nnx.state(abstract_detector(config), nnx.Param)
         assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state)) == count, variant
 
 
@@ -106,9 +109,10 @@ def test_residuals_make_queries_differ_when_latents_start_small():
 
     def spread(residual):
         config = small_config()
-        config.model.encoder.latent_scale = 1e-3
         config.model.decoder.residual = residual
-        return float(jnp.std(predict(config).boxes[0], axis=1).mean())
+        detector = drawn_detector(config)
+        detector.encoder.latents[...] *= 1e-3
+        return float(jnp.std(detector(*example()).boxes[0], axis=1).mean())
 
     assert spread("query") > 20 * spread("none")
 
@@ -123,7 +127,7 @@ def test_queries_can_read_the_tokens(use):
         config.model.decoder.update(anchors=True, residual="query")
         config.model.encoder.anchors = True
         config.model.position.use = use
-        detector = build_detector(config, rngs=nnx.Rngs(0))
+        detector = drawn_detector(config)
         for layer in detector.encoder.cross_attentions:
             layer.attention.out.kernel[...] = jnp.zeros_like(layer.attention.out.kernel[...])
         image = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
@@ -170,22 +174,22 @@ def test_a_wrong_value_is_named(field, value, sentence):
     config = small_config()
     config.update_from_flattened_dict({f"model.{field}": value})
     with pytest.raises(UserError, match=sentence):
-        build_detector(config, rngs=nnx.Rngs(0))
+        abstract_detector(config)
 
 
 def test_fields_that_do_not_fit_are_named():
     config = small_config()
     config.model.num_points = 4
     with pytest.raises(UserError, match="config.model has num_points, which DePerceiver does not know"):
-        build_detector(config, rngs=nnx.Rngs(0))
+        abstract_detector(config)
     config = small_config()
     config.model.decoder.depth = 2
     with pytest.raises(UserError, match="config.model.decoder has depth, which PerceiverDecoder does not know"):
-        build_detector(config, rngs=nnx.Rngs(0))
+        abstract_detector(config)
     config = small_config()
     del config.model.encoder.anchors
     with pytest.raises(UserError, match="config.model.encoder lacks anchors, which PerceiverEncoder needs"):
-        build_detector(config, rngs=nnx.Rngs(0))
+        abstract_detector(config)
 
 
 def test_unknown_variant_lists_the_valid_ones():

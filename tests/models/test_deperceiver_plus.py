@@ -14,6 +14,7 @@ from deperceiver_jax.models.log_gaussian import BoxGaussian
 from deperceiver_jax.models.mixed_levels import MixedLevels, enlarge, sources
 from deperceiver_jax.models.proposals import tokens_of_boxes
 from deperceiver_jax.structures import Hints
+from tests.drawn_arrays import abstract_detector, drawn_detector
 
 
 def small(**changes):
@@ -40,9 +41,7 @@ PLAIN = {"decoder__gaussian": False, "decoder__refine": False, "top_down": False
 @pytest.mark.parametrize("changes", [{"decoder__separate_levels": True}, {**PLAIN, "strides": (32,)}])
 def test_every_parameter_learns(changes):
     config = small(**changes)
-    graphdef, state = nnx.split(build_detector(config, rngs=nnx.Rngs(0)))
-    # The heads' last layers start at zero, and with them the gradient of what only they read.
-    state = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state)
+    graphdef, state = nnx.split(drawn_detector(config))
     image, valid = example()
 
     def total(state):
@@ -68,7 +67,7 @@ def test_padding_changes_nothing(start):
 
 def test_hints_change_no_other_answer():
     """Nor do the hints of another copy, nor those of empty slots."""
-    detector = build_detector(small(), rngs=nnx.Rngs(0))
+    detector = drawn_detector(small())
     call = nnx.jit(lambda detector, hints: detector(*example(), hints=hints))
     boxes = jnp.asarray([[[0.5, 0.5, 0.1, 0.1], [0.2, 0.3, 0.3, 0.3], [0.5] * 4]])
     hints = Hints(jnp.stack([boxes, boxes], axis=1), jnp.asarray([[[True, True, False], [True, False, False]]]))
@@ -80,7 +79,7 @@ def test_hints_change_no_other_answer():
     change = np.abs(moved.hinted.logits - predictions.hinted.logits).max(axis=(0, 1, 3))
     assert change[:2].max() < 1e-5 and change[2:].min() > 1e-2
     with pytest.raises(UserError, match="hint_copies needs config.model.start proposals"):
-        build_detector(small(start="learned"), rngs=nnx.Rngs(0))(*example(), hints=hints)
+        drawn_detector(small(start="learned"))(*example(), hints=hints)
 
 
 def test_a_hint_starts_as_the_token_that_covers_it():
@@ -158,12 +157,12 @@ def test_mixing_needs_the_deeper_strides():
 )
 def test_bad_fields(changes, sentence):
     with pytest.raises((UserError, ValueError), match=sentence):
-        build_detector(small(**changes), rngs=nnx.Rngs(0))
+        abstract_detector(small(**changes))
 
 
 @pytest.mark.parametrize("variant", ["r50_16", "r50_8", "r50_multiscale", "r101_multiscale"])
 def test_variants_build(variant):
     config = deperceiver_plus.get_config(variant)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     assert len(detector.level_embedding.get_value()) == len(config.model.strides)
     assert config.train.num_epochs == 50 and deperceiver_plus.get_config(f"{variant}_12ep").train.num_epochs == 12

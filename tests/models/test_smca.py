@@ -15,6 +15,7 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.smca import image_size
 from deperceiver_jax.weights import FAMILIES, torch_shapes
+from tests.drawn_arrays import Patches
 
 FIELDS = {
     "num_classes": 5,
@@ -33,18 +34,6 @@ CONVOLUTION = {
     "strides": (8, 16),
     "encoder": smca.convolution_encoder().to_dict() | {"num_layers": 2, "kernel_size": 3, "mlp_dim": 24},
 }
-
-
-class Patches(nnx.Module):
-    """Stands in for the ResNet where convolutions would only cost time: a cell is its mean pixel, zero on padding."""
-
-    def __init__(self, *, depth, width, norm, frozen_stages, dilation, strides, dtype, rngs):
-        self.strides = strides
-        self.channels = dict.fromkeys(strides, 3)
-
-    def __call__(self, image, pixel_valid):
-        batch, height, width, _ = image.shape
-        return {s: image.reshape(batch, height // s, s, width // s, s, 3).mean(axis=(2, 4)) for s in self.strides}
 
 
 def published(variant, **changes):
