@@ -3,7 +3,7 @@
     python train.py --config=configs/deperceiver.py:r50_16 --workdir=runs/x --config.data.directory=/data/coco
 
 --config.a.b=value changes a field. SIGTERM and Ctrl-C save and leave; the same command goes on from there. On several
-machines, give each the same command with --distributed.
+machines, give each the same command (README.md, "Devices and hosts").
 """
 
 import contextlib

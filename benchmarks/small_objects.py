@@ -5,7 +5,8 @@
     python benchmarks/small_objects.py --rows=detr,hints --seeds=100 --rates=3e-4,1e-3,3e-3     # which learning rate
 
 Rows are variants of configs/ladder.py. Every row and seed is a run of train.py in OUTPUT/ROW/SEED: what is finished is
-not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added. With
+not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added; with
+other fields, steps or data it takes another --output. With
 --overfit the images that are trained on, always at one size and never flipped, are those that are evaluated. Writes
 OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png. With --rates the runs are in
 OUTPUT/lrRATE/ROW/SEED and the table says what came of each rate.
@@ -112,10 +113,13 @@ def _names(text: str) -> list[str]:
 
 
 def train(row: str, seed: int, output: Path, fields: list[str]) -> None:
-    """A run of train.py in output/row/seed, unless it has finished. Stops everything if it fails."""
+    """A run in output/row/seed, unless it has finished. Ends the program if it fails or has other fields."""
     workdir = output / row / str(seed)
     done = workdir / "run.json"
     if done.exists():
+        if (before := json.loads(done.read_text())["fields"]) != fields:
+            told = " ".join(before) or "no further fields"
+            sys.exit(f"{workdir} is a finished run with {told}. For other fields, take another --output.")
         return
     workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs/ladder.py'}:{row}"]
@@ -128,6 +132,7 @@ def train(row: str, seed: int, output: Path, fields: list[str]) -> None:
     if status:
         sys.exit(f"{row}, seed {seed} ended with status {os.waitstatus_to_exitcode(status)}; see {workdir / 'log'}.")
     facts = {"seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20, "machine": machine()}
+    facts["fields"] = fields
     done.write_text(json.dumps(facts) + "\n")
 
 

@@ -41,7 +41,8 @@ from deperceiver_jax.command_line import parse_config, parse_flags, run  # noqa:
 from deperceiver_jax.errors import UserError  # noqa: E402
 
 WITH_PEERS = ["configs/detr.py:r50", "configs/deformable_detr.py:r50"]
-FAMILIES = [*WITH_PEERS, "configs/deperceiver.py:r50_16", "configs/smca.py:r50_multiscale"]
+OTHERS = ["deperceiver.py:r50_16", "deperceiver_plus.py:r50_multiscale", "smca.py:r50_multiscale"]
+FAMILIES = [*WITH_PEERS, *(f"configs/{name}" for name in OTHERS)]
 PRECISIONS = ["bfloat16", "float32"]
 ACCELERATOR = dict(configs=FAMILIES, precisions=PRECISIONS, sizes=["800x1066", "bucketed"], batch=8, steps=20, rounds=3)
 CPU = dict(configs=WITH_PEERS, precisions=["float32"], sizes=["128x160"], batch=1, steps=2, rounds=2)

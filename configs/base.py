@@ -50,9 +50,9 @@ def base() -> ConfigDict:
     config.loss.weight_class = 1.0
     config.loss.weight_bbox = 5.0
     config.loss.weight_giou = 2.0
-    config.loss.proposal_repeats = 1  # of each box among a two-stage detector's proposals: so many of them learn it
+    config.loss.proposal_repeats = 1  # that each box is matched with (two-stage Deformable DETR, DePerceiver+)
     config.loss.hint_copies = 0  # of each box, with noise, that DePerceiver+ learns to correct in training; 0: none
-    config.loss.hint_noise = 0.4  # of them: shares of the box by which the centre moves, and logarithms of its growth
+    config.loss.hint_noise = 0.4  # at most: shares of the box for its centre, exponents for its sides
     config.loss.auxiliary = True  # every decoder layer is trained, not only the last
 
     config.matcher = ConfigDict()

@@ -50,7 +50,7 @@ def get_config(variant: str = "r50") -> ConfigDict:
 
 
 def model() -> ConfigDict:
-    """The published multi-scale model without refinement; the slides' ablations are other values of these fields."""
+    """The published multi-scale model without refinement; the paper's ablations are other values of these fields."""
     m = ConfigDict()
     m.name = "deformable_detr"
     m.num_classes = 91  # class slots; train.py sets it from the data set

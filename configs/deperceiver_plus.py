@@ -1,4 +1,4 @@
-"""DePerceiver+: DePerceiver whose latents have places in the image, so that its cost is linear and its answers local.
+"""DePerceiver+: DePerceiver whose latents have places in the image, so that answers are local at a cost still linear.
 
     python train.py --config=configs/deperceiver_plus.py:r50_8 --workdir=runs/plus --config.data.directory=/data/coco
 
@@ -36,7 +36,7 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
 
 
 def model() -> ConfigDict:
-    """Every remedy on; each field below is one effect."""
+    """The chosen parts on; each field below is one effect."""
     m = ConfigDict()
     m.name = "deperceiver_plus"
     m.num_classes = 91  # class slots; train.py sets it from the data set
@@ -47,7 +47,7 @@ def model() -> ConfigDict:
     m.strides = (8, 16, 32)  # of the maps whose cells are the tokens
     m.top_down = True  # deeper maps of the backbone are mixed into the finer ones
     m.neck_blocks = 2  # residual blocks of two 3x3 convolutions on each map, after mixing
-    m.start = "proposals"  # proposals (the best tokens of the image) | learned (the same for every image)
+    m.start = "proposals"  # proposals (the best tokens of the image) | learned (for every image; without hints)
 
     m.backbone = resnet()
 

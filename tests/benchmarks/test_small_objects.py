@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.small_objects import compare_rates, make_table, reached, read_rows, read_run, spread, steps_to
+from benchmarks.small_objects import compare_rates, make_table, reached, read_rows, read_run, spread, steps_to, train
 from configs import ladder
 
 
@@ -18,7 +18,7 @@ def write_run(directory, ap50):
         lines.append({"step": step, "split": "validation", **metrics})
     (directory / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "run/config.json").write_text('{"data": {"batch_size": 8}}')
-    (directory / "run.json").write_text('{"seconds": 9.0, "peak_gib": 1.5}')
+    (directory / "run.json").write_text('{"seconds": 9.0, "peak_gib": 1.5, "fields": ["--config.a=1"]}')
     return read_run(directory)
 
 
@@ -39,6 +39,13 @@ def test_rates_are_compared_by_their_mean(tmp_path):
             write_run(tmp_path / rate / "detr" / seed, (0.1, end))
     runs = {rate: read_rows(tmp_path / rate, ["detr", "smca"]) for rate in (*ends, "lr1")}
     assert compare_rates(runs).splitlines()[2:] == ["| detr | 0.500 | 0.700 | - | lr3e-3 |"]
+
+
+def test_a_finished_run_with_other_fields_is_not_taken_for_this_one(tmp_path):
+    write_run(tmp_path / "detr" / "3", (0.1, 0.4))
+    train("detr", 3, tmp_path, ["--config.a=1"])  # finished: nothing to do
+    with pytest.raises(SystemExit, match="detr/3 is a finished run with --config.a=1. For other fields, take another"):
+        train("detr", 3, tmp_path, [])
 
 
 def test_nothing_reached_is_said():
