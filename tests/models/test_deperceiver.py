@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs import deperceiver
 from deperceiver_jax import UserError, build_detector
-from tests.drawn_arrays import abstract_detector, drawn_detector
+from tests.drawn_arrays import Patches, abstract_detector, drawn_detector
 
 
 def small_config(variant="r50_16"):
@@ -25,18 +25,18 @@ def parameters(config):
 
 
 def shapes(config):
-    state = nnx.state(abstract_detector(config))
+    state = nnx.state(abstract_detector(config, Patches))
     return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
 
 
-def example(image=None):
+def example():
     """(image, valid)"""
-    image = jax.random.normal(jax.random.key(0), (2, 64, 96, 3)) if image is None else image
+    image = jax.random.normal(jax.random.key(0), (2, 64, 96, 3))
     return image, jnp.ones(image.shape[:3], bool).at[1, 40:].set(False)
 
 
-def predict(config, image=None, dropout_key=None):
-    return drawn_detector(config)(*example(image), dropout_key=dropout_key)
+def predict(config):
+    return drawn_detector(config)(*example())
 
 
 def test_published_model_has_the_published_number_of_parameters():
@@ -88,11 +88,11 @@ def test_scales_at_the_start():
 def test_multiscale_tells_levels_and_places_apart(use, levels):
     config = small_config("r50_multiscale")
     config.model.position.use, config.model.levels.embedding = use, levels
-    assert predict(config).boxes.shape == (1, 2, 7, 4)
     # A shifted image must not look the same: the position reaches the answer.
-    image = jnp.zeros((2, 64, 96, 3)).at[:, :32, :32].set(3.0)
-    moved = predict(config, jnp.roll(image, (32, 32), axis=(1, 2))).boxes
-    assert float(jnp.abs(predict(config, image).boxes - moved).max()) > 1e-6
+    image = jnp.zeros((64, 96, 3)).at[:32, :32].set(3.0)
+    image = jnp.stack([image, jnp.roll(image, (32, 32), axis=(0, 1))])
+    boxes = drawn_detector(config)(image, jnp.ones(image.shape[:3], bool)).boxes
+    assert boxes.shape == (1, 2, 7, 4) and float(jnp.abs(boxes[:, 0] - boxes[:, 1]).max()) > 1e-6
 
 
 def test_layers_without_and_with_auxiliary_outputs_are_the_decoder_depth_alone():
@@ -140,9 +140,10 @@ def test_queries_can_read_the_tokens(use):
 def test_dropout_needs_a_key_and_is_its_function():
     config = small_config()
     config.model.dropout = config.model.decoder.dropout = 0.3
-    plain, again = predict(config), predict(config)
-    np.testing.assert_array_equal(plain.boxes, again.boxes)
-    one, same, other = (predict(config, dropout_key=jax.random.key(k)).boxes for k in (1, 1, 2))
+    call = nnx.jit(lambda detector, key=None: detector(*example(), dropout_key=key).boxes)
+    detector = drawn_detector(config)
+    np.testing.assert_array_equal(call(detector), call(detector))
+    one, same, other = (call(detector, jax.random.key(k)) for k in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert float(jnp.abs(one - other).max()) > 1e-5
 
