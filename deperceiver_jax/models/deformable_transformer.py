@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.anchors import cell_places
+from deperceiver_jax.models.anchors import cell_places, valid_cells
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.heads import BoxHead, ClassHead
 from deperceiver_jax.models.layer_norm import LayerNorm
@@ -31,11 +31,17 @@ class Pyramid(NamedTuple):
     level_sizes: tuple[tuple[int, int], ...]  # (height, width), static
     token_valid: Bool[Array, "B S"]
     valid_share: Float[Array, "B L 2"]  # (x, y): how much of each padded map is image
-    place: Float[Array, "B S 2"]  # (x, y) of each token's centre in [0, 1] of the valid area, beyond 1 on padding
+    extent: Float[Array, "B L 2"]  # (x, y): the image's width and height in cells
+    place: Float[Array, "B S 2"]  # (x, y) of each token's centre in [0, 1] of the image, beyond 1 on padding
 
 
-def make_pyramid(map_valid: Sequence[Bool[Array, "B h w"]]) -> Pyramid:
-    """From the mask of each level. The image lies at the top left, so its first row and column tell its size."""
+def make_pyramid(map_valid: Sequence[Bool[Array, "B h w"]], extent: Float[Array, "B L 2"] | None = None) -> Pyramid:
+    """From the mask of each level. The image lies at the top left, so its first row and column tell its size.
+
+    Without `extent`, which Pyramid explains, it is a whole number of cells, as in Deformable DETR's released code.
+    """
+    if extent is None:
+        extent = jnp.stack([valid_cells(valid) for valid in map_valid], axis=1)
 
     def share(valid):
         valid = valid.astype(jnp.float32)
@@ -45,7 +51,8 @@ def make_pyramid(map_valid: Sequence[Bool[Array, "B h w"]]) -> Pyramid:
         level_sizes=tuple(valid.shape[1:] for valid in map_valid),
         token_valid=jnp.concatenate([valid.reshape(valid.shape[0], -1) for valid in map_valid], axis=1),
         valid_share=jnp.stack([share(valid) for valid in map_valid], axis=1),
-        place=jnp.concatenate([cell_places(valid) for valid in map_valid], axis=1),
+        extent=extent,
+        place=jnp.concatenate([cell_places(valid, extent[:, i]) for i, valid in enumerate(map_valid)], axis=1),
     )
 
 

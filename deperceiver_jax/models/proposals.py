@@ -42,10 +42,8 @@ def tokens_of_boxes(boxes: Float[Array, "B Q 4"], pyramid: Pyramid) -> Int32[Arr
     level = jnp.clip(jnp.round(jnp.log2(side / FINEST_SIZE)), 0, last).astype(jnp.int32)
     columns = np.array([width for _, width in pyramid.level_sizes], np.int32)
     starts = np.cumsum([0, *(height * width for height, width in pyramid.level_sizes[:-1])], dtype=np.int32)
-    # Cells that are image, along x and y: a whole number of them.
-    valid = pyramid.valid_share * np.array(pyramid.level_sizes, np.float32)[None, :, ::-1]
-    valid = jnp.take_along_axis(valid, level[..., None], axis=1)
-    cell = jnp.clip(jnp.floor(boxes[..., :2] * valid), 0, valid - 1).astype(jnp.int32)
+    extent = jnp.take_along_axis(pyramid.extent, level[..., None], axis=1)
+    cell = jnp.clip(jnp.floor(boxes[..., :2] * extent), 0, jnp.ceil(extent) - 1).astype(jnp.int32)
     return jnp.asarray(starts)[level] + cell[..., 1] * jnp.asarray(columns)[level] + cell[..., 0]
 
 

@@ -30,6 +30,13 @@ def test_cells_are_measured_in_the_valid_area():
     np.testing.assert_allclose(places[1, 0, 3, 0], 3.5 / 2)  # padding lies beyond 1
 
 
+def test_cells_can_be_measured_in_pixels():
+    """121 x 100 pixels are 15.125 x 12.5 cells of 8: the last of 16 rows lies beyond, and the others where they are."""
+    places = cell_places(jnp.ones((1, 16, 13), bool), jnp.asarray([[100 / 8, 121 / 8]])).reshape(16, 13, 2)
+    np.testing.assert_allclose(places[3, 2], [2.5 * 8 / 100, 3.5 * 8 / 121], rtol=1e-6)
+    np.testing.assert_allclose(places[15, 12], [12.5 * 8 / 100, 15.5 * 8 / 121], rtol=1e-6)
+
+
 def test_gaussian_by_hand():
     bias = GaussianBias(2, 0.1)
     out = bias(jnp.asarray([[[0.5, 0.5]]]), jnp.asarray([[[0.5, 0.5], [0.7, 0.5]], [[0.5, 0.1], [0.2, 0.1]]]))

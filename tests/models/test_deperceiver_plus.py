@@ -94,6 +94,18 @@ def test_a_hint_starts_as_the_token_that_covers_it():
         assert np.all(np.abs(place - box[:2]) <= 0.5 / np.array([9, 7]) + 1e-6)
 
 
+def test_places_are_shares_of_the_pixels(monkeypatch):
+    seen = []
+
+    def spy(map_valid, extent):
+        seen.append(extent)
+        return make_pyramid(map_valid, extent)
+
+    monkeypatch.setattr("deperceiver_jax.models.deperceiver_plus.make_pyramid", spy)
+    drawn_detector(small())(*example(size=(50, 70)))
+    np.testing.assert_allclose(seen[0], [[[70 / 16, 50 / 16], [70 / 32, 50 / 32]]])
+
+
 def test_the_gaussian_is_around_the_box():
     gaussian = BoxGaussian(8, 2, least_width=0.1, rngs=nnx.Rngs(0))
     content = jnp.ones((1, 1, 8))
