@@ -38,6 +38,7 @@ from deperceiver_jax.models.deperceiver_plus import Sight  # noqa: E402
 from deperceiver_jax.models.latent_start import first_latents  # noqa: E402
 from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder  # noqa: E402
+from deperceiver_jax.models.tokens import size_in_whole_cells  # noqa: E402
 from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
 from deperceiver_jax.preflight.chips import open_topology  # noqa: E402
 from deperceiver_jax.preflight.program import needed_bytes  # noqa: E402
@@ -154,7 +155,7 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
         if model == "DePerceiver+":
             neck, start, decoder = parts
             map_valid = [jnp.ones((1, *level), bool) for level in level_sizes(size, stride)]
-            x, pyramid = through_neck(neck, x, map_valid), make_pyramid(map_valid)
+            x, pyramid = through_neck(neck, x, map_valid), make_pyramid(map_valid, size_in_whole_cells(map_valid))
             proposals, content, boxes = first_latents(start, x, pyramid, None, again=decoder.layers.rematerialize)
             return decoder(content, boxes, x, x, pyramid, Sight()), proposals
         encoder, decoder = parts

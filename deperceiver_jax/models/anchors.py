@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 
 def grid_points(num: int) -> np.ndarray:
@@ -20,27 +20,16 @@ def grid_points(num: int) -> np.ndarray:
     return np.asarray(points, np.float32)
 
 
-def valid_cells(token_valid: Bool[Array, "B h w"]) -> Float[Array, "B 2"]:
-    """(columns, rows) of cells that hold any image."""
-    valid = token_valid.astype(jnp.float32)
-    return jnp.stack([valid.sum(axis=2).max(axis=1), valid.sum(axis=1).max(axis=1)], axis=-1)
-
-
-def cell_places(
-    token_valid: Bool[Array, "B h w"], extent: Float[Array, "B 2"] | None = None
-) -> Float[Array, "B h*w 2"]:
+def cell_places(height: int, width: int, extent: Float[Array, "B 2"]) -> Float[Array, "B h*w 2"]:
     """The centre of each cell of a feature map, (x, y) in [0, 1] of the image; beyond 1 on padding.
 
-    `extent` is the image's width and height in cells. Without it they are `valid_cells`, as in official codes, which
-    count a cell that is partly image as a whole one: in an image of 121 pixels all cells of 8 then lie 5 % too high.
+    `extent` is the image's width and height in cells, which are seldom whole numbers.
     """
-    batch, height, width = token_valid.shape
-    extent = valid_cells(token_valid) if extent is None else extent
     x = (jnp.arange(width)[None] + 0.5) / extent[:, :1]
     y = (jnp.arange(height)[None] + 0.5) / extent[:, 1:]
-    shape = (batch, height, width)
+    shape = (len(extent), height, width)
     grid = [jnp.broadcast_to(x[:, None, :], shape), jnp.broadcast_to(y[:, :, None], shape)]
-    return jnp.stack(grid, axis=-1).reshape(batch, height * width, 2)
+    return jnp.stack(grid, axis=-1).reshape(len(extent), height * width, 2)
 
 
 class Anchors(nnx.Module):

@@ -17,7 +17,13 @@ from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.position_encoding import sine_encoding
 from deperceiver_jax.models.proposals import Proposals
 from deperceiver_jax.models.resnet import ResNet
-from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map
+from deperceiver_jax.models.tokens import (
+    concatenate_levels,
+    feature_valid,
+    flatten_map,
+    size_in_cells,
+    size_in_whole_cells,
+)
 from deperceiver_jax.structures import Predictions
 
 
@@ -80,6 +86,8 @@ class DeformableDETR(nnx.Module):
 
     `refine`: each decoder layer corrects the boxes of the one before. `two_stage` (with `refine` only): the queries are
     the best proposals of the encoder rather than learned ones; all proposals come along in `Predictions.proposals`.
+    `places`: an image is a whole number of `cells` for its tokens' places, as in the released code, or has the exact
+    size in `pixels` that its boxes are measured by.
     """
 
     def __init__(
@@ -92,6 +100,7 @@ class DeformableDETR(nnx.Module):
         dropout: float,
         refine: bool,
         two_stage: bool,
+        places: str,
         strides: Sequence[int],
         extra_levels: int,
         backbone: dict,
@@ -105,7 +114,11 @@ class DeformableDETR(nnx.Module):
                 "config.model.two_stage needs config.model.refine=True: proposals are boxes, and only refining decoder "
                 "layers answer relative to boxes."
             )
+        if places not in ("cells", "pixels"):
+            raise UserError(f"config.model.places is {places!r}; it can be cells or pixels.")
         self.strides = tuple(sorted(strides))
+        self.level_strides = (*self.strides, *(self.strides[-1] * 2**i for i in range(1, extra_levels + 1)))
+        self.places = places
         self.embed_dim = embed_dim
         self.dtype = dtype
         self.backbone = build_part(
@@ -154,7 +167,9 @@ class DeformableDETR(nnx.Module):
         features = self.backbone(image, pixel_valid)
         maps = self.levels([features[stride] for stride in self.strides])
         map_valid = [feature_valid(pixel_valid, *features.shape[1:3]) for features in maps]
-        pyramid = make_pyramid(map_valid)
+        exact = self.places == "pixels"
+        extent = size_in_cells(pixel_valid, self.level_strides) if exact else size_in_whole_cells(map_valid)
+        pyramid = make_pyramid(map_valid, extent)
         position = concatenate_levels([self._position(valid, i) for i, valid in enumerate(map_valid)])
         tokens = concatenate_levels([flatten_map(features) for features in maps])
         memory = self.encoder(tokens, position, pyramid, dropout_key=key_encoder)

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.anchors import cell_places, valid_cells
+from deperceiver_jax.models.anchors import cell_places
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.heads import BoxHead, ClassHead
 from deperceiver_jax.models.layer_norm import LayerNorm
@@ -30,35 +30,30 @@ class Pyramid(NamedTuple):
 
     level_sizes: tuple[tuple[int, int], ...]  # (height, width), static
     token_valid: Bool[Array, "B S"]
-    valid_share: Float[Array, "B L 2"]  # (x, y): how much of each padded map is image
     extent: Float[Array, "B L 2"]  # (x, y): the image's width and height in cells
     place: Float[Array, "B S 2"]  # (x, y) of each token's centre in [0, 1] of the image, beyond 1 on padding
 
 
-def make_pyramid(map_valid: Sequence[Bool[Array, "B h w"]], extent: Float[Array, "B L 2"] | None = None) -> Pyramid:
-    """From the mask of each level. The image lies at the top left, so its first row and column tell its size.
-
-    Without `extent`, which Pyramid explains, it is a whole number of cells, as in Deformable DETR's released code.
-    """
-    if extent is None:
-        extent = jnp.stack([valid_cells(valid) for valid in map_valid], axis=1)
-
-    def share(valid):
-        valid = valid.astype(jnp.float32)
-        return jnp.stack([valid[:, 0, :].mean(axis=1), valid[:, :, 0].mean(axis=1)], axis=-1)
-
+def make_pyramid(map_valid: Sequence[Bool[Array, "B h w"]], extent: Float[Array, "B L 2"]) -> Pyramid:
+    """From the mask of each level, and the image's size in its cells, whole ones or not (tokens.py)."""
+    level_sizes = tuple(valid.shape[1:] for valid in map_valid)
+    places = [cell_places(*size, extent[:, level]) for level, size in enumerate(level_sizes)]
     return Pyramid(
-        level_sizes=tuple(valid.shape[1:] for valid in map_valid),
+        level_sizes=level_sizes,
         token_valid=jnp.concatenate([valid.reshape(valid.shape[0], -1) for valid in map_valid], axis=1),
-        valid_share=jnp.stack([share(valid) for valid in map_valid], axis=1),
         extent=extent,
-        place=jnp.concatenate([cell_places(valid, extent[:, i]) for i, valid in enumerate(map_valid)], axis=1),
+        place=jnp.concatenate(places, axis=1),
     )
 
 
 def cell_size(pyramid: Pyramid) -> Float[Array, "1 1 L 2"]:
     """(1 / width, 1 / height) of each padded map: the unit of offsets around a point."""
     return jnp.asarray([(1 / width, 1 / height) for height, width in pyramid.level_sizes], jnp.float32)[None, None]
+
+
+def valid_share(pyramid: Pyramid) -> Float[Array, "B 1 L 2"]:
+    """(x, y): how much of each padded map is image."""
+    return pyramid.extent[:, None] * cell_size(pyramid)
 
 
 def inverse_sigmoid(x: Array) -> Array:
@@ -107,7 +102,7 @@ class DeformableEncoderLayer(TransformerLayer):
         self, tokens: Float[Array, "B S D"], position: Float[Array, "B S D"], pyramid: Pyramid, *, dropout_key=None
     ) -> Float[Array, "B S D"]:
         key_attention, key_mlp = split_key(dropout_key, 2)
-        reference = pyramid.place[:, :, None] * pyramid.valid_share[:, None]
+        reference = pyramid.place[:, :, None] * valid_share(pyramid)
 
         def attend_all(x):
             scale = cell_size(pyramid)
@@ -174,7 +169,7 @@ class DeformableDecoderLayer(TransformerLayer):
         dropout_key=None,
     ) -> Decoded:
         keys = split_key(dropout_key, 4)
-        center, size = jnp.split(decoded.reference[:, :, None] * _twice(pyramid.valid_share)[:, None], 2, axis=-1)
+        center, size = jnp.split(decoded.reference[:, :, None] * _twice(valid_share(pyramid)), 2, axis=-1)
         in_box = size * (0.5 / self.cross_attention.num_points)
         offset_scale = jnp.where(decoded.in_box, in_box, cell_size(pyramid))
 

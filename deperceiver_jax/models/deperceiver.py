@@ -16,7 +16,7 @@ from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
 from deperceiver_jax.models.position_encoding import PositionEncoding
 from deperceiver_jax.models.resnet import ResNet
-from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map
+from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map, size_in_cells
 from deperceiver_jax.structures import Predictions
 
 
@@ -76,6 +76,7 @@ class TokenLevels(nnx.Module):
         `key_position` [B,M,token_dim] is None where positions are in the tokens; for `token_place` see anchors.py.
         """
         tokens, valid, key_position, places = [], [], [], []
+        extent = size_in_cells(pixel_valid, self.strides)
         for level, stride in enumerate(self.strides):
             x = self.projections[level](features[stride])
             if self.norms:
@@ -97,7 +98,7 @@ class TokenLevels(nnx.Module):
             tokens.append(flatten_map(x))
             valid.append(map_valid.reshape(map_valid.shape[0], -1))
             key_position.append(flatten_map(position))
-            places.append(cell_places(map_valid))
+            places.append(cell_places(*x.shape[1:3], extent[:, level]))
         position = concatenate_levels(key_position) if self.use == "keys" else None
         return concatenate_levels(tokens), concatenate_levels(valid), position, concatenate_levels(places)
 

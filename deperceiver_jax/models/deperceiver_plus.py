@@ -29,7 +29,7 @@ from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.position_encoding import sine_encoding
 from deperceiver_jax.models.proposals import box_encoding
 from deperceiver_jax.models.resnet import ResNet
-from deperceiver_jax.models.tokens import concatenate_levels, flatten_map
+from deperceiver_jax.models.tokens import concatenate_levels, flatten_map, size_in_cells
 from deperceiver_jax.models.transformer import TransformerLayer
 from deperceiver_jax.structures import Hints, Predictions
 
@@ -255,7 +255,7 @@ class DePerceiverPlus(nnx.Module):
         Hints do not change the other answers: no latent sees those that start from one, but for their own copy's.
         """
         maps, map_valid = self.levels(self.backbone(image, pixel_valid), pixel_valid)
-        pyramid = make_pyramid(map_valid, self._extent(pixel_valid))
+        pyramid = make_pyramid(map_valid, size_in_cells(pixel_valid, self.token_strides))
         memory = concatenate_levels([flatten_map(x) for x in maps])
         position = concatenate_levels([self._position(valid, i) for i, valid in enumerate(map_valid)])
         hinted = None if hints is None else hints.boxes.reshape(len(image), -1, 4)
@@ -270,11 +270,6 @@ class DePerceiverPlus(nnx.Module):
         answers = jax.tree.map(lambda x: x[:, :, :-count], predictions)
         of_hints = jax.tree.map(lambda x: x[:, :, -count:], predictions)
         return answers._replace(proposals=proposals, hinted=of_hints)
-
-    def _extent(self, pixel_valid: Bool[Array, "B H W"]) -> Float[Array, "B L 2"]:
-        """Width and height of each image in cells of each level, to the pixel: boxes are shares of the pixels."""
-        size = jnp.stack([pixel_valid[:, 0].sum(axis=1), pixel_valid[:, :, 0].sum(axis=1)], axis=-1)
-        return size[:, None] / jnp.asarray(self.levels.strides, jnp.float32)[None, :, None]
 
     def _position(self, valid: Bool[Array, "B h w"], level: int) -> Float[Array, "B h*w D"]:
         position = flatten_map(sine_encoding(valid, self.embed_dim, offset=-0.5))

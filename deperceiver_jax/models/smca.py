@@ -19,7 +19,7 @@ from deperceiver_jax.models.position_encoding import sine_encoding
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.smca_convolution import ConvolutionEncoder
 from deperceiver_jax.models.smca_transformer import AttentionEncoder, ModulatedDecoder, Tokens
-from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map
+from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map, image_size
 from deperceiver_jax.structures import Predictions
 
 
@@ -158,9 +158,3 @@ def _build_encoder(encoder: dict, strides: tuple[int, ...], shared: dict) -> nnx
     if kind == "convolution":
         return build_part(ConvolutionEncoder, "config.model.encoder", encoder, strides=strides, **shared)
     raise UserError(f"config.model.encoder.kind is {kind!r}; it can be attention or convolution.")
-
-
-def image_size(pixel_valid: Bool[Array, "B H W"]) -> Float[Array, "B 2"]:
-    """(width, height) of each image without padding, in pixels."""
-    columns, rows = jnp.any(pixel_valid, axis=1), jnp.any(pixel_valid, axis=2)
-    return jnp.stack([columns.sum(axis=1), rows.sum(axis=1)], axis=-1).astype(jnp.float32)

@@ -1,4 +1,6 @@
-"""From feature maps to tokens: which of them are real, and their row-major order."""
+"""From feature maps to tokens: which of them are real, how large the image is, and their row-major order."""
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,25 @@ def feature_valid(pixel_valid: Bool[Array, "B H W"], height: int, width: int) ->
 
     rows, columns = source(pixel_valid.shape[1], height), source(pixel_valid.shape[2], width)
     return pixel_valid[:, rows][:, :, columns]
+
+
+def image_size(pixel_valid: Bool[Array, "B H W"]) -> Float[Array, "B 2"]:
+    """(width, height) of each image, which lies at the top left, without padding."""
+    columns, rows = jnp.any(pixel_valid, axis=1), jnp.any(pixel_valid, axis=2)
+    return jnp.stack([columns.sum(axis=1), rows.sum(axis=1)], axis=-1).astype(jnp.float32)
+
+
+def size_in_cells(pixel_valid: Bool[Array, "B H W"], strides: Sequence[int]) -> Float[Array, "B L 2"]:
+    """(width, height) of each image in cells of each stride: 121 pixels are 15.125 cells of 8."""
+    return image_size(pixel_valid)[:, None] / jnp.asarray(strides, jnp.float32)[None, :, None]
+
+
+def size_in_whole_cells(map_valid: Sequence[Bool[Array, "B h w"]]) -> Float[Array, "B L 2"]:
+    """(columns, rows) of each map that hold any image: 121 pixels are 16 cells of 8.
+
+    As the released codes of DETR's family do. Boxes are shares of the 121 pixels, so cells lie up to 5 % too high.
+    """
+    return jnp.stack([image_size(valid) for valid in map_valid], axis=1)
 
 
 def flatten_map(features: Float[Array, "B h w C"]) -> Float[Array, "B h*w C"]:

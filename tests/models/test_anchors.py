@@ -21,20 +21,12 @@ def test_grid_points_are_even():
     np.testing.assert_allclose(Anchors(50)(), points, atol=1e-6)
 
 
-def test_cells_are_measured_in_the_valid_area():
-    valid = np.zeros((2, 3, 4), bool)
-    valid[0, :2, :4] = valid[1, :3, :2] = True
-    places = cell_places(jnp.asarray(valid)).reshape(2, 3, 4, 2)
-    np.testing.assert_allclose(places[0, 1, 2], [2.5 / 4, 1.5 / 2])
-    np.testing.assert_allclose(places[1, 2, 1], [1.5 / 2, 2.5 / 3])
-    np.testing.assert_allclose(places[1, 0, 3, 0], 3.5 / 2)  # padding lies beyond 1
-
-
-def test_cells_can_be_measured_in_pixels():
+def test_places_of_cells():
     """121 x 100 pixels are 15.125 x 12.5 cells of 8: the last of 16 rows lies beyond, and the others where they are."""
-    places = cell_places(jnp.ones((1, 16, 13), bool), jnp.asarray([[100 / 8, 121 / 8]])).reshape(16, 13, 2)
-    np.testing.assert_allclose(places[3, 2], [2.5 * 8 / 100, 3.5 * 8 / 121], rtol=1e-6)
-    np.testing.assert_allclose(places[15, 12], [12.5 * 8 / 100, 15.5 * 8 / 121], rtol=1e-6)
+    places = cell_places(16, 13, jnp.asarray([[100 / 8, 121 / 8], [4, 2]])).reshape(2, 16, 13, 2)
+    np.testing.assert_allclose(places[0, 3, 2], [2.5 * 8 / 100, 3.5 * 8 / 121], rtol=1e-6)
+    np.testing.assert_allclose(places[0, 15, 12], [12.5 * 8 / 100, 15.5 * 8 / 121], rtol=1e-6)
+    np.testing.assert_allclose(places[1, 1, 2], [2.5 / 4, 1.5 / 2])
 
 
 def test_gaussian_by_hand():

@@ -11,16 +11,22 @@ from flax import nnx
 from configs import deformable_detr
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.deformable_transformer import DeformableEncoder, inverse_sigmoid, make_pyramid
+from deperceiver_jax.models.deformable_transformer import (
+    DeformableEncoder,
+    inverse_sigmoid,
+    make_pyramid,
+    valid_share,
+)
 from deperceiver_jax.models.proposals import box_encoding, token_boxes
 from deperceiver_jax.models.resnet import Frozen
 from deperceiver_jax.models.sizes import check_sizes
+from deperceiver_jax.models.tokens import size_in_whole_cells
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
-from tests.drawn_arrays import Patches, start_beside_backbone
+from tests.drawn_arrays import Patches, abstract_detector, drawn_detector, start_beside_backbone
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
@@ -47,7 +53,7 @@ def new_detector(config):
 
 def build(config):
     """(the detector as a jitted function of arrays, image and mask; random arrays)."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_detector(config)))
+    graphdef, abstract = nnx.split(abstract_detector(config, Patches))
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -84,7 +90,7 @@ def count(arrays):
 )
 def test_sizes_and_groups_of_the_released_models(variant, trained, points, rest):
     config = deformable_detr.get_config(variant)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     parameters, frozen = arrays_of(detector, nnx.Param), arrays_of(detector, Frozen)
     assert count(parameters) == trained
     assert count({path: x for path, x in frozen.items() if path.endswith("kernel")}) == 222_400
@@ -127,21 +133,26 @@ def test_start(changes):
     assert ("queries" in start) == ("proposals/query/kernel" not in start) == ("two_stage" not in changes)
 
 
+def pyramid_of(map_valid):
+    map_valid = [jnp.asarray(valid) for valid in map_valid]
+    return make_pyramid(map_valid, size_in_whole_cells(map_valid))
+
+
 def test_places_by_hand():
     """One 3 x 4 level whose upper left 2 x 3 cells are real, and one whole one."""
     valid = np.zeros((1, 3, 4), bool)
     valid[:, :2, :3] = True
-    pyramid = make_pyramid([jnp.asarray(valid), jnp.ones((1, 1, 2), bool)])
+    pyramid = pyramid_of([jnp.asarray(valid), jnp.ones((1, 1, 2), bool)])
     assert pyramid.level_sizes == ((3, 4), (1, 2))
-    np.testing.assert_allclose(pyramid.valid_share[0], [[0.75, 2 / 3], [1, 1]], rtol=1e-6)
-    padded = pyramid.place[0, :12] * pyramid.valid_share[0, :1]  # relative to the padded map: the plain centres
+    np.testing.assert_allclose(valid_share(pyramid)[0, 0], [[0.75, 2 / 3], [1, 1]], rtol=1e-6)
+    padded = pyramid.place[0, :12] * valid_share(pyramid)[0, :, 0]  # relative to the padded map: the plain centres
     np.testing.assert_allclose(padded[:2], [[0.125, 1 / 6], [0.375, 1 / 6]], rtol=1e-6)
     np.testing.assert_allclose(pyramid.place[0, 12:], [[0.25, 0.5], [0.75, 0.5]], rtol=1e-6)
     assert list(pyramid.token_valid[0].astype(int)) == [1, 1, 1, 0] * 2 + [0] * 4 + [1] * 2
 
 
 def test_proposals_by_hand():
-    boxes, valid = token_boxes(make_pyramid([jnp.ones((1, 2, 3), bool), jnp.ones((1, 1, 2), bool)]))
+    boxes, valid = token_boxes(pyramid_of([jnp.ones((1, 2, 3), bool), jnp.ones((1, 1, 2), bool)]))
     assert valid.all()
     np.testing.assert_allclose(boxes[0, 0], [1 / 6, 0.25, 0.05, 0.05], rtol=1e-6)
     np.testing.assert_allclose(boxes[0, 3], [1 / 6, 0.75, 0.05, 0.05], rtol=1e-6)
@@ -171,6 +182,24 @@ def test_forward(changes):
         assert answer.proposals is None
 
 
+@pytest.mark.parametrize(
+    "places, sizes",
+    [("cells", [[5, 4], [3, 2]]), ("pixels", [[70 / 16, 50 / 16], [70 / 32, 50 / 32]])],
+)
+def test_the_size_of_images(places, sizes, monkeypatch):
+    """Two levels, the second an extra one, of images of 50 x 70 pixels."""
+    seen = []
+
+    def spy(map_valid, extent):
+        seen.append(extent)
+        return make_pyramid(map_valid, extent)
+
+    monkeypatch.setattr("deperceiver_jax.models.deformable_detr.make_pyramid", spy)
+    valid = jnp.zeros((1, 64, 80), bool).at[:, :50, :70].set(True)
+    drawn_detector(small(places=places, strides=(16,)))(jnp.ones((1, 64, 80, 3)) * valid[..., None], valid)
+    np.testing.assert_allclose(seen[0][0], sizes)
+
+
 def test_encoder_within_levels():
     """Without `across_levels` each level is encoded as if it were the only one; with it, levels change one another."""
     fields = dict(dim=32, num_layers=2, num_heads=4, num_points=1, mlp_dim=48, sampling="auto", dropout=0.0)
@@ -188,9 +217,7 @@ def test_encoder_within_levels():
         state = jax.tree.map(lambda x: (0.3 * draw.standard_normal(x.shape)).astype(x.dtype), abstract)
 
         def call(levels, tokens, position):
-            return np.asarray(
-                nnx.merge(graphdef, state)(tokens, position, make_pyramid([jnp.asarray(v) for v in levels]))
-            )
+            return np.asarray(nnx.merge(graphdef, state)(tokens, position, pyramid_of(levels)))
 
         return call
 
@@ -264,7 +291,7 @@ def test_copies_in_the_state_dict(changes, copies):
     config = small(**changes)
     config.model.backbone.update(depth=18, width=8)
     config.model.strides = (16,)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     rules = FAMILIES["deformable_detr"](config.model)
     state = seeded_state_dict(torch_shapes(detector, rules))
     whole = with_copies(state, rules)
@@ -286,6 +313,7 @@ def test_copies_in_the_state_dict(changes, copies):
     "changes, sentence",
     [
         ({"two_stage": True}, "config.model.two_stage needs config.model.refine=True"),
+        ({"places": "cell"}, "config.model.places is 'cell'; it can be cells or pixels."),
         ({"embed_dim": 48}, "config.model.embed_dim is 48; its 32 norm groups must be of equal width"),
         ({"extra_levels": -1}, "config.model.extra_levels is -1; it can be 0 or more"),
         ({"encoder__num_layers": 0}, "config.model.encoder.num_layers is 0; it must be at least 1"),
@@ -296,7 +324,7 @@ def test_copies_in_the_state_dict(changes, copies):
 )
 def test_bad_fields_are_named(changes, sentence):
     with pytest.raises((UserError, ValueError), match=sentence):
-        nnx.eval_shape(lambda: build_detector(small(**changes), rngs=nnx.Rngs(0)))
+        abstract_detector(small(**changes))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +339,7 @@ def test_bad_fields_are_named(changes, sentence):
 )
 def test_too_small_images_are_refused_before_the_first_step(changes, sentence):
     """The size that is too small is one of several, and named."""
-    skeleton, params, others = take_apart(nnx.eval_shape(lambda: new_detector(small(**changes))))
+    skeleton, params, others = take_apart(abstract_detector(small(**changes), Patches))
     check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (96, 64), (64, 96), (128, 128)])
     with pytest.raises(UserError, match=f"Images of 32 x 32 pixels, padding included, will come, but: {sentence}"):
         check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (32, 32), (96, 96)])

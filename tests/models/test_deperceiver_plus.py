@@ -13,6 +13,7 @@ from deperceiver_jax.models.deformable_transformer import make_pyramid
 from deperceiver_jax.models.log_gaussian import BoxGaussian
 from deperceiver_jax.models.mixed_levels import MixedLevels, enlarge, sources
 from deperceiver_jax.models.proposals import tokens_of_boxes
+from deperceiver_jax.models.tokens import size_in_whole_cells
 from deperceiver_jax.structures import Hints
 from tests.drawn_arrays import abstract_detector, drawn_detector
 
@@ -84,7 +85,8 @@ def test_hints_change_no_other_answer():
 
 def test_a_hint_starts_as_the_token_that_covers_it():
     fine = jnp.ones((1, 8, 12), bool).at[:, 7:].set(False).at[:, :, 9:].set(False)
-    pyramid = make_pyramid([fine, jnp.ones((1, 4, 6), bool).at[:, :, 5:].set(False)])
+    map_valid = [fine, jnp.ones((1, 4, 6), bool).at[:, :, 5:].set(False)]
+    pyramid = make_pyramid(map_valid, size_in_whole_cells(map_valid))
     boxes = [[0.5, 0.5, 0.05, 0.05], [0.99, 0.99, 0.05, 0.05], [-0.2, 1.2, 0.04, 0.04]]
     boxes += [[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]]  # the coarse level starts at a size of 0.1
     token = tokens_of_boxes(jnp.asarray([boxes]), pyramid)[0]

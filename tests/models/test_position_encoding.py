@@ -7,7 +7,6 @@ from flax import nnx
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.position_encoding import PositionEncoding, fourier_encoding, sine_encoding
-from deperceiver_jax.models.tokens import feature_valid
 
 
 def valid_map(height, width, valid_height, valid_width):
@@ -61,10 +60,3 @@ def test_learned_has_columns_first_and_refuses_larger_maps():
         encoding(valid_map(3, 6, 3, 6))
     with pytest.raises(UserError, match="sine, learned or fourier"):
         make("cosine")
-
-
-def test_feature_valid_takes_the_floor_not_the_half_pixel():
-    pixel_valid = valid_map(7, 9, 5, 4)
-    # Rows look at pixels floor(i * 7/4) = 0, 1, 3, 5; columns at floor(i * 9/3) = 0, 3, 6.
-    expected = np.outer([1, 1, 1, 0], [1, 1, 0]).astype(bool)
-    np.testing.assert_array_equal(feature_valid(pixel_valid, 4, 3)[0], expected)

@@ -13,9 +13,8 @@ from configs import demo, smca
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.resnet import ResNet
-from deperceiver_jax.models.smca import image_size
 from deperceiver_jax.weights import FAMILIES, torch_shapes
-from tests.drawn_arrays import Patches
+from tests.drawn_arrays import Patches, abstract_detector
 
 FIELDS = {
     "num_classes": 5,
@@ -61,7 +60,7 @@ def new_detector(config, backbone=Patches):
 
 def build(config, backbone=Patches):
     """(the detector as a function of arrays, image and mask; random arrays, nothing left at zero or one)."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_detector(config, backbone)))
+    graphdef, abstract = nnx.split(abstract_detector(config, backbone))
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -95,10 +94,6 @@ def usual():
 def arrays_of(detector):
     """The trained parameters, by path."""
     return {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(detector, nnx.Param))}
-
-
-def abstract_detector(config):
-    return nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(
@@ -175,11 +170,6 @@ def test_published_start():
     for path, bound in bounds.items():
         assert 0.9 * bound < np.abs(start[path]).max() <= bound, path
     assert 0.5 < start["level_embedding"].std() < 1.5
-
-
-def test_image_size():
-    valid = example()[1]
-    np.testing.assert_array_equal(image_size(valid), [[48, 64], [64, 32], [64, 64]])
 
 
 @pytest.mark.parametrize(
@@ -308,4 +298,4 @@ def test_the_demo_takes_gradients():
 )
 def test_bad_fields_are_named(changes, sentence):
     with pytest.raises((UserError, ValueError), match=sentence):
-        nnx.eval_shape(lambda: new_detector(small(**changes)))
+        abstract_detector(small(**changes), Patches)
