@@ -11,10 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.deformable_transformer import DeformableDecoder, DeformableEncoder, make_pyramid
+from deperceiver_jax.models.deformable_transformer import (
+    DeformableDecoder,
+    DeformableEncoder,
+    make_pyramid,
+    token_positions,
+)
 from deperceiver_jax.models.linear import linear, split_key, xavier_uniform_init
 from deperceiver_jax.models.parts import build_part
-from deperceiver_jax.models.position_encoding import sine_encoding
 from deperceiver_jax.models.proposals import Proposals
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.tokens import (
@@ -170,7 +174,7 @@ class DeformableDETR(nnx.Module):
         exact = self.places == "pixels"
         extent = size_in_cells(pixel_valid, self.level_strides) if exact else size_in_whole_cells(map_valid)
         pyramid = make_pyramid(map_valid, extent)
-        position = concatenate_levels([self._position(valid, i) for i, valid in enumerate(map_valid)])
+        position = token_positions(pyramid, self.level_embedding[...]).astype(self.dtype)
         tokens = concatenate_levels([flatten_map(features) for features in maps])
         memory = self.encoder(tokens, position, pyramid, dropout_key=key_encoder)
         if self.proposals is None:
@@ -179,10 +183,6 @@ class DeformableDETR(nnx.Module):
             proposals, content, query_position, reference = self.proposals(memory, pyramid)
         predictions = self.decoder(content, query_position, reference, memory, pyramid, dropout_key=key_decoder)
         return predictions._replace(proposals=proposals)
-
-    def _position(self, valid: Bool[Array, "B h w"], level: int) -> Float[Array, "B h*w D"]:
-        position = flatten_map(sine_encoding(valid, self.embed_dim, offset=-0.5))
-        return (position + self.level_embedding[level][None, None]).astype(self.dtype)
 
     def _learned_queries(self, batch: int):
         """Content, position and reference points; the same for every image."""

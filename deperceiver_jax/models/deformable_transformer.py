@@ -21,6 +21,8 @@ from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import split_key
 from deperceiver_jax.models.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from deperceiver_jax.models.position_encoding import sine_waves
+from deperceiver_jax.models.tokens import concatenate_levels
 from deperceiver_jax.models.transformer import TransformerLayer
 from deperceiver_jax.structures import Predictions
 
@@ -44,6 +46,16 @@ def make_pyramid(map_valid: Sequence[Bool[Array, "B h w"]], extent: Float[Array,
         extent=extent,
         place=jnp.concatenate(places, axis=1),
     )
+
+
+def token_positions(pyramid: Pyramid, level_embedding: Float[Array, "L D"]) -> Float[Array, "B S D"]:
+    """Sine waves of each token's place, y first, and what says which level it is of."""
+    dim = level_embedding.shape[1]
+    of_level = [
+        jnp.broadcast_to(level_embedding[level][None, None], (1, height * width, dim))
+        for level, (height, width) in enumerate(pyramid.level_sizes)
+    ]
+    return sine_waves(pyramid.place[..., ::-1], dim // 2) + concatenate_levels(of_level)
 
 
 def cell_size(pyramid: Pyramid) -> Float[Array, "1 1 L 2"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention import MultiHeadAttention
-from deperceiver_jax.models.deformable_transformer import Pyramid, RelativeHeads, make_pyramid
+from deperceiver_jax.models.deformable_transformer import Pyramid, RelativeHeads, make_pyramid, token_positions
 from deperceiver_jax.models.latent_start import LearnedStart, ProposedStart, first_latents
 from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
@@ -26,8 +26,7 @@ from deperceiver_jax.models.log_gaussian import BoxGaussian
 from deperceiver_jax.models.mixed_levels import MixedLevels, sources
 from deperceiver_jax.models.mlp import MLP
 from deperceiver_jax.models.parts import build_part
-from deperceiver_jax.models.position_encoding import sine_encoding
-from deperceiver_jax.models.proposals import box_encoding
+from deperceiver_jax.models.position_encoding import sine_waves
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.tokens import concatenate_levels, flatten_map, size_in_cells
 from deperceiver_jax.models.transformer import TransformerLayer
@@ -96,7 +95,7 @@ class AnchoredLayer(TransformerLayer):
     ) -> Latents:
         keys = split_key(dropout_key, 5)
         dim = memory.shape[-1]
-        position = self.position(box_encoding(latents.reference, dim // 2).astype(memory.dtype))
+        position = self.position(sine_waves(latents.reference, dim // 2).astype(memory.dtype))
 
         def attend_latents(x):
             query = x + position
@@ -257,7 +256,7 @@ class DePerceiverPlus(nnx.Module):
         maps, map_valid = self.levels(self.backbone(image, pixel_valid), pixel_valid)
         pyramid = make_pyramid(map_valid, size_in_cells(pixel_valid, self.token_strides))
         memory = concatenate_levels([flatten_map(x) for x in maps])
-        position = concatenate_levels([self._position(valid, i) for i, valid in enumerate(map_valid)])
+        position = token_positions(pyramid, self.level_embedding[...]).astype(self.dtype)
         hinted = None if hints is None else hints.boxes.reshape(len(image), -1, 4)
         proposals, content, boxes = first_latents(
             self.start, memory, pyramid, hinted, again=self.decoder.layers.rematerialize
@@ -270,7 +269,3 @@ class DePerceiverPlus(nnx.Module):
         answers = jax.tree.map(lambda x: x[:, :, :-count], predictions)
         of_hints = jax.tree.map(lambda x: x[:, :, -count:], predictions)
         return answers._replace(proposals=proposals, hinted=of_hints)
-
-    def _position(self, valid: Bool[Array, "B h w"], level: int) -> Float[Array, "B h*w D"]:
-        position = flatten_map(sine_encoding(valid, self.embed_dim, offset=-0.5))
-        return (position + self.level_embedding[level][None, None]).astype(self.dtype)

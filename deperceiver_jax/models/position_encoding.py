@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -9,27 +10,30 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.linear import linear
 
 
-def sine_encoding(
-    token_valid: Bool[Array, "B h w"], dim: int, *, temperature: float = 10000.0, offset: float = 0.0
-) -> Float[Array, "B h w dim"]:
-    """DETR's sine encoding: dim/2 channels of y, then dim/2 of x; sines and cosines interleaved.
+def sine_waves(shares: Float[Array, "*S N"], dim: int) -> Float[Array, "*S N*dim"]:
+    """`dim` interleaved sines and cosines of each number, of wavelengths from 1 to nearly 10000.
 
-    Positions count valid cells from 1 (plus `offset`) and are scaled to 2 pi at the last row and column of the map.
-    Source: DETR's position_encoding.py; Deformable DETR passes offset -0.5.
+    For places, (y, x), and boxes in [0, 1] of the image. Source: Deformable DETR's transformer and position encoding.
     """
-    half = dim // 2
-    exponents = 2 * (jnp.arange(half) // 2) / half
-    wavelengths = temperature**exponents
+    channel = np.arange(dim).reshape(*[1] * shares.ndim, dim)
+    angle = 2 * jnp.pi * shares[..., None] / (10000.0 ** (2 * (channel // 2) / dim)).astype(np.float32)
+    waves = jnp.where(channel % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+    return waves.reshape(*shares.shape[:-1], -1)
 
-    def encode(count, axis):
+
+def sine_encoding(token_valid: Bool[Array, "B h w"], dim: int) -> Float[Array, "B h w dim"]:
+    """DETR's sine encoding: dim/2 channels of y, then dim/2 of x.
+
+    Positions count valid cells from 1 and are scaled to 1 at the last row and column of the map. Source: DETR's
+    position_encoding.py.
+    """
+
+    def share(axis):
+        count = jnp.cumsum(token_valid.astype(jnp.float32), axis=axis)
         last = jax.lax.slice_in_dim(count, count.shape[axis] - 1, count.shape[axis], axis=axis)
-        angle = 2 * jnp.pi * (count + offset) / (last + 1e-6)
-        angle = angle[..., None] / wavelengths[None, None, None, :]
-        return jnp.where(jnp.arange(half) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+        return count / (last + 1e-6)
 
-    valid = token_valid.astype(jnp.float32)
-    y, x = jnp.cumsum(valid, axis=1), jnp.cumsum(valid, axis=2)
-    return jnp.concatenate([encode(y, 1), encode(x, 2)], axis=-1)
+    return sine_waves(jnp.stack([share(1), share(2)], axis=-1), dim // 2)
 
 
 def fourier_encoding(token_valid: Bool[Array, "B h w"], num_bands: int) -> Float[Array, "B h w 4*num_bands+2"]:

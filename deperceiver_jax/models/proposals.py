@@ -16,6 +16,7 @@ from deperceiver_jax.models.deformable_transformer import Pyramid
 from deperceiver_jax.models.heads import BoxHead, ClassHead
 from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.linear import linear, xavier_uniform_init
+from deperceiver_jax.models.position_encoding import sine_waves
 from deperceiver_jax.structures import Predictions
 
 FINEST_SIZE = 0.05  # width and height of the boxes that the finest tokens start from, as a share of the image
@@ -45,13 +46,6 @@ def tokens_of_boxes(boxes: Float[Array, "B Q 4"], pyramid: Pyramid) -> Int32[Arr
     extent = jnp.take_along_axis(pyramid.extent, level[..., None], axis=1)
     cell = jnp.clip(jnp.floor(boxes[..., :2] * extent), 0, jnp.ceil(extent) - 1).astype(jnp.int32)
     return jnp.asarray(starts)[level] + cell[..., 1] * jnp.asarray(columns)[level] + cell[..., 0]
-
-
-def box_encoding(boxes: Float[Array, "B Q 4"], dim: int) -> Float[Array, "B Q 4*dim"]:
-    """`dim` interleaved sines and cosines of 2 pi times each of the four numbers, as of positions in an image."""
-    angle = 2 * jnp.pi * boxes[..., None] / 10000.0 ** (2 * (jnp.arange(dim) // 2) / dim)[None, None, None]
-    waves = jnp.where(jnp.arange(dim) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
-    return waves.reshape(*boxes.shape[:2], 4 * dim)
 
 
 class TokenProposals(nnx.Module):
@@ -105,7 +99,7 @@ class Proposals(TokenProposals):
     ) -> tuple[Predictions, Float[Array, "B Q D"], Float[Array, "B Q D"], Float[Array, "B Q 4"]]:
         """(Predictions of all tokens, content and position of the queries, their reference boxes)."""
         predictions, _, _, reference = super().__call__(memory, pyramid)
-        encoded = box_encoding(reference, memory.shape[-1] // 2).astype(memory.dtype)
+        encoded = sine_waves(reference, memory.shape[-1] // 2).astype(memory.dtype)
         position, content = jnp.split(self.query_norm(self.query(encoded)), 2, axis=-1)
         return predictions, content, position, reference
 

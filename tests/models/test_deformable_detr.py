@@ -17,7 +17,8 @@ from deperceiver_jax.models.deformable_transformer import (
     make_pyramid,
     valid_share,
 )
-from deperceiver_jax.models.proposals import box_encoding, token_boxes
+from deperceiver_jax.models.position_encoding import sine_waves
+from deperceiver_jax.models.proposals import token_boxes
 from deperceiver_jax.models.resnet import Frozen
 from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.models.tokens import size_in_whole_cells
@@ -160,7 +161,7 @@ def test_proposals_by_hand():
     np.testing.assert_allclose(
         inverse_sigmoid(boxes)[0, 0], [-1.609438, -1.098612, -2.944439, -2.944439], rtol=0, atol=2e-6
     )
-    encoded = box_encoding(jnp.full((1, 1, 4), 0.5), 128)
+    encoded = sine_waves(jnp.full((1, 1, 4), 0.5), 128)
     np.testing.assert_allclose(encoded[0, 0, :4], [0, -1, 0.408751, -0.912646], atol=1e-5)
     np.testing.assert_allclose(inverse_sigmoid(jnp.array([-1.0, 0.5, 2.0])), [-11.512925, 0, 11.512925], rtol=1e-5)
 
