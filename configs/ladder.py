@@ -215,6 +215,12 @@ def _deformable_detr_two_stage(config: ConfigDict) -> None:
     config.model.update(refine=True, two_stage=True)
 
 
+def _deformable_detr_pixels(config: ConfigDict) -> None:
+    """The same with places that are exact, as DePerceiver+'s are: images here are 16 cells wide and less."""
+    _deformable_detr_two_stage(config)
+    config.model.places = "pixels"
+
+
 def _smca(config: ConfigDict) -> None:
     """SMCA at stride 8, three layers each."""
     _use(config, smca.model(), strides=(8,))
@@ -229,6 +235,7 @@ FAMILIES = {
     "deformable_detr_single": _deformable_detr_single,
     "deformable_detr": _deformable_detr,
     "deformable_detr_two_stage": _deformable_detr_two_stage,
+    "deformable_detr_pixels": _deformable_detr_pixels,
     "smca": _smca,
 }
 VARIANTS = (*ROWS, *FAMILIES)
