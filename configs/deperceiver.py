@@ -71,11 +71,12 @@ def model() -> ConfigDict:
     m.encoder.cross_heads = 1
     m.encoder.self_heads = 8
     m.encoder.mlp_ratio = 1.0
+    m.encoder.gated_mlp = False  # GEGLU rather than GELU
     m.encoder.anchors = False  # each latent has a learned place, and looks near it first
     m.encoder.anchor_width = 0.1  # of the narrowest Gaussian at the start, as a share of the image's side
 
     m.decoder = ConfigDict()
-    m.decoder.num_layers = 1
+    m.decoder.num_layers = 1  # 0: the latents are the queries, and answer themselves
     m.decoder.self_attention = False  # among queries, before each cross-attention
     m.decoder.self_attention_value = "query"  # query (content + query position) | content
     m.decoder.residual = "none"  # around the cross-attention: none | content | query (content + query position)

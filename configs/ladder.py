@@ -95,6 +95,14 @@ def _reading_queries(config: ConfigDict) -> None:
     config.model.read_tokens = True
 
 
+def _public_latents(config: ConfigDict) -> None:
+    """The public variant whose latents are its queries: one reading with many heads, then eight layers with GEGLU."""
+    config.model.read_tokens = False
+    config.model.decoder.num_layers = 0
+    config.model.encoder.update(num_latents=32, num_blocks=1, layers_per_block=8, num_cross_attentions=1)
+    config.model.encoder.update(cross_heads=8, mlp_ratio=4.0, gated_mlp=True)
+
+
 def _latent_queries(config: ConfigDict) -> None:
     """The queries are the latents: three layers of self-attention and cross-attention to the image, each answering."""
     _use(config, deperceiver_plus.model(), strides=(8,), top_down=False, neck_blocks=0, start="learned")
@@ -162,6 +170,7 @@ ROWS = {
     "key_positions": _key_positions,
     "repeated_reading": _repeated_reading,
     "reading_queries": _reading_queries,
+    "public_latents": _public_latents,
     "latent_queries": _latent_queries,
     "gaussian": _gaussian,
     "refinement": _refinement,

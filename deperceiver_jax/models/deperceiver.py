@@ -104,7 +104,10 @@ class TokenLevels(nnx.Module):
 
 
 class DePerceiver(nnx.Module):
-    """image -> ResNet features -> tokens -> latents -> decoded queries -> Predictions."""
+    """image -> ResNet features -> tokens -> latents -> decoded queries -> Predictions.
+
+    Without decoder layers the latents are the queries.
+    """
 
     def __init__(
         self,
@@ -157,17 +160,21 @@ class DePerceiver(nnx.Module):
                 f"config.model.read_tokens needs latents as wide as the tokens, which have "
                 f"{self.levels.token_dim} channels; config.model.encoder.latent_dim is {encoder['latent_dim']}."
             )
-        self.decoder = build_part(
-            PerceiverDecoder,
-            "config.model.decoder",
-            decoder,
-            dim=embed_dim,
-            latent_dim=encoder["latent_dim"],
-            num_queries=num_queries,
-            latents_have_places=encoder["anchors"],
-            dtype=dtype,
-            rngs=rngs,
-        )
+        if decoder["num_layers"] == 0:
+            _check_that_latents_answer(num_queries, embed_dim, encoder, relative_boxes or read_tokens)
+            self.decoder = None
+        else:
+            self.decoder = build_part(
+                PerceiverDecoder,
+                "config.model.decoder",
+                decoder,
+                dim=embed_dim,
+                latent_dim=encoder["latent_dim"],
+                num_queries=num_queries,
+                latents_have_places=encoder["anchors"],
+                dtype=dtype,
+                rngs=rngs,
+            )
         self.heads = PredictionHeads(embed_dim, num_classes + int(no_object_logit), rngs=rngs)
 
     @property
@@ -188,6 +195,8 @@ class DePerceiver(nnx.Module):
         tokens, token_valid, key_position, token_place = self.levels(features, pixel_valid)
         latents = self.encoder(tokens, token_valid, key_position, token_place, dropout_key=key_encoder)
         place = None if self.encoder.anchors is None else self.encoder.anchors()[None]
+        if self.decoder is None:
+            return self.heads(latents[None], None)
         if not self.read_tokens:
             decoded = self.decoder(latents, place, dropout_key=key_decoder)
         else:
@@ -199,3 +208,17 @@ class DePerceiver(nnx.Module):
             both = jnp.concatenate([latents, tokens], axis=1)
             decoded = self.decoder(both, place, valid, key_position, dropout_key=key_decoder)
         return self.heads(decoded, self.decoder.anchors() if self.relative_boxes else None)
+
+
+def _check_that_latents_answer(num_queries: int, dim: int, encoder: dict, more: bool) -> None:
+    """Refuses what needs a decoder's queries where there are none."""
+    latents = (encoder["num_latents"], encoder["latent_dim"])
+    if latents != (num_queries, dim):
+        raise UserError(
+            "config.model.decoder.num_layers is 0, so the latents are the queries, but config.model.encoder has "
+            f"{latents[0]} latents of {latents[1]} channels and there are {num_queries} queries of {dim}."
+        )
+    if more:
+        raise UserError(
+            "config.model.relative_boxes and read_tokens need config.model.decoder.num_layers of at least 1."
+        )

@@ -22,18 +22,20 @@ from deperceiver_jax.models.linear import dropout, split_key
 from deperceiver_jax.models.mlp import MLP, exact_gelu
 
 
-def _mlp(dim: int, ratio: float, rate: float, dtype, rngs: nnx.Rngs) -> MLP:
-    return MLP([dim, round(dim * ratio), dim], activation=exact_gelu, dropout=rate, dtype=dtype, rngs=rngs)
+def _mlp(dim: int, ratio: float, gated: bool, rate: float, dtype, rngs: nnx.Rngs) -> MLP:
+    return MLP([dim, round(dim * ratio), dim], activation=exact_gelu, gated=gated, dropout=rate, dtype=dtype, rngs=rngs)
 
 
 class SelfAttentionLayer(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, dropout: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, num_heads: int, *, mlp_ratio: float, gated_mlp: bool, dropout: float, dtype, rngs: nnx.Rngs
+    ):
         self.norm = LayerNorm(dim, dtype=dtype)
         self.attention = MultiHeadAttention(dim, num_heads, dtype=dtype, rngs=rngs)
         self.mlp_norm = LayerNorm(dim, dtype=dtype)
-        self.mlp = _mlp(dim, mlp_ratio, dropout, dtype, rngs)
+        self.mlp = _mlp(dim, mlp_ratio, gated_mlp, dropout, dtype, rngs)
         self.dropout = dropout
 
     def __call__(self, x: Float[Array, "B N D"], *, dropout_key=None) -> Float[Array, "B N D"]:
@@ -53,6 +55,7 @@ class CrossAttentionLayer(nnx.Module):
         num_heads: int,
         *,
         mlp_ratio: float,
+        gated_mlp: bool = False,
         dropout: float,
         gaussian_width: float | None = None,
         dtype,
@@ -62,7 +65,7 @@ class CrossAttentionLayer(nnx.Module):
         self.token_norm = LayerNorm(token_dim, dtype=dtype)
         self.attention = MultiHeadAttention(query_dim, num_heads, key_dim=token_dim, dtype=dtype, rngs=rngs)
         self.mlp_norm = LayerNorm(query_dim, dtype=dtype)
-        self.mlp = _mlp(query_dim, mlp_ratio, dropout, dtype, rngs)
+        self.mlp = _mlp(query_dim, mlp_ratio, gated_mlp, dropout, dtype, rngs)
         self.gaussian = None if gaussian_width is None else GaussianBias(num_heads, gaussian_width)
         self.dropout = dropout
 
@@ -117,6 +120,7 @@ class PerceiverEncoder(nnx.Module):
         cross_heads: int,
         self_heads: int,
         mlp_ratio: float,
+        gated_mlp: bool,
         anchors: bool,
         anchor_width: float,
         dropout: float,
@@ -145,6 +149,7 @@ class PerceiverEncoder(nnx.Module):
                     token_dim,
                     cross_heads,
                     mlp_ratio=mlp_ratio,
+                    gated_mlp=gated_mlp,
                     dropout=dropout,
                     gaussian_width=anchor_width if anchors else None,
                     dtype=dtype,
@@ -155,7 +160,13 @@ class PerceiverEncoder(nnx.Module):
         )
         self.blocks = LayerStack(
             lambda rngs: SelfAttentionLayer(
-                latent_dim, self_heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, rngs=rngs
+                latent_dim,
+                self_heads,
+                mlp_ratio=mlp_ratio,
+                gated_mlp=gated_mlp,
+                dropout=dropout,
+                dtype=dtype,
+                rngs=rngs,
             ),
             layers_per_block * (1 if share_blocks else num_blocks),
             rngs=rngs,

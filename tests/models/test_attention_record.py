@@ -124,6 +124,7 @@ def test_blocks_that_share_their_layers_are_recorded_each_time():
         cross_heads=1,
         self_heads=2,
         mlp_ratio=1.0,
+        gated_mlp=False,
         anchors=False,
         anchor_width=0.1,
         dropout=0.0,

@@ -137,6 +137,40 @@ def test_queries_can_read_the_tokens(use):
     assert spread(False) == 0 and spread(True) > 1e-3
 
 
+def latents_as_queries(**changes):
+    config = small_config()
+    config.model.decoder.num_layers = 0
+    config.model.encoder.update(num_latents=7, mlp_ratio=4.0, gated_mlp=True)
+    config.update_from_flattened_dict({f"model.{k.replace('__', '.')}": v for k, v in changes.items()})
+    return config
+
+
+def test_latents_can_be_the_queries():
+    config = latents_as_queries()
+    found = shapes(config)
+    assert not any(path.startswith("decoder/") for path in found)
+    mlp = "encoder/blocks/layers/mlp/layers"  # a gate as wide as what it gates
+    assert found[f"{mlp}/0/kernel"] == (2, 32, 256) and found[f"{mlp}/1/kernel"] == (2, 128, 32)
+    detector = drawn_detector(config)
+    boxes = detector(*example()).boxes
+    assert boxes.shape == (1, 2, 7, 4)
+    detector.encoder.latents[...] = detector.encoder.latents[...][::-1]
+    np.testing.assert_allclose(detector(*example()).boxes, boxes[:, :, ::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"encoder__num_latents": 8}, "8 latents of 32 channels and there are 7 queries of 32"),
+        ({"encoder__latent_dim": 64}, "7 latents of 64 channels"),
+        ({"read_tokens": True}, "need config.model.decoder.num_layers of at least 1"),
+    ],
+)
+def test_latents_that_cannot_be_the_queries(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        shapes(latents_as_queries(**changes))
+
+
 def test_dropout_needs_a_key_and_is_its_function():
     config = small_config()
     config.model.dropout = config.model.decoder.dropout = 0.3
