@@ -34,8 +34,7 @@ from configs import deperceiver, deperceiver_plus, detr  # noqa: E402
 from deperceiver_jax.models import build_detector  # noqa: E402
 from deperceiver_jax.models.attention import MultiHeadAttention  # noqa: E402
 from deperceiver_jax.models.deformable_transformer import make_pyramid  # noqa: E402
-from deperceiver_jax.models.deperceiver_plus import Sight  # noqa: E402
-from deperceiver_jax.models.latent_start import first_latents  # noqa: E402
+from deperceiver_jax.models.deperceiver_plus import Sight, first_latents  # noqa: E402
 from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder  # noqa: E402
 from deperceiver_jax.models.tokens import size_in_whole_cells  # noqa: E402

@@ -1,7 +1,7 @@
 """Places in the image for latents and queries: learned points that start on a grid, and Gaussians around them.
 
 A place is (x, y) in [0, 1] of the unpadded image. A Gaussian bias lets an attention look near its place first, which is
-what sped DETR up in SMCA (arXiv:2101.07448); its widths are learned, one for each head.
+what sped DETR up in SMCA (arXiv:2101.07448). Its widths are learned, one for each head; around a box, predicted.
 """
 
 import math
@@ -12,24 +12,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.deformable_transformer import Pyramid
+from deperceiver_jax.models.linear import linear
+from deperceiver_jax.models.log_gaussian import LogGaussian
+
 
 def grid_points(num: int) -> np.ndarray:
     """`num` points [num, 2] spread evenly over the unit square: about sqrt(num) rows of nearly equal length."""
     rows = np.array_split(np.arange(num), max(1, math.isqrt(num)))
     points = [((i + 0.5) / len(row), (r + 0.5) / len(rows)) for r, row in enumerate(rows) for i in range(len(row))]
     return np.asarray(points, np.float32)
-
-
-def cell_places(height: int, width: int, extent: Float[Array, "B 2"]) -> Float[Array, "B h*w 2"]:
-    """The centre of each cell of a feature map, (x, y) in [0, 1] of the image; beyond 1 on padding.
-
-    `extent` is the image's width and height in cells, which are seldom whole numbers.
-    """
-    x = (jnp.arange(width)[None] + 0.5) / extent[:, :1]
-    y = (jnp.arange(height)[None] + 0.5) / extent[:, 1:]
-    shape = (len(extent), height, width)
-    grid = [jnp.broadcast_to(x[:, None, :], shape), jnp.broadcast_to(y[:, :, None], shape)]
-    return jnp.stack(grid, axis=-1).reshape(len(extent), height * width, 2)
 
 
 class Anchors(nnx.Module):
@@ -58,3 +51,49 @@ class GaussianBias(nnx.Module):
         distance = jnp.sum((query_place[:, :, None] - key_place[:, None]) ** 2, axis=-1)
         precision = 0.5 * jnp.exp(-2 * self.log_width[...])
         return -distance[:, None] * precision[None, :, None, None]
+
+
+class BoxGaussian(nnx.Module):
+    """Latents and their boxes -> a Gaussian for every head.
+
+    A head's centre is the box's centre plus a predicted offset, in halves of the box; its widths are predicted factors
+    of the box's halves. At the start the heads look at the middle and around it, in all directions.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, least_width: float, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.least_width = least_width
+        angle = 2 * np.pi * np.arange(num_heads) / num_heads
+        ring = np.stack([np.cos(angle), np.sin(angle)], axis=-1) * (np.arange(num_heads) % 2)[:, None]
+        zeros = nnx.initializers.zeros
+        self.offset = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
+        self.width = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
+        self.offset.bias[...] = jnp.asarray(ring.reshape(-1), jnp.float32)
+
+    def __call__(
+        self, content: Float[Array, "B Q D"], reference: Float[Array, "B Q 4"], place: Float[Array, "B M 2"]
+    ) -> LogGaussian:
+        """`reference` (cxcywh) and `place` (x, y) are in [0, 1] of the valid area."""
+        shape = (*content.shape[:2], self.num_heads, 2)
+        half = jnp.maximum(reference[:, :, None, 2:] / 2, self.least_width)
+        center = reference[:, :, None, :2] + self.offset(content).reshape(shape) * half
+        inverse_width = jnp.exp(-jnp.clip(self.width(content).reshape(shape), -3.0, 3.0)) / half
+        return LogGaussian(center.swapaxes(1, 2), inverse_width.swapaxes(1, 2), place)
+
+
+class LearnedStart(nnx.Module):
+    """Latents whose content and boxes are the same for every image at first: a grid of places, learned from there."""
+
+    def __init__(self, dim: int, num_latents: int, *, rngs: nnx.Rngs):
+        points = grid_points(num_latents)
+        boxes = np.concatenate([points, np.full_like(points, 0.1)], axis=-1)
+        self.boxes = nnx.Param(jnp.asarray(np.log(boxes / (1 - boxes)), jnp.float32))  # logits of cxcywh
+        self.content = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_latents, dim)))
+
+    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: None):
+        """(no proposals, content [B, Q, D], boxes [B, Q, 4])."""
+        if hinted is not None:
+            raise UserError("config.loss.hint_copies needs config.model.start proposals: hints start from tokens.")
+        del pyramid
+        content, boxes = self.content[...].astype(memory.dtype), jax.nn.sigmoid(self.boxes[...])
+        return None, *(jnp.broadcast_to(x[None], (len(memory), *x.shape)) for x in (content, boxes))

@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.anchors import cell_places
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.heads import BoxHead, ClassHead
 from deperceiver_jax.models.layer_norm import LayerNorm
@@ -22,7 +21,7 @@ from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import split_key
 from deperceiver_jax.models.multi_scale_deformable_attention import MultiScaleDeformableAttention
 from deperceiver_jax.models.position_encoding import sine_waves
-from deperceiver_jax.models.tokens import concatenate_levels
+from deperceiver_jax.models.tokens import cell_places, concatenate_levels
 from deperceiver_jax.models.transformer import TransformerLayer
 from deperceiver_jax.structures import Predictions
 

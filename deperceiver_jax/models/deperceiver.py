@@ -9,14 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.anchors import cell_places
 from deperceiver_jax.models.heads import PredictionHeads
 from deperceiver_jax.models.linear import linear, split_key
 from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
 from deperceiver_jax.models.position_encoding import PositionEncoding
 from deperceiver_jax.models.resnet import ResNet
-from deperceiver_jax.models.tokens import concatenate_levels, feature_valid, flatten_map, size_in_cells
+from deperceiver_jax.models.tokens import cell_places, concatenate_levels, feature_valid, flatten_map, size_in_cells
 from deperceiver_jax.structures import Predictions
 
 

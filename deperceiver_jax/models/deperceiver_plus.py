@@ -16,17 +16,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.anchors import BoxGaussian, LearnedStart
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.deformable_transformer import Pyramid, RelativeHeads, make_pyramid, token_positions
-from deperceiver_jax.models.latent_start import LearnedStart, ProposedStart, first_latents
 from deperceiver_jax.models.layer_norm import LayerNorm
 from deperceiver_jax.models.layer_stack import LayerStack
 from deperceiver_jax.models.linear import linear, split_key
-from deperceiver_jax.models.log_gaussian import BoxGaussian
 from deperceiver_jax.models.mixed_levels import MixedLevels, sources
 from deperceiver_jax.models.mlp import MLP
 from deperceiver_jax.models.parts import build_part
 from deperceiver_jax.models.position_encoding import sine_waves
+from deperceiver_jax.models.proposals import ProposedStart
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.tokens import concatenate_levels, flatten_map, size_in_cells
 from deperceiver_jax.models.transformer import TransformerLayer
@@ -176,6 +176,14 @@ def sight_of_hints(hints: Hints, num_latents: int) -> Sight:
     bias = np.where(copy[:, None] == copy, 0.0, -1e30).astype(np.float32)
     answers = jnp.ones((batch, num_latents), bool)
     return Sight(jnp.concatenate([answers, hints.valid.reshape(batch, -1)], axis=1), jnp.asarray(bias)[None, None])
+
+
+def first_latents(start: nnx.Module, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted, *, again: bool):
+    """What `start` makes of the memory. With `again` the backward pass keeps the memory and computes the rest again."""
+    if not again:
+        return start(memory, pyramid, hinted)
+    graphdef, arrays = nnx.split(start)
+    return jax.checkpoint(lambda arrays, memory: nnx.merge(graphdef, arrays)(memory, pyramid, hinted))(arrays, memory)
 
 
 class DePerceiverPlus(nnx.Module):

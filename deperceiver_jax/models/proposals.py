@@ -106,3 +106,24 @@ class Proposals(TokenProposals):
 
 def _square(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
     return linear(width, width, kernel_init=xavier_uniform_init(width, width), dtype=dtype, rngs=rngs)
+
+
+class ProposedStart(nnx.Module):
+    """Latents that start as the tokens with the best proposals, at the boxes that these propose.
+
+    Behind them come, in training, those that start at hinted boxes, as the tokens there.
+    """
+
+    def __init__(self, dim: int, num_latents: int, num_logits: int, *, dtype, rngs: nnx.Rngs):
+        self.proposals = TokenProposals(dim, num_logits, num_proposals=num_latents, dtype=dtype, rngs=rngs)
+        self.content = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.content_norm = LayerNorm(dim, dtype=dtype)
+
+    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: Float[Array, "B P 4"] | None):
+        """(Predictions of all tokens, content [B, Q + P, D], boxes [B, Q + P, 4])."""
+        proposals, tokens, chosen, boxes = self.proposals(memory, pyramid)
+        if hinted is not None:
+            chosen = jnp.concatenate([chosen, tokens_of_boxes(hinted, pyramid)], axis=1)
+            boxes = jnp.concatenate([boxes, hinted], axis=1)
+        chosen_tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
+        return proposals, self.content_norm(self.content(chosen_tokens)), boxes

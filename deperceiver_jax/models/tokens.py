@@ -41,6 +41,18 @@ def size_in_whole_cells(map_valid: Sequence[Bool[Array, "B h w"]]) -> Float[Arra
     return jnp.stack([image_size(valid) for valid in map_valid], axis=1)
 
 
+def cell_places(height: int, width: int, extent: Float[Array, "B 2"]) -> Float[Array, "B h*w 2"]:
+    """The centre of each cell of a feature map, (x, y) in [0, 1] of the image; beyond 1 on padding.
+
+    `extent` is the image's width and height in cells, which are seldom whole numbers.
+    """
+    x = (jnp.arange(width)[None] + 0.5) / extent[:, :1]
+    y = (jnp.arange(height)[None] + 0.5) / extent[:, 1:]
+    shape = (len(extent), height, width)
+    grid = [jnp.broadcast_to(x[:, None, :], shape), jnp.broadcast_to(y[:, :, None], shape)]
+    return jnp.stack(grid, axis=-1).reshape(len(extent), height * width, 2)
+
+
 def flatten_map(features: Float[Array, "B h w C"]) -> Float[Array, "B h*w C"]:
     """Tokens in row-major order."""
     return features.reshape(features.shape[0], -1, features.shape[-1])

@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs import demo
 from deperceiver_jax import UserError, build_detector
-from deperceiver_jax.models.anchors import Anchors, GaussianBias, cell_places, grid_points
+from deperceiver_jax.models.anchors import Anchors, BoxGaussian, GaussianBias, grid_points
 
 
 def test_grid_points_are_even():
@@ -21,20 +21,22 @@ def test_grid_points_are_even():
     np.testing.assert_allclose(Anchors(50)(), points, atol=1e-6)
 
 
-def test_places_of_cells():
-    """121 x 100 pixels are 15.125 x 12.5 cells of 8: the last of 16 rows lies beyond, and the others where they are."""
-    places = cell_places(16, 13, jnp.asarray([[100 / 8, 121 / 8], [4, 2]])).reshape(2, 16, 13, 2)
-    np.testing.assert_allclose(places[0, 3, 2], [2.5 * 8 / 100, 3.5 * 8 / 121], rtol=1e-6)
-    np.testing.assert_allclose(places[0, 15, 12], [12.5 * 8 / 100, 15.5 * 8 / 121], rtol=1e-6)
-    np.testing.assert_allclose(places[1, 1, 2], [2.5 / 4, 1.5 / 2])
-
-
 def test_gaussian_by_hand():
     bias = GaussianBias(2, 0.1)
     out = bias(jnp.asarray([[[0.5, 0.5]]]), jnp.asarray([[[0.5, 0.5], [0.7, 0.5]], [[0.5, 0.1], [0.2, 0.1]]]))
     assert out.shape == (2, 2, 1, 2)
     np.testing.assert_allclose(out[0, :, 0], [[0, -(0.2**2) / (2 * 0.1**2)], [0, -(0.2**2) / (2 * 0.4**2)]], rtol=1e-5)
     np.testing.assert_allclose(out[1, 0, 0], [-(0.4**2) / 0.02, -(0.3**2 + 0.4**2) / 0.02], rtol=1e-5)
+
+
+def test_the_gaussian_is_around_the_box():
+    gaussian = BoxGaussian(8, 2, least_width=0.1, rngs=nnx.Rngs(0))
+    content = jnp.ones((1, 1, 8))
+    box = jnp.array([[[0.5, 0.5, 0.4, 0.02]]])  # half 0.2 wide; its height counts as 0.1
+    place = jnp.array([[[0.5, 0.5], [0.7, 0.5], [0.5, 0.6], [0.3, 0.5]]])
+    # Head 0 looks at the middle, head 1 half a box to the left of it.
+    expected = [[0.0, -0.5, -0.5, -0.5], [-0.5, -2.0, -1.0, 0.0]]
+    np.testing.assert_allclose(gaussian(content, box, place).map()[0, :, 0], expected, atol=1e-5)
 
 
 def test_boxes_start_at_their_anchors():

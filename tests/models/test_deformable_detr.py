@@ -13,12 +13,9 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.deformable_transformer import (
     DeformableEncoder,
-    inverse_sigmoid,
     make_pyramid,
     valid_share,
 )
-from deperceiver_jax.models.position_encoding import sine_waves
-from deperceiver_jax.models.proposals import token_boxes
 from deperceiver_jax.models.resnet import Frozen
 from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.models.tokens import size_in_whole_cells
@@ -150,20 +147,6 @@ def test_places_by_hand():
     np.testing.assert_allclose(padded[:2], [[0.125, 1 / 6], [0.375, 1 / 6]], rtol=1e-6)
     np.testing.assert_allclose(pyramid.place[0, 12:], [[0.25, 0.5], [0.75, 0.5]], rtol=1e-6)
     assert list(pyramid.token_valid[0].astype(int)) == [1, 1, 1, 0] * 2 + [0] * 4 + [1] * 2
-
-
-def test_proposals_by_hand():
-    boxes, valid = token_boxes(pyramid_of([jnp.ones((1, 2, 3), bool), jnp.ones((1, 1, 2), bool)]))
-    assert valid.all()
-    np.testing.assert_allclose(boxes[0, 0], [1 / 6, 0.25, 0.05, 0.05], rtol=1e-6)
-    np.testing.assert_allclose(boxes[0, 3], [1 / 6, 0.75, 0.05, 0.05], rtol=1e-6)
-    np.testing.assert_allclose(boxes[0, 6:], [[0.25, 0.5, 0.1, 0.1], [0.75, 0.5, 0.1, 0.1]], rtol=1e-6)
-    np.testing.assert_allclose(
-        inverse_sigmoid(boxes)[0, 0], [-1.609438, -1.098612, -2.944439, -2.944439], rtol=0, atol=2e-6
-    )
-    encoded = sine_waves(jnp.full((1, 1, 4), 0.5), 128)
-    np.testing.assert_allclose(encoded[0, 0, :4], [0, -1, 0.408751, -0.912646], atol=1e-5)
-    np.testing.assert_allclose(inverse_sigmoid(jnp.array([-1.0, 0.5, 2.0])), [-11.512925, 0, 11.512925], rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, SINGLE, REFINE, TWO_STAGE, WITHIN_LEVELS])

@@ -10,10 +10,6 @@ from configs import deperceiver_plus
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.deformable_transformer import make_pyramid
-from deperceiver_jax.models.log_gaussian import BoxGaussian
-from deperceiver_jax.models.mixed_levels import MixedLevels, enlarge, sources
-from deperceiver_jax.models.proposals import tokens_of_boxes
-from deperceiver_jax.models.tokens import size_in_whole_cells
 from deperceiver_jax.structures import Hints
 from tests.drawn_arrays import abstract_detector, drawn_detector
 
@@ -83,19 +79,6 @@ def test_hints_change_no_other_answer():
         drawn_detector(small(start="learned"))(*example(), hints=hints)
 
 
-def test_a_hint_starts_as_the_token_that_covers_it():
-    fine = jnp.ones((1, 8, 12), bool).at[:, 7:].set(False).at[:, :, 9:].set(False)
-    map_valid = [fine, jnp.ones((1, 4, 6), bool).at[:, :, 5:].set(False)]
-    pyramid = make_pyramid(map_valid, size_in_whole_cells(map_valid))
-    boxes = [[0.5, 0.5, 0.05, 0.05], [0.99, 0.99, 0.05, 0.05], [-0.2, 1.2, 0.04, 0.04]]
-    boxes += [[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]]  # the coarse level starts at a size of 0.1
-    token = tokens_of_boxes(jnp.asarray([boxes]), pyramid)[0]
-    row_and_column = [(3, 4), (6, 8), (6, 0)]
-    assert token.tolist() == [12 * row + column for row, column in row_and_column] + [96 + 6 * 3, 96 + 4]
-    for box, place in zip(boxes[:2], np.asarray(pyramid.place[0, token[:2]]), strict=True):
-        assert np.all(np.abs(place - box[:2]) <= 0.5 / np.array([9, 7]) + 1e-6)
-
-
 def test_places_are_shares_of_the_pixels(monkeypatch):
     seen = []
 
@@ -106,58 +89,6 @@ def test_places_are_shares_of_the_pixels(monkeypatch):
     monkeypatch.setattr("deperceiver_jax.models.deperceiver_plus.make_pyramid", spy)
     drawn_detector(small())(*example(size=(50, 70)))
     np.testing.assert_allclose(seen[0], [[[70 / 16, 50 / 16], [70 / 32, 50 / 32]]])
-
-
-def test_the_gaussian_is_around_the_box():
-    gaussian = BoxGaussian(8, 2, least_width=0.1, rngs=nnx.Rngs(0))
-    content = jnp.ones((1, 1, 8))
-    box = jnp.array([[[0.5, 0.5, 0.4, 0.02]]])  # half 0.2 wide; its height counts as 0.1
-    place = jnp.array([[[0.5, 0.5], [0.7, 0.5], [0.5, 0.6], [0.3, 0.5]]])
-    # Head 0 looks at the middle, head 1 half a box to the left of it.
-    expected = [[0.0, -0.5, -0.5, -0.5], [-0.5, -2.0, -1.0, 0.0]]
-    np.testing.assert_allclose(gaussian(content, box, place).map()[0, :, 0], expected, atol=1e-5)
-
-
-def test_mixing_carries_deep_features_into_fine_maps():
-    channels = {4: 3, 8: 3, 16: 3, 32: 3}
-    features = {8: jnp.zeros((1, 5, 7, 3)), 16: jnp.zeros((1, 3, 4, 3)), 32: jnp.zeros((1, 2, 2, 3))}
-    valid, new = jnp.ones((1, 40, 56), bool), dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
-    for top_down in (False, True):
-        levels = MixedLevels(channels, 4, strides=(8,), top_down=top_down, neck_blocks=0, **new)
-        still, _ = levels(features, valid)
-        moved, (map_valid,) = levels({**features, 32: features[32].at[0, 1, 1].set(9.0)}, valid)
-        changed = np.abs(moved[0] - still[0]).max(axis=-1)[0] > 1e-4
-        assert map_valid.shape == (1, 5, 7)
-        # The deep cell covers rows and columns from 4 on; the convolution reaches one further.
-        assert changed[3:, 3:].all() == top_down and not changed[:3].any() and not changed[:, :3].any()
-
-
-def test_a_block_of_the_neck_sees_two_cells_further():
-    """One convolution after the other, and neither sees what padding holds."""
-    new = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
-    levels = MixedLevels({8: 3}, 4, strides=(8,), top_down=False, neck_blocks=1, **new)
-    features = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 9, 3)), jnp.float32)
-    valid = np.ones((1, 72, 72))
-    valid[:, 48:] = 0
-
-    def real_cells(features):
-        return levels({8: features}, jnp.asarray(valid, bool))[0][0][0, :6]
-
-    still = real_cells(features)
-    moved, hidden = (real_cells(features.at[0, row, 4].add(9.0)) for row in (3, 7))
-    rows, columns = np.nonzero(np.abs(moved - still).max(axis=-1) > 1e-5)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, 5, 2, 6)
-    np.testing.assert_array_equal(hidden, still)
-
-
-def test_enlarging_repeats_cells():
-    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    np.testing.assert_array_equal(enlarge(x, 3, 4)[0, ..., 0], [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]])
-
-
-def test_mixing_needs_the_deeper_strides():
-    assert sources((8,), top_down=True) == (8, 16, 32)
-    assert sources((4, 16), top_down=False) == (4, 16)
 
 
 @pytest.mark.parametrize(

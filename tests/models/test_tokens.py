@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from deperceiver_jax.models.tokens import feature_valid, image_size, size_in_cells, size_in_whole_cells
+from deperceiver_jax.models.tokens import cell_places, feature_valid, image_size, size_in_cells, size_in_whole_cells
 
 
 def test_feature_valid_takes_the_floor_not_the_half_pixel():
@@ -20,3 +20,11 @@ def test_sizes_of_images():
     np.testing.assert_allclose(size_in_cells(valid, (16, 32))[1], [[70 / 16, 50 / 16], [70 / 32, 50 / 32]])
     maps = [feature_valid(valid, 4, 5), feature_valid(valid, 2, 3)]
     np.testing.assert_array_equal(size_in_whole_cells(maps), [[[5, 4], [3, 2]], [[5, 4], [3, 2]]])
+
+
+def test_places_of_cells():
+    """121 x 100 pixels are 15.125 x 12.5 cells of 8: the last of 16 rows lies beyond, and the others where they are."""
+    places = cell_places(16, 13, jnp.asarray([[100 / 8, 121 / 8], [4, 2]])).reshape(2, 16, 13, 2)
+    np.testing.assert_allclose(places[0, 3, 2], [2.5 * 8 / 100, 3.5 * 8 / 121], rtol=1e-6)
+    np.testing.assert_allclose(places[0, 15, 12], [12.5 * 8 / 100, 15.5 * 8 / 121], rtol=1e-6)
+    np.testing.assert_allclose(places[1, 1, 2], [2.5 / 4, 1.5 / 2])

@@ -1,0 +1,40 @@
+"""Proposals of tokens, and the tokens of boxes, by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from deperceiver_jax.models.deformable_transformer import inverse_sigmoid, make_pyramid
+from deperceiver_jax.models.position_encoding import sine_waves
+from deperceiver_jax.models.proposals import token_boxes, tokens_of_boxes
+from deperceiver_jax.models.tokens import size_in_whole_cells
+
+
+def pyramid_of(map_valid):
+    return make_pyramid(map_valid, size_in_whole_cells(map_valid))
+
+
+def test_proposals_by_hand():
+    boxes, valid = token_boxes(pyramid_of([jnp.ones((1, 2, 3), bool), jnp.ones((1, 1, 2), bool)]))
+    assert valid.all()
+    np.testing.assert_allclose(boxes[0, 0], [1 / 6, 0.25, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(boxes[0, 3], [1 / 6, 0.75, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(boxes[0, 6:], [[0.25, 0.5, 0.1, 0.1], [0.75, 0.5, 0.1, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        inverse_sigmoid(boxes)[0, 0], [-1.609438, -1.098612, -2.944439, -2.944439], rtol=0, atol=2e-6
+    )
+    encoded = sine_waves(jnp.full((1, 1, 4), 0.5), 128)
+    np.testing.assert_allclose(encoded[0, 0, :4], [0, -1, 0.408751, -0.912646], atol=1e-5)
+    np.testing.assert_allclose(inverse_sigmoid(jnp.array([-1.0, 0.5, 2.0])), [-11.512925, 0, 11.512925], rtol=1e-5)
+
+
+def test_a_hint_starts_as_the_token_that_covers_it():
+    fine = jnp.ones((1, 8, 12), bool).at[:, 7:].set(False).at[:, :, 9:].set(False)
+    map_valid = [fine, jnp.ones((1, 4, 6), bool).at[:, :, 5:].set(False)]
+    pyramid = pyramid_of(map_valid)
+    boxes = [[0.5, 0.5, 0.05, 0.05], [0.99, 0.99, 0.05, 0.05], [-0.2, 1.2, 0.04, 0.04]]
+    boxes += [[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]]  # the coarse level starts at a size of 0.1
+    token = tokens_of_boxes(jnp.asarray([boxes]), pyramid)[0]
+    row_and_column = [(3, 4), (6, 8), (6, 0)]
+    assert token.tolist() == [12 * row + column for row, column in row_and_column] + [96 + 6 * 3, 96 + 4]
+    for box, place in zip(boxes[:2], np.asarray(pyramid.place[0, token[:2]]), strict=True):
+        assert np.all(np.abs(place - box[:2]) <= 0.5 / np.array([9, 7]) + 1e-6)
