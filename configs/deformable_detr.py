@@ -60,7 +60,7 @@ def model() -> ConfigDict:
     m.dropout = 0.1  # attention probabilities among queries, sublayer outputs, inside the MLP
     m.refine = False  # each decoder layer corrects the boxes of the one before
     m.two_stage = False  # the best proposals of the encoder are the queries; needs refine
-    m.places = "cells"  # of tokens: the released code's, which blur an image's size to whole cells; or exact: pixels
+    m.places = "cells"  # of tokens, as shares of: cells (whole ones, as released) | pixels (exact, as boxes are)
     m.strides = (8, 16, 32)  # of the backbone's feature maps that become levels
     m.extra_levels = 1  # further levels, each of half the size, below the last
 

@@ -95,8 +95,8 @@ def _reading_queries(config: ConfigDict) -> None:
     config.model.read_tokens = True
 
 
-def _public_latents(config: ConfigDict) -> None:
-    """The public variant whose latents are its queries: one reading with many heads, then eight layers with GEGLU."""
+def _answering_latents(config: ConfigDict) -> None:
+    """The queries are the latents: one reading of the image with many heads, then eight layers with GEGLU."""
     config.model.read_tokens = False
     config.model.decoder.num_layers = 0
     config.model.encoder.update(num_latents=32, num_blocks=1, layers_per_block=8, num_cross_attentions=1)
@@ -170,7 +170,7 @@ ROWS = {
     "key_positions": _key_positions,
     "repeated_reading": _repeated_reading,
     "reading_queries": _reading_queries,
-    "public_latents": _public_latents,
+    "answering_latents": _answering_latents,
     "latent_queries": _latent_queries,
     "gaussian": _gaussian,
     "refinement": _refinement,
@@ -225,7 +225,7 @@ def _deformable_detr_two_stage(config: ConfigDict) -> None:
 
 
 def _deformable_detr_pixels(config: ConfigDict) -> None:
-    """The same with places that are exact, as DePerceiver+'s are: images here are 16 cells wide and less."""
+    """The same with places that are exact, as DePerceiver+'s are."""
     _deformable_detr_two_stage(config)
     config.model.places = "pixels"
 

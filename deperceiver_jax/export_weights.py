@@ -38,6 +38,7 @@ FIXED_IN_PUBLISHED_CODE = {
         "encoder.num_cross_attentions": 1,
         "encoder.cross_heads": 1,
         "encoder.self_heads": 8,
+        "encoder.gated_mlp": False,
         "decoder.self_attention_value": "query",
         "decoder.residual": "none",
         "decoder.cross_heads": 1,
@@ -54,6 +55,7 @@ FIXED_IN_PUBLISHED_CODE = {
         "no_object_logit": False,
         "backbone.norm": "frozen_batch_norm",
         "encoder.across_levels": True,
+        "places": "cells",
     },
     "smca": {
         "no_object_logit": True,

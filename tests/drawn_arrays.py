@@ -1,4 +1,4 @@
-"""Detectors for tests with parameters drawn at random, and a detector's own without those of its backbone."""
+"""For tests: detectors with parameters drawn at random, how one starts but for its backbone, and levels of tokens."""
 
 import math
 
@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.models import build_detector
+from deperceiver_jax.models.deformable_transformer import make_pyramid
+from deperceiver_jax.models.tokens import size_in_whole_cells
 from deperceiver_jax.training.train_state import take_apart
 
 
@@ -55,6 +57,12 @@ def drawn_detector(config, backbone=Patches):
     """The detector of `config` with drawn arrays, the same for every config that has the same ones."""
     skeleton, params, others = take_apart(abstract_detector(config, backbone))
     return skeleton.merge(jax.tree.map(jnp.asarray, draw_arrays({**params, **others})))
+
+
+def pyramid_of(map_valid):
+    """Of levels with these masks [B, h, w], in which an image is a whole number of cells."""
+    map_valid = [jnp.asarray(valid) for valid in map_valid]
+    return make_pyramid(map_valid, size_in_whole_cells(map_valid))
 
 
 def start_beside_backbone(build):

@@ -162,6 +162,19 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, trained, capsys, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_the_published_code_computes_otherwise_is_said(tmp_path, trained, capsys):
+    trained("deformable_detr", "r50_single_scale", **{"model.places": "pixels"})
+    assert export(f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth") == 0
+    assert "config.model.places is 'pixels' here and 'cells' there." in capsys.readouterr().out
+
+
+def test_latents_as_queries_have_no_published_names(tmp_path, trained, capsys):
+    latents = {"model.decoder.num_layers": 0, "model.encoder.num_latents": 7, "model.num_queries": 7}
+    trained("deperceiver", "r50_32", **latents)
+    assert export(f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth") == 1
+    assert "config.model.decoder.num_layers is 0" in capsys.readouterr().err
+
+
 def test_deperceiver_is_not_in_transformers(tmp_path, trained, capsys):
     trained("deperceiver", "r50_32")
     arguments = [f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth", "--layout=hugging_face"]

@@ -12,8 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.deformable_transformer import Pyramid
 from deperceiver_jax.models.linear import linear
 from deperceiver_jax.models.log_gaussian import LogGaussian
 
@@ -79,21 +77,3 @@ class BoxGaussian(nnx.Module):
         center = reference[:, :, None, :2] + self.offset(content).reshape(shape) * half
         inverse_width = jnp.exp(-jnp.clip(self.width(content).reshape(shape), -3.0, 3.0)) / half
         return LogGaussian(center.swapaxes(1, 2), inverse_width.swapaxes(1, 2), place)
-
-
-class LearnedStart(nnx.Module):
-    """Latents whose content and boxes are the same for every image at first: a grid of places, learned from there."""
-
-    def __init__(self, dim: int, num_latents: int, *, rngs: nnx.Rngs):
-        points = grid_points(num_latents)
-        boxes = np.concatenate([points, np.full_like(points, 0.1)], axis=-1)
-        self.boxes = nnx.Param(jnp.asarray(np.log(boxes / (1 - boxes)), jnp.float32))  # logits of cxcywh
-        self.content = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_latents, dim)))
-
-    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: None):
-        """(no proposals, content [B, Q, D], boxes [B, Q, 4])."""
-        if hinted is not None:
-            raise UserError("config.loss.hint_copies needs config.model.start proposals: hints start from tokens.")
-        del pyramid
-        content, boxes = self.content[...].astype(memory.dtype), jax.nn.sigmoid(self.boxes[...])
-        return None, *(jnp.broadcast_to(x[None], (len(memory), *x.shape)) for x in (content, boxes))

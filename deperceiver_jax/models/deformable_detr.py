@@ -123,7 +123,6 @@ class DeformableDETR(nnx.Module):
         self.strides = tuple(sorted(strides))
         self.level_strides = (*self.strides, *(self.strides[-1] * 2**i for i in range(1, extra_levels + 1)))
         self.places = places
-        self.embed_dim = embed_dim
         self.dtype = dtype
         self.backbone = build_part(
             ResNet, "config.model.backbone", backbone, strides=self.strides, dtype=dtype, rngs=rngs

@@ -72,7 +72,7 @@ class TokenLevels(nnx.Module):
     def __call__(self, features: dict[int, Array], pixel_valid: Bool[Array, "B H W"]):
         """(tokens [B,M,token_dim], token_valid [B,M], key_position or None, token_place [B,M,2]).
 
-        `key_position` [B,M,token_dim] is None where positions are in the tokens; for `token_place` see anchors.py.
+        `key_position` [B,M,token_dim] is None where positions are in the tokens; for `token_place` see tokens.py.
         """
         tokens, valid, key_position, places = [], [], [], []
         extent = size_in_cells(pixel_valid, self.strides)
@@ -159,21 +159,19 @@ class DePerceiver(nnx.Module):
                 f"config.model.read_tokens needs latents as wide as the tokens, which have "
                 f"{self.levels.token_dim} channels; config.model.encoder.latent_dim is {encoder['latent_dim']}."
             )
-        if decoder["num_layers"] == 0:
+        self.decoder = build_part(
+            PerceiverDecoder,
+            "config.model.decoder",
+            decoder,
+            dim=embed_dim,
+            latent_dim=encoder["latent_dim"],
+            num_queries=num_queries,
+            latents_have_places=encoder["anchors"],
+            dtype=dtype,
+            rngs=rngs,
+        )
+        if self.decoder.layers is None:
             _check_that_latents_answer(num_queries, embed_dim, encoder, relative_boxes or read_tokens)
-            self.decoder = None
-        else:
-            self.decoder = build_part(
-                PerceiverDecoder,
-                "config.model.decoder",
-                decoder,
-                dim=embed_dim,
-                latent_dim=encoder["latent_dim"],
-                num_queries=num_queries,
-                latents_have_places=encoder["anchors"],
-                dtype=dtype,
-                rngs=rngs,
-            )
         self.heads = PredictionHeads(embed_dim, num_classes + int(no_object_logit), rngs=rngs)
 
     @property
@@ -194,8 +192,6 @@ class DePerceiver(nnx.Module):
         tokens, token_valid, key_position, token_place = self.levels(features, pixel_valid)
         latents = self.encoder(tokens, token_valid, key_position, token_place, dropout_key=key_encoder)
         place = None if self.encoder.anchors is None else self.encoder.anchors()[None]
-        if self.decoder is None:
-            return self.heads(latents[None], None)
         if not self.read_tokens:
             decoded = self.decoder(latents, place, dropout_key=key_decoder)
         else:

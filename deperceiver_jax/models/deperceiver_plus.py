@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.anchors import BoxGaussian, LearnedStart
+from deperceiver_jax.models.anchors import BoxGaussian, grid_points
 from deperceiver_jax.models.attention import MultiHeadAttention
 from deperceiver_jax.models.deformable_transformer import Pyramid, RelativeHeads, make_pyramid, token_positions
 from deperceiver_jax.models.layer_norm import LayerNorm
@@ -178,6 +178,24 @@ def sight_of_hints(hints: Hints, num_latents: int) -> Sight:
     return Sight(jnp.concatenate([answers, hints.valid.reshape(batch, -1)], axis=1), jnp.asarray(bias)[None, None])
 
 
+class LearnedStart(nnx.Module):
+    """Latents whose content and boxes are the same for every image at first: a grid of places, learned from there."""
+
+    def __init__(self, dim: int, num_latents: int, *, rngs: nnx.Rngs):
+        points = grid_points(num_latents)
+        boxes = np.concatenate([points, np.full_like(points, 0.1)], axis=-1)
+        self.boxes = nnx.Param(jnp.asarray(np.log(boxes / (1 - boxes)), jnp.float32))  # logits of cxcywh
+        self.content = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_latents, dim)))
+
+    def __call__(self, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted: None):
+        """(no proposals, content [B, Q, D], boxes [B, Q, 4])."""
+        if hinted is not None:
+            raise UserError("config.loss.hint_copies needs config.model.start proposals: hints start from tokens.")
+        del pyramid
+        content, boxes = self.content[...].astype(memory.dtype), jax.nn.sigmoid(self.boxes[...])
+        return None, *(jnp.broadcast_to(x[None], (len(memory), *x.shape)) for x in (content, boxes))
+
+
 def first_latents(start: nnx.Module, memory: Float[Array, "B M D"], pyramid: Pyramid, hinted, *, again: bool):
     """What `start` makes of the memory. With `again` the backward pass keeps the memory and computes the rest again."""
     if not again:
@@ -212,7 +230,6 @@ class DePerceiverPlus(nnx.Module):
     ):
         if start not in ("learned", "proposals"):
             raise UserError(f"config.model.start is {start!r}; it can be learned or proposals.")
-        self.embed_dim = embed_dim
         self.dtype = dtype
         needed = sources(strides, top_down=top_down)
         self.backbone = build_part(ResNet, "config.model.backbone", backbone, strides=needed, dtype=dtype, rngs=rngs)

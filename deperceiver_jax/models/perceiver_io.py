@@ -55,7 +55,7 @@ class CrossAttentionLayer(nnx.Module):
         num_heads: int,
         *,
         mlp_ratio: float,
-        gated_mlp: bool = False,
+        gated_mlp: bool,
         dropout: float,
         gaussian_width: float | None = None,
         dtype,
@@ -181,7 +181,7 @@ class PerceiverEncoder(nnx.Module):
         *,
         dropout_key=None,
     ) -> Float[Array, "B N D"]:
-        """Latents after the last block; no norm follows, the decoder brings its own. Anchors need `token_place`."""
+        """Latents after the last block; a norm is the decoder's matter. Anchors need `token_place`."""
         keys = split_key(dropout_key, 2 * self.num_blocks)
         latents = jnp.broadcast_to(self.latents[...].astype(self.dtype), (tokens.shape[0], *self.latents.shape))
         places = None if self.anchors is None else (self.anchors()[None], token_place)
@@ -262,6 +262,7 @@ class PerceiverDecoderLayer(nnx.Module):
             latent_dim,
             cross_heads,
             mlp_ratio=mlp_ratio,
+            gated_mlp=False,
             dropout=dropout,
             gaussian_width=gaussian_width,
             dtype=dtype,
@@ -302,7 +303,7 @@ class PerceiverDecoder(nnx.Module):
     """Latents -> one embedding per object query, from every layer.
 
     Queries with `anchors` have places of their own; where the latents have places too, a Gaussian lets each query look
-    at the latents around it first.
+    at the latents around it first. Without layers the latents are the queries, and answer themselves.
     """
 
     def __init__(
@@ -327,6 +328,11 @@ class PerceiverDecoder(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
+        self.norm = LayerNorm(dim, dtype=dtype) if final_norm else None
+        self.dtype = dtype
+        if num_layers == 0:
+            self.anchors = self.query_position = self.layers = None
+            return
         gaussian_width = anchor_width if anchors and latents_have_places else None
         self.anchors = Anchors(num_queries) if anchors else None
         self.query_position = nnx.Param(nnx.initializers.normal(query_scale)(rngs.params(), (num_queries, dim)))
@@ -348,8 +354,6 @@ class PerceiverDecoder(nnx.Module):
             num_layers,
             rngs=rngs,
         )
-        self.norm = LayerNorm(dim, dtype=dtype) if final_norm else None
-        self.dtype = dtype
 
     def __call__(
         self,
@@ -361,11 +365,17 @@ class PerceiverDecoder(nnx.Module):
         dropout_key=None,
     ) -> Float[Array, "L B Q D"]:
         """`valid` and `key_position` are for latents with image tokens after them."""
+        if self.layers is None:
+            decoded = latents[None]
+        else:
+            decoded = self._decode(latents, latent_place, valid, key_position, dropout_key)
+        return decoded if self.norm is None else self.norm(decoded)
+
+    def _decode(self, latents, latent_place, valid, key_position, dropout_key):
         query_position = jnp.broadcast_to(
             self.query_position[...].astype(self.dtype), (latents.shape[0], *self.query_position.shape)
         )
         places = None if self.anchors is None or latent_place is None else (self.anchors()[None], latent_place)
         content = jnp.zeros_like(query_position)
         context = (latents, places, valid, key_position)
-        decoded = self.layers(content, query_position, *context, dropout_key=dropout_key, collect=True)
-        return decoded if self.norm is None else self.norm(decoded)
+        return self.layers(content, query_position, *context, dropout_key=dropout_key, collect=True)

@@ -1,4 +1,5 @@
-"""Two-stage detection: every token of the memory proposes a box, and the best proposals become the queries.
+"""Two-stage detection: every token of the memory proposes a box, and the best become the queries, or DePerceiver+'s
+latents.
 
 Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), section 4.2, and its released code.
 """
@@ -104,10 +105,6 @@ class Proposals(TokenProposals):
         return predictions, content, position, reference
 
 
-def _square(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return linear(width, width, kernel_init=xavier_uniform_init(width, width), dtype=dtype, rngs=rngs)
-
-
 class ProposedStart(nnx.Module):
     """Latents that start as the tokens with the best proposals, at the boxes that these propose.
 
@@ -127,3 +124,7 @@ class ProposedStart(nnx.Module):
             boxes = jnp.concatenate([boxes, hinted], axis=1)
         chosen_tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
         return proposals, self.content_norm(self.content(chosen_tokens)), boxes
+
+
+def _square(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return linear(width, width, kernel_init=xavier_uniform_init(width, width), dtype=dtype, rngs=rngs)

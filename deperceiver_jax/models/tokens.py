@@ -36,7 +36,7 @@ def size_in_cells(pixel_valid: Bool[Array, "B H W"], strides: Sequence[int]) -> 
 def size_in_whole_cells(map_valid: Sequence[Bool[Array, "B h w"]]) -> Float[Array, "B L 2"]:
     """(columns, rows) of each map that hold any image: 121 pixels are 16 cells of 8.
 
-    As the released codes of DETR's family do. Boxes are shares of the 121 pixels, so cells lie up to 5 % too high.
+    As Deformable DETR's released code counts. Boxes are shares of the 121 pixels, so places are 5 % too small.
     """
     return jnp.stack([image_size(valid) for valid in map_valid], axis=1)
 

@@ -52,6 +52,8 @@ def look(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"], check=lambda
             predictions = detector(*normalize_images(image, size))
         of_encoder = [record for record in records if record.name.startswith("encoder.cross_attentions")]
         of_decoder = [record for record in records if record.name.startswith("decoder.")]
+        if not of_decoder:  # the latents are the queries, and look themselves
+            of_decoder, of_encoder = of_encoder, []
         return Look(predictions, of_decoder, of_encoder)
 
     check(jax.eval_shape(forward, loaded.arrays, frame[None]))

@@ -18,13 +18,12 @@ from deperceiver_jax.models.deformable_transformer import (
 )
 from deperceiver_jax.models.resnet import Frozen
 from deperceiver_jax.models.sizes import check_sizes
-from deperceiver_jax.models.tokens import size_in_whole_cells
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
-from tests.drawn_arrays import Patches, abstract_detector, drawn_detector, start_beside_backbone
+from tests.drawn_arrays import Patches, abstract_detector, drawn_detector, pyramid_of, start_beside_backbone
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
@@ -129,11 +128,6 @@ def test_start(changes):
         mlp = f"{half}/layers/layers/mlp/layers/0"
         assert np.array_equal(*start[f"{mlp}/bias"]) and not np.array_equal(*start[f"{mlp}/kernel"])
     assert ("queries" in start) == ("proposals/query/kernel" not in start) == ("two_stage" not in changes)
-
-
-def pyramid_of(map_valid):
-    map_valid = [jnp.asarray(valid) for valid in map_valid]
-    return make_pyramid(map_valid, size_in_whole_cells(map_valid))
 
 
 def test_places_by_hand():

@@ -156,6 +156,8 @@ def test_latents_can_be_the_queries():
     assert boxes.shape == (1, 2, 7, 4)
     detector.encoder.latents[...] = detector.encoder.latents[...][::-1]
     np.testing.assert_allclose(detector(*example()).boxes, boxes[:, :, ::-1], atol=1e-5)
+    config.model.decoder.final_norm = True
+    assert "decoder/norm/scale" in shapes(config)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,7 @@ def test_latents_can_be_the_queries():
     [
         ({"encoder__num_latents": 8}, "8 latents of 32 channels and there are 7 queries of 32"),
         ({"encoder__latent_dim": 64}, "7 latents of 64 channels"),
+        ({"decoder__depth": 2}, "config.model.decoder has depth, which PerceiverDecoder does not know"),
         ({"read_tokens": True}, "need config.model.decoder.num_layers of at least 1"),
     ],
 )

@@ -6,11 +6,7 @@ import numpy as np
 from deperceiver_jax.models.deformable_transformer import inverse_sigmoid, make_pyramid
 from deperceiver_jax.models.position_encoding import sine_waves
 from deperceiver_jax.models.proposals import token_boxes, tokens_of_boxes
-from deperceiver_jax.models.tokens import size_in_whole_cells
-
-
-def pyramid_of(map_valid):
-    return make_pyramid(map_valid, size_in_whole_cells(map_valid))
+from tests.drawn_arrays import pyramid_of
 
 
 def test_proposals_by_hand():
@@ -30,11 +26,11 @@ def test_proposals_by_hand():
 def test_a_hint_starts_as_the_token_that_covers_it():
     fine = jnp.ones((1, 8, 12), bool).at[:, 7:].set(False).at[:, :, 9:].set(False)
     map_valid = [fine, jnp.ones((1, 4, 6), bool).at[:, :, 5:].set(False)]
-    pyramid = pyramid_of(map_valid)
+    pyramid = make_pyramid(map_valid, jnp.asarray([[[8.3, 6.6], [4.6, 3.7]]]))  # the last cells are partly image
     boxes = [[0.5, 0.5, 0.05, 0.05], [0.99, 0.99, 0.05, 0.05], [-0.2, 1.2, 0.04, 0.04]]
     boxes += [[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]]  # the coarse level starts at a size of 0.1
     token = tokens_of_boxes(jnp.asarray([boxes]), pyramid)[0]
     row_and_column = [(3, 4), (6, 8), (6, 0)]
     assert token.tolist() == [12 * row + column for row, column in row_and_column] + [96 + 6 * 3, 96 + 4]
     for box, place in zip(boxes[:2], np.asarray(pyramid.place[0, token[:2]]), strict=True):
-        assert np.all(np.abs(place - box[:2]) <= 0.5 / np.array([9, 7]) + 1e-6)
+        assert np.all(np.abs(place - box[:2]) <= 0.5 / np.array([8.3, 6.6]) + 1e-6)

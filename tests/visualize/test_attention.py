@@ -133,10 +133,20 @@ def tiny(family):
     return config
 
 
-@pytest.mark.parametrize("family", ["detr", "deformable_detr", "smca", "deperceiver_plus"])
+LATENTS_AS_QUERIES = {
+    "relative_boxes": False,
+    "encoder.num_latents": 6,
+    "encoder.latent_dim": 32,
+    "encoder.anchors": False,
+}
+
+
+@pytest.mark.parametrize("family", ["detr", "deformable_detr", "smca", "deperceiver_plus", "deperceiver"])
 def test_every_family_is_drawn(family, random_arrays, tmp_path):
-    """DePerceiver, through the command, is below."""
+    """DePerceiver's latents are its queries here; with a decoder, and through the command, it is below."""
     config = tiny(family)
+    if family == "deperceiver":
+        config.model.update_from_flattened_dict({**LATENTS_AS_QUERIES, "decoder.num_layers": 0})
     skeleton, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
     loaded = LoadedDetector(skeleton, random_arrays({**params, **others}), config, CLASSES)
     image = np.random.default_rng(0).integers(0, 256, (70, 50, 3), np.uint8)

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.weights.name_rules import POINTWISE, ROW, NameRules, Rule
 from deperceiver_jax.weights.tables.parts import NOT_PARAMETERS, linear_rules, norm_rules, resnet_rules
 
@@ -29,6 +30,8 @@ def deperceiver_rules(model: ConfigDict) -> NameRules:
     """
     cross_norms = {"query_norm": "q_layer_norm", "token_norm": "kv_layer_norm"}
     decoder = model.decoder
+    if decoder.num_layers == 0:
+        raise UserError("config.model.decoder.num_layers is 0; the published DePerceiver has a decoder, and its files.")
     single = decoder.num_layers == 1 and not decoder.self_attention and not decoder.final_norm
     their_decoder = "perceiver.decoder" if single else "perceiver.decoder.layers.{layer}"
     level = "" if len(model.strides) == 1 else r".\1"
