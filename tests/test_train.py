@@ -173,8 +173,6 @@ def test_a_run_needs_a_workdir_and_a_config(shared, capsys):
     assert "has no variant 'r50_2'; it has r50_32" in capsys.readouterr().err
 
 
-# 2026-11-21: Orbax closes its event loop with the first array's error, and the threads of the others find it closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workdir, shared, finished, capsys):
     """With every one damaged it says so and leaves everything as it was."""
     shutil.rmtree(workdir / "checkpoints" / "6" / "training" / "d")
@@ -209,8 +207,6 @@ def without_speed(row):
     return {name: value for name, value in row.items() if name not in ("images_per_second", "split")}
 
 
-# 2026-11-21: those threads, of the test before, may end only while this one is set up.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_a_run_of_eight_devices_continues_on_four_and_on_one(workdir, finished, shared, tmp_path):
     """As real processes. On the four, parameters and optimiser state are split over two, which the next run undoes."""

@@ -160,8 +160,6 @@ def test_a_disk_without_room_is_one_sentence(full_disk, capfd):
     assert os.listdir(checkpoints.directory) == ["1"] and newest_whole(checkpoints.workdir) == (1, {})
 
 
-# 2026-11-21: Orbax closes its event loop with the first array's error, and the threads of the others find it closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_during_a_save_keeps_the_checkpoint_before(full_disk, monkeypatch):
     """Orbax's threads print tracebacks besides."""
     checkpoints, state = full_disk
