@@ -99,8 +99,8 @@ def _answering_latents(config: ConfigDict) -> None:
     """The queries are the latents: one reading of the image with many heads, then eight layers with GEGLU."""
     config.model.read_tokens = False
     config.model.decoder.num_layers = 0
-    config.model.encoder.update(num_latents=32, num_blocks=1, layers_per_block=8, num_cross_attentions=1)
-    config.model.encoder.update(cross_heads=8, mlp_ratio=4.0, gated_mlp=True)
+    config.model.encoder.update(num_latents=config.model.num_queries, num_cross_attentions=1)
+    config.model.encoder.update(num_blocks=1, layers_per_block=8, cross_heads=8, mlp_ratio=4.0, gated_mlp=True)
 
 
 def _latent_queries(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""For tests: detectors with parameters drawn at random, how one starts but for its backbone, and levels of tokens."""
+"""For tests: detectors as they start and with parameters drawn at random, and the levels of their tokens."""
 
 import math
 
@@ -45,12 +45,17 @@ class Patches(nnx.Module):
         return {s: image.reshape(batch, height // s, s, width // s, s, 3).mean(axis=(2, 4)) for s in self.strides}
 
 
-def abstract_detector(config, backbone=None):
-    """The detector of `config` without arrays: enough for its shapes, and for what is wrong with a config."""
+def new_detector(config, backbone=Patches):
+    """The detector of `config` as it starts, with `backbone` in the place of its ResNet, unless that is None."""
     with pytest.MonkeyPatch.context() as patch:
         if backbone:
             patch.setattr(f"deperceiver_jax.models.{config.model.name}.ResNet", backbone)
-        return nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+        return build_detector(config, rngs=nnx.Rngs(0))
+
+
+def abstract_detector(config, backbone=None):
+    """The detector of `config` without arrays: enough for its shapes, and for what is wrong with a config."""
+    return nnx.eval_shape(lambda: new_detector(config, backbone))
 
 
 def drawn_detector(config, backbone=Patches):
@@ -63,6 +68,20 @@ def pyramid_of(map_valid):
     """Of levels with these masks [B, h, w], in which an image is a whole number of cells."""
     map_valid = [jnp.asarray(valid) for valid in map_valid]
     return make_pyramid(map_valid, size_in_whole_cells(map_valid))
+
+
+def extents_seen(config, image, valid):
+    """The sizes in cells [B, L, 2] with which the detector of `config` makes the pyramid of these images."""
+    seen = []
+
+    def spy(map_valid, extent):
+        seen.append(extent)
+        return make_pyramid(map_valid, extent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"deperceiver_jax.models.{config.model.name}.make_pyramid", spy)
+        drawn_detector(config)(image, valid)
+    return seen[0]
 
 
 def start_beside_backbone(build):

@@ -205,7 +205,7 @@ class DePerceiver(nnx.Module):
         return self.heads(decoded, self.decoder.anchors() if self.relative_boxes else None)
 
 
-def _check_that_latents_answer(num_queries: int, dim: int, encoder: dict, more: bool) -> None:
+def _check_that_latents_answer(num_queries: int, dim: int, encoder: dict, needs_queries: bool) -> None:
     """Refuses what needs a decoder's queries where there are none."""
     latents = (encoder["num_latents"], encoder["latent_dim"])
     if latents != (num_queries, dim):
@@ -213,7 +213,7 @@ def _check_that_latents_answer(num_queries: int, dim: int, encoder: dict, more: 
             "config.model.decoder.num_layers is 0, so the latents are the queries, but config.model.encoder has "
             f"{latents[0]} latents of {latents[1]} channels and there are {num_queries} queries of {dim}."
         )
-    if more:
+    if needs_queries:
         raise UserError(
             "config.model.relative_boxes and read_tokens need config.model.decoder.num_layers of at least 1."
         )

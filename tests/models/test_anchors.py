@@ -9,7 +9,7 @@ from flax import nnx
 from configs import demo
 from deperceiver_jax import UserError, build_detector
 from deperceiver_jax.models.anchors import Anchors, BoxGaussian, GaussianBias, grid_points
-from tests.drawn_arrays import Patches
+from tests.drawn_arrays import new_detector
 
 
 def test_grid_points_are_even():
@@ -40,10 +40,9 @@ def test_the_gaussian_is_around_the_box():
     np.testing.assert_allclose(gaussian(content, box, place).map()[0, :, 0], expected, atol=1e-5)
 
 
-def test_boxes_start_at_their_anchors(monkeypatch):
-    monkeypatch.setattr("deperceiver_jax.models.deperceiver.ResNet", Patches)
+def test_boxes_start_at_their_anchors():
     config = demo.get_config("deperceiver")
-    detector = nnx.jit(lambda: build_detector(config, rngs=nnx.Rngs(0)))()
+    detector = nnx.jit(lambda: new_detector(config))()
     graphdef, anchors, rest = nnx.split(detector, lambda path, _: path[:2] == ("decoder", "anchors"), ...)
     image = jax.random.normal(jax.random.key(0), (1, 64, 64, 3))
 

@@ -10,12 +10,7 @@ from flax import nnx
 
 from configs import deformable_detr
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.deformable_transformer import (
-    DeformableEncoder,
-    make_pyramid,
-    valid_share,
-)
+from deperceiver_jax.models.deformable_transformer import DeformableEncoder, valid_share
 from deperceiver_jax.models.resnet import Frozen
 from deperceiver_jax.models.sizes import check_sizes
 from deperceiver_jax.training.optimizer import group_multipliers
@@ -23,7 +18,14 @@ from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_state_dict
-from tests.drawn_arrays import Patches, abstract_detector, drawn_detector, pyramid_of, start_beside_backbone
+from tests.drawn_arrays import (
+    Patches,
+    abstract_detector,
+    extents_seen,
+    new_detector,
+    pyramid_of,
+    start_beside_backbone,
+)
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
@@ -40,12 +42,6 @@ def small(**changes):
         fields |= {f"{half}.num_layers": 2, f"{half}.num_heads": 4, f"{half}.num_points": 2, f"{half}.mlp_dim": 48}
     config.model.update_from_flattened_dict({**fields, **{k.replace("__", "."): v for k, v in changes.items()}})
     return config
-
-
-def new_detector(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deperceiver_jax.models.deformable_detr.ResNet", Patches)
-        return build_detector(config, rngs=nnx.Rngs(0))
 
 
 def build(config):
@@ -164,18 +160,11 @@ def test_forward(changes):
     "places, sizes",
     [("cells", [[5, 4], [3, 2]]), ("pixels", [[70 / 16, 50 / 16], [70 / 32, 50 / 32]])],
 )
-def test_the_size_of_images(places, sizes, monkeypatch):
+def test_the_size_of_images(places, sizes):
     """Two levels, the second an extra one, of images of 50 x 70 pixels."""
-    seen = []
-
-    def spy(map_valid, extent):
-        seen.append(extent)
-        return make_pyramid(map_valid, extent)
-
-    monkeypatch.setattr("deperceiver_jax.models.deformable_detr.make_pyramid", spy)
     valid = jnp.zeros((1, 64, 80), bool).at[:, :50, :70].set(True)
-    drawn_detector(small(places=places, strides=(16,)))(jnp.ones((1, 64, 80, 3)) * valid[..., None], valid)
-    np.testing.assert_allclose(seen[0][0], sizes)
+    image = jnp.ones((1, 64, 80, 3)) * valid[..., None]
+    np.testing.assert_allclose(extents_seen(small(places=places, strides=(16,)), image, valid), [sizes])
 
 
 def test_encoder_within_levels():

@@ -9,9 +9,8 @@ from flax import nnx
 from configs import deperceiver_plus
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.deformable_transformer import make_pyramid
 from deperceiver_jax.structures import Hints
-from tests.drawn_arrays import abstract_detector, drawn_detector
+from tests.drawn_arrays import abstract_detector, drawn_detector, extents_seen
 
 
 def small(**changes):
@@ -79,16 +78,9 @@ def test_hints_change_no_other_answer():
         drawn_detector(small(start="learned"))(*example(), hints=hints)
 
 
-def test_places_are_shares_of_the_pixels(monkeypatch):
-    seen = []
-
-    def spy(map_valid, extent):
-        seen.append(extent)
-        return make_pyramid(map_valid, extent)
-
-    monkeypatch.setattr("deperceiver_jax.models.deperceiver_plus.make_pyramid", spy)
-    drawn_detector(small())(*example(size=(50, 70)))
-    np.testing.assert_allclose(seen[0], [[[70 / 16, 50 / 16], [70 / 32, 50 / 32]]])
+def test_places_are_shares_of_the_pixels():
+    extents = extents_seen(small(), *example(size=(50, 70)))
+    np.testing.assert_allclose(extents, [[[70 / 16, 50 / 16], [70 / 32, 50 / 32]]])
 
 
 @pytest.mark.parametrize(

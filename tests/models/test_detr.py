@@ -10,10 +10,9 @@ from flax import nnx
 
 from configs import detr
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder
-from tests.drawn_arrays import start_beside_backbone
+from tests.drawn_arrays import abstract_detector, new_detector, start_beside_backbone
 
 
 class Patches(nnx.Module):
@@ -49,12 +48,6 @@ def small(**changes):
     return config
 
 
-def new_detector(config, backbone=Patches):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deperceiver_jax.models.detr.ResNet", backbone)
-        return build_detector(config, rngs=nnx.Rngs(0))
-
-
 def random_numbers(abstract):
     """Every parameter drawn anew, nothing left at zero or one; initialisers would take longer to compile."""
     rng = np.random.default_rng(0)
@@ -67,7 +60,7 @@ def random_numbers(abstract):
 
 def build(config, backbone=Patches):
     """The detector as a jitted function, with `random_numbers`."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_detector(config, backbone)))
+    graphdef, abstract = nnx.split(abstract_detector(config, backbone))
     state = random_numbers(abstract)
     call = jax.jit(lambda state, image, valid, key: nnx.merge(graphdef, state)(image, valid, dropout_key=key))
     return lambda image, valid, dropout_key=None: call(state, image, valid, dropout_key)
@@ -82,7 +75,7 @@ def published():
 
 def parameters(config):
     """The trained parameters, by path, without making them."""
-    state = nnx.state(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))), nnx.Param)
+    state = nnx.state(abstract_detector(config), nnx.Param)
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -291,4 +284,4 @@ def test_queries_follow_their_positions(halves):
 )
 def test_bad_fields_are_named(changes, sentence):
     with pytest.raises((UserError, ValueError), match=sentence):
-        nnx.eval_shape(lambda: build_detector(small(**changes), rngs=nnx.Rngs(0)))
+        abstract_detector(small(**changes))

@@ -11,10 +11,9 @@ from flax import nnx
 
 from configs import demo, smca
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.weights import FAMILIES, torch_shapes
-from tests.drawn_arrays import Patches, abstract_detector
+from tests.drawn_arrays import Patches, abstract_detector, new_detector
 
 FIELDS = {
     "num_classes": 5,
@@ -50,12 +49,6 @@ def small(**changes):
         config.model.encoder = changes.pop("encoder")
     config.model.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
-
-
-def new_detector(config, backbone=Patches):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deperceiver_jax.models.smca.ResNet", backbone)
-        return build_detector(config, rngs=nnx.Rngs(0))
 
 
 def build(config, backbone=Patches):
