@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from deperceiver_jax import build_detector
 from deperceiver_jax.command_line import parse_config
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.training.train_state import take_apart
+from tests.drawn_arrays import abstract_detector
 
 FILES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "demo", "ladder")
 
@@ -32,7 +32,7 @@ def models():
 @pytest.mark.parametrize("name, variant", models(), ids=lambda value: value)
 def test_variant_builds(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     group_multipliers(take_apart(detector)[1], config.optimizer.groups)
     image = jnp.zeros((1, 256, 320, 3))
     predictions = nnx.eval_shape(lambda detector: detector(image, jnp.ones((1, 256, 320), bool)), detector)
@@ -68,7 +68,7 @@ def test_every_row_of_the_smca_table_is_a_command(row):
     """It builds, and has the parameters that the table says, which are the paper's, rounded, or the official log's."""
     command, counts = rows_of_the_smca_table()[row]
     config = parse_config(["train.py", *command])
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     trained = sum(math.prod(x.shape) for x in take_apart(detector)[1].values())
     assert bool(counts) == (len(config.model.strides) > 1)
     if counts:

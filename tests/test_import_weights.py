@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
 
 import eval as eval_program
 import predict as predict_program
@@ -24,7 +23,6 @@ from deperceiver_jax import import_weights as program
 from deperceiver_jax import load_detector
 from deperceiver_jax.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.stored_detector import find_detector, load_params
 from deperceiver_jax.training.workdir import flat_fields
 from deperceiver_jax.weights import to_torch_state, torch_shapes
@@ -33,6 +31,7 @@ from deperceiver_jax.weights.seeded import seeded_state_dict
 from deperceiver_jax.weights.tables import LAYOUTS
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.torch_writer import write_state_dict
+from tests.drawn_arrays import abstract_detector
 
 DETR = {
     "model.backbone.depth": 18,
@@ -58,7 +57,7 @@ def arguments_of(family: str, variant: str, fields: dict) -> list[str]:
 def make_state(config, fields: dict, layout: str = "official", **sizes) -> dict[str, np.ndarray]:
     """A state dict of a small model with the names and numbers of latents and queries that a file has."""
     config.update_from_flattened_dict({**fields, **sizes})
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     return seeded_state_dict(torch_shapes(detector, LAYOUTS[layout][config.model.name](config.model)))
 
 
@@ -186,7 +185,7 @@ def test_only_a_backbone(tmp_path, capsys):
     """A torchvision ResNet: everything else is new."""
     config = detr.get_config("r50")
     config.update_from_flattened_dict(DETR)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     state = seeded_state_dict(torch_shapes(detector.backbone, NameRules(tuple(resnet_rules()))))
     extra = {"fc.weight": np.zeros((10, 64), np.float32), "fc.bias": np.zeros(10, np.float32)}
     safetensors.numpy.save_file({**state, **extra}, tmp_path / "resnet.safetensors")

@@ -6,13 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from deperceiver_jax import UserError, load_detector
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.training.workdir import read_config
+from tests.drawn_arrays import abstract_detector
 
 
 def arrays_of(detector):
@@ -31,7 +30,7 @@ def test_a_workdir(workdir):
     assert config.to_dict() == read_config(workdir / "config.json").to_dict()
     assert classes.names == ("white", "green") and classes.num_slots == config.model.num_classes == 2
     averaged, plain = arrays_of(detector), arrays_of(load_detector(workdir, "best")[0])
-    _, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+    _, params, others = take_apart(abstract_detector(config))
     assert {path: x.shape for path, x in averaged.items()} == {
         path: x.shape for path, x in {**params, **others}.items()
     }

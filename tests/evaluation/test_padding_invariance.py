@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from configs.deperceiver import get_config
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.train_state import take_apart
+from tests.drawn_arrays import abstract_detector
 
 SIZES = {"a": (100, 140), "b": (140, 150)}
 # Largest difference of logits and of boxes, as shares of the image. Measured 3e-6 and 4e-7 where only rounding differs;
@@ -40,7 +39,7 @@ def test_bucket_and_batch_do_not_matter(norm, random_arrays):
     config.model.backbone.update(depth=18, width=16, norm=norm, frozen_stages=0)
     config.model.update(embed_dim=64, num_queries=10, num_classes=3)
     config.model.encoder.update(num_latents=32, latent_dim=64, num_blocks=1, layers_per_block=2, self_heads=4)
-    skeleton, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+    skeleton, params, others = take_apart(abstract_detector(config))
     arrays = random_arrays({**params, **others})
     run = jax.jit(lambda arrays, *batch: skeleton.merge(arrays)(*batch))
 

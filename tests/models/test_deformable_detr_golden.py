@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from configs.deformable_detr import VARIANTS, get_config
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.weights import FAMILIES, load_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import with_copies
 from deperceiver_jax.weights.seeded import seeded_array
+from tests.drawn_arrays import abstract_detector
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "deformable_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame
@@ -41,7 +41,7 @@ def test_logits_and_boxes_are_the_official_ones(variant):
     if config.model.two_stage:
         config.model.num_queries = 100
     rules = FAMILIES["deformable_detr"](config.model)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     state = with_copies({name: seeded(name, shape) for name, shape in torch_shapes(detector, rules).items()}, rules)
     assert len(state) == NUM_KEYS[variant]
     load_torch_state(detector, state, rules)

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from configs.deperceiver import get_config
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.weights import load_torch_state, torch_shapes
 from deperceiver_jax.weights.seeded import seeded_state_dict
 from deperceiver_jax.weights.tables import FAMILIES
+from tests.drawn_arrays import abstract_detector
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "deperceiver_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame
@@ -47,7 +47,7 @@ def test_logits_and_boxes_are_the_official_ones(name):
     config.model.encoder.num_latents = 1024  # the official code's default
     config.model.decoder.update(changes)
     rules = FAMILIES["deperceiver"](config.model)
-    detector = nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(config)
     state = seeded_state_dict(torch_shapes(detector, rules))
     assert len(state) == num_keys
     load_torch_state(detector, state, rules)

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from configs import demo
 from deperceiver_jax.command_line import run
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.load import LoadedDetector
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.attention_record import DenseRecord
 from deperceiver_jax.training.train_state import take_apart
 from deperceiver_jax.visualize import __main__ as visualize
@@ -25,6 +23,7 @@ from deperceiver_jax.visualize.attention_maps import (
 )
 from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.one_image import see
+from tests.drawn_arrays import abstract_detector
 
 CLASSES = ClassMap.from_categories([(1, "round"), (2, "square")])
 FRAME = Frame(np.full((32, 48, 3), 90, np.uint8), (8, 16))  # cells: 4 x 6, then 2 x 3
@@ -147,7 +146,7 @@ def test_every_family_is_drawn(family, random_arrays, tmp_path):
     config = tiny(family)
     if family == "deperceiver":
         config.model.update_from_flattened_dict({**LATENTS_AS_QUERIES, "decoder.num_layers": 0})
-    skeleton, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+    skeleton, params, others = take_apart(abstract_detector(config))
     loaded = LoadedDetector(skeleton, random_arrays({**params, **others}), config, CLASSES)
     image = np.random.default_rng(0).integers(0, 256, (70, 50, 3), np.uint8)
     config.data.update(eval_scale=64, eval_max_size=96)
