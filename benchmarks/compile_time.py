@@ -4,6 +4,8 @@
 
 The step is the one that train.py runs and preflight compiles, for images of 832 x 1344, in bfloat16; no TPU is needed,
 only libtpu. Processor seconds are of all threads, tracing included, and mean something on a busy machine.
+
+libtpu writes the code of equal operations once. LIBTPU_INIT_ARGS=--xla_jf_hlo_deduplication=false takes that from it.
 """
 
 import sys
@@ -36,26 +38,27 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values, rest = parse_flags(argv, define_flags, __doc__)
     _, devices = open_topology(values.topology)
-    print("| step | processor s, loops | written out | ratio | wall s | | ratio | temporaries GiB | |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| step | processor s, loops | written out | ratio | wall s | | ratio | code MiB | | ratio | temp. GiB | |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in values.configs:
         config = parse_config([argv[0], f"--config={ROOT / name}", "--config.precision=bfloat16", *rest[1:]])
         config.data.batch_size = values.images * len(devices)
         loops, written = (compile_once(config, devices, unroll) for unroll in (False, True))
-        pairs = zip(loops[:2], written[:2], strict=True)
+        pairs = zip(loops[:3], written[:3], strict=True)
         cells = " | ".join(f"{loop:.0f} | {flat:.0f} | {loop / flat:.2f}" for loop, flat in pairs)
-        memory = f"{loops[2] / GIB:.2f} | {written[2] / GIB:.2f}"
+        memory = f"{loops[3] / GIB:.2f} | {written[3] / GIB:.2f}"
         print(f"| {name.removeprefix('configs/')} | {cells} | {memory} |", flush=True)
 
 
-def compile_once(config: ConfigDict, devices, unroll: bool) -> tuple[float, float, int]:
-    """(processor seconds, seconds, bytes of temporaries)."""
+def compile_once(config: ConfigDict, devices, unroll: bool) -> tuple[float, float, float, int]:
+    """(processor seconds, seconds, MiB of code, bytes of temporaries)."""
     processor, wall = time.process_time(), time.perf_counter()
     with mock.patch.object(LayerStack, "unroll", unroll):
         compiled = trace_step(config, devices, BUCKET, NOMINAL_BOXES).lower().compile()
     seconds = time.process_time() - processor, time.perf_counter() - wall
     print(f"{config.model.name}, unroll {unroll}: {seconds[0]:.0f} s, {seconds[1]:.0f} s", file=sys.stderr, flush=True)
-    return *seconds, compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    return *seconds, memory.generated_code_size_in_bytes / 2**20, memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":
