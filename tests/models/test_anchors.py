@@ -42,6 +42,7 @@ def test_the_gaussian_is_around_the_box():
 
 def test_boxes_start_at_their_anchors():
     config = demo.get_config("deperceiver")
+    config.model.encoder.update(num_blocks=1, num_cross_attentions=1)  # fewer to compile
     detector = nnx.jit(lambda: new_detector(config))()
     graphdef, anchors, rest = nnx.split(detector, lambda path, _: path[:2] == ("decoder", "anchors"), ...)
     image = jax.random.normal(jax.random.key(0), (1, 64, 64, 3))
