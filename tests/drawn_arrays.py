@@ -84,11 +84,11 @@ def extents_seen(config, image, valid):
     return seen[0]
 
 
-def start_beside_backbone(build):
-    """{path: array} of what the detector trains, as it starts, without the backbone, which takes longest to compile."""
+def start_beside_backbone(config):
+    """{path: array} of what the detector of `config` trains, as it starts, without its backbone, whose start takes
+    longest to compile."""
 
     def parameters():
-        _, trained, _ = take_apart(build())
-        return {path: x for path, x in trained.items() if not path.startswith("backbone/")}
+        return take_apart(new_detector(config))[1]
 
     return jax.tree.map(np.asarray, jax.jit(parameters)())

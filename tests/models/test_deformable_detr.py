@@ -22,7 +22,6 @@ from tests.drawn_arrays import (
     Patches,
     abstract_detector,
     extents_seen,
-    new_detector,
     pyramid_of,
     start_beside_backbone,
 )
@@ -105,7 +104,7 @@ def test_variants():
 @pytest.mark.parametrize("changes", [{}, REFINE, TWO_STAGE])
 def test_start(changes):
     """Classes at 1 %, boxes at their references; sizes of sigmoid(-2) of the image, or of the proposals."""
-    start = start_beside_backbone(lambda: new_detector(small(**changes)))
+    start = start_beside_backbone(small(**changes))
     heads = "decoder/layers/layers/heads" if changes else "decoder/heads"
     np.testing.assert_allclose(start[f"{heads}/class_head/linear/bias"], -math.log(99), rtol=1e-6)
     assert not start[f"{heads}/box_head/mlp/layers/2/kernel"].any()

@@ -12,7 +12,7 @@ from configs import detr
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.resnet import ResNet
 from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder
-from tests.drawn_arrays import abstract_detector, new_detector, start_beside_backbone
+from tests.drawn_arrays import abstract_detector, start_beside_backbone
 
 
 class Patches(nnx.Module):
@@ -127,7 +127,7 @@ def test_published_start():
     """Xavier over the three input matrices of an attention together; layers start with the same MLP biases."""
     config = detr.get_config("r50")
     config.model.encoder.num_layers = config.model.decoder.num_layers = 2
-    start = start_beside_backbone(lambda: new_detector(config))
+    start = start_beside_backbone(config)
     bounds = {  # path below encoder/layers/layers: bound of its uniform range
         "attention/query/kernel": math.sqrt(6 / 1024),
         "attention/key/kernel": math.sqrt(6 / 1024),
