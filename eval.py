@@ -13,14 +13,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from deperceiver_jax import processes
-from deperceiver_jax.command_line import parse_flags, run
-from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.evaluation.coco_metric import metric_table
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
-from deperceiver_jax.load import define_detector_flags, load_for_command
+from deperceiver_jax.program import processes
+from deperceiver_jax.program.command_line import parse_flags, run
+from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.runs.load_detector import define_detector_flags, load_for_command
 from deperceiver_jax.sharding import make_mesh, replicated
 
 

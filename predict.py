@@ -18,17 +18,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from deperceiver_jax.command_line import parse_flags, run
-from deperceiver_jax.compilation_cache import keep_compiled
-from deperceiver_jax.data.loader import image_batches
-from deperceiver_jax.data.pixels import decode_image
+from deperceiver_jax.data.batches.loader import image_batches
+from deperceiver_jax.data.batches.pixels import decode_image
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import coco_results
 from deperceiver_jax.evaluation.evaluate import detect, make_detect_step
-from deperceiver_jax.load import define_detector_flags, load_for_command
+from deperceiver_jax.program.command_line import parse_flags, run
+from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.runs.load_detector import define_detector_flags, load_for_command
 from deperceiver_jax.sharding import make_mesh, replicated
 from deperceiver_jax.structures import Detections
-from deperceiver_jax.visualize.boxes import draw_detections
+from deperceiver_jax.visualize.draw_boxes import draw_detections
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # what is taken from a folder
 

@@ -3,41 +3,37 @@
     python train.py --config=configs/deperceiver.py:r50_16 --workdir=runs/x --config.data.directory=/data/coco
 
 --config.a.b=value changes a field. SIGTERM and Ctrl-C save and leave; the same command goes on from there. On several
-machines, give each the same command (README.md, "Devices and hosts").
+machines, give each the same command (docs/devices.md).
 """
 
 import contextlib
-import functools
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
-from flax import nnx
 
-from deperceiver_jax import processes
-from deperceiver_jax.command_line import parse_config, parse_flags, run
-from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data import TrainBatches, open_source
+from deperceiver_jax.data.batches.plan import evaluation_buckets
 from deperceiver_jax.data.classes import require_same_classes
-from deperceiver_jax.data.plan import evaluation_buckets
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
-from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.losses.set_loss import set_loss
-from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.sizes import check_sizes
+from deperceiver_jax.models import field_needs
+from deperceiver_jax.program import processes
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run
+from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.program.shutdown import Shutdown
+from deperceiver_jax.runs.workdir import check_workdir, write_workdir
 from deperceiver_jax.sharding import make_mesh, shard_batch
+from deperceiver_jax.training.build import build_training
+from deperceiver_jax.training.check_sizes import check_sizes
 from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
 from deperceiver_jax.training.compile_ahead import compile_sizes
 from deperceiver_jax.training.metric_log import MetricLog
-from deperceiver_jax.training.optimizer import learning_rate_schedule
-from deperceiver_jax.training.shutdown import Shutdown
 from deperceiver_jax.training.start import describe_run, first_state
 from deperceiver_jax.training.timetable import due, last_step
-from deperceiver_jax.training.train_state import inference_arrays, plan_train_state
-from deperceiver_jax.training.train_step import make_train_step, non_finite_term
-from deperceiver_jax.training.workdir import check_workdir, write_workdir
+from deperceiver_jax.training.train_state import inference_arrays
+from deperceiver_jax.training.train_step import non_finite_term
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -48,7 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     # Chapter 1: the config. Nothing is written before chapter 6.
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    config = parse_config(config_arguments)
+    config = parse_config(config_arguments, needs=field_needs)
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the run shall live in.")
     workdir = Path(values.workdir).expanduser()
@@ -73,11 +69,7 @@ def main(argv: list[str]) -> None:
     is_saved = due(config.train, "checkpoint_every", per_epoch, num_steps)
 
     # Chapter 4: the model and its two jitted steps.
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=per_epoch, num_steps=num_steps)
-    build = functools.partial(build_detector, config)
-    plan = plan_train_state(lambda: build(rngs=nnx.Rngs(config.seed)), config.optimizer, schedule, mesh)
-    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
-    train_step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
+    plan, _, _, train_step = build_training(config, mesh, steps_per_epoch=per_epoch, num_steps=num_steps)
     detect_step = make_detect_step(plan.skeleton.merge, config, mesh)
     sizes = [*batches.buckets, *evaluation_buckets(eval_source.sizes, config.data)]
     check_sizes(plan.skeleton.merge, inference_arrays(plan.abstract), sizes)

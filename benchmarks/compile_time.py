@@ -8,22 +8,24 @@ only libtpu. Processor seconds are of all threads, tracing included, and mean so
 libtpu writes the code of equal operations once. LIBTPU_INIT_ARGS=--xla_jf_hlo_deduplication=false takes that from it.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
 from unittest import mock
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deperceiver_jax.command_line import parse_config, parse_flags, run  # noqa: E402
-from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
+from deperceiver_jax.models import field_needs  # noqa: E402
 from deperceiver_jax.preflight.chips import GIB, open_topology  # noqa: E402
 from deperceiver_jax.preflight.nominal import NOMINAL_BOXES  # noqa: E402
 from deperceiver_jax.preflight.program import trace_step  # noqa: E402
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
 
 BUCKET = (832, 1344)
 
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> None:
     print("| step | processor s, loops | written out | ratio | wall s | | ratio | code MiB | | ratio | temp. GiB | |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in values.configs:
-        config = parse_config([argv[0], f"--config={ROOT / name}", "--config.precision=bfloat16", *rest[1:]])
+        config = parse_config(
+            [argv[0], f"--config={ROOT / name}", "--config.precision=bfloat16", *rest[1:]], needs=field_needs
+        )
         config.data.batch_size = values.images * len(devices)
         loops, written = (compile_once(config, devices, unroll) for unroll in (False, True))
         *pairs, temporaries = zip(loops, written, strict=True)
@@ -58,7 +62,8 @@ def compare(loops: float, written: float) -> str:
 def compile_once(config: ConfigDict, devices, unroll: bool) -> tuple[float, float, float, float]:
     """(processor seconds, seconds, MiB of code, GiB of temporaries)."""
     processor, wall = time.process_time(), time.perf_counter()
-    with mock.patch.object(LayerStack, "unroll", unroll):
+    scan = functools.partial(jax.lax.scan, unroll=True) if unroll else jax.lax.scan
+    with mock.patch.object(jax.lax, "scan", scan):
         compiled = trace_step(config, devices, BUCKET, NOMINAL_BOXES).lower().compile()
     seconds = time.process_time() - processor, time.perf_counter() - wall
     print(f"{config.model.name}, unroll {unroll}: {seconds[0]:.0f} s, {seconds[1]:.0f} s", file=sys.stderr, flush=True)

@@ -85,7 +85,7 @@ def jax_function(sampling: str):
     import jax
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from deperceiver_jax.models.level_sampling import sample_levels
+    from deperceiver_jax.models.attention.level_sampling import sample_levels
 
     def output_and_gradients(value, location, weight, gradient):
         def run(value, location, weight):

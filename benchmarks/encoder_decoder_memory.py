@@ -16,6 +16,7 @@ OUTPUT/memory.png with matplotlib (pip install '.[plots]'); --rows draws again f
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -32,13 +33,18 @@ from jax.extend.core import ClosedJaxpr, Jaxpr  # noqa: E402
 
 from configs import deperceiver, deperceiver_plus, detr  # noqa: E402
 from deperceiver_jax.models import build_detector  # noqa: E402
-from deperceiver_jax.models.attention import MultiHeadAttention  # noqa: E402
-from deperceiver_jax.models.deformable_transformer import make_pyramid  # noqa: E402
-from deperceiver_jax.models.deperceiver_plus import Sight, first_latents  # noqa: E402
-from deperceiver_jax.models.layer_stack import LayerStack  # noqa: E402
-from deperceiver_jax.models.perceiver_io import PerceiverDecoder, PerceiverEncoder  # noqa: E402
-from deperceiver_jax.models.tokens import size_in_whole_cells  # noqa: E402
-from deperceiver_jax.models.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
+from deperceiver_jax.models.deperceiver.perceiver_io import (  # noqa: E402
+    DecoderFields,
+    EncoderFields,
+    PerceiverDecoder,
+    PerceiverEncoder,
+)
+from deperceiver_jax.models.deperceiver_plus.denoising import AttentionMask  # noqa: E402
+from deperceiver_jax.models.detr.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
+from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens  # noqa: E402
+from deperceiver_jax.models.features.tokens import flatten_map, size_in_whole_cells  # noqa: E402
+from deperceiver_jax.models.layers.compute import Compute  # noqa: E402
+from deperceiver_jax.models.layers.layer_stack import apply_rematerialized  # noqa: E402
 from deperceiver_jax.preflight.chips import open_topology  # noqa: E402
 from deperceiver_jax.preflight.program import needed_bytes  # noqa: E402
 
@@ -110,37 +116,34 @@ def count_tokens(size: tuple[int, int], stride: str) -> int:
 
 def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
     """(encoder, decoder) with abstract parameters; of DePerceiver+ the neck's blocks, the start and the decoder."""
+    attention = "xla" if kind == "plain" else "flash" if platform == "tpu" else "chunked"
 
     def build():
-        shared = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
+        compute = Compute(jnp.float32, attention, rematerialize=KINDS[kind])
+        shared = dict(dropout=0.0, compute=compute, rngs=nnx.Rngs(0))
         if model == "DETR":
             m = detr.get_config("r50").model
-            shared |= dict(pre_norm=False, dropout=0.0)
+            shared |= dict(pre_norm=False)
             halves = [
                 TransformerEncoder(WIDTH, **m.encoder.to_dict(), **shared),
                 TransformerDecoder(WIDTH, QUERIES, **m.decoder.to_dict(), **shared),
             ]
         elif model == "DePerceiver+":
-            detector = build_detector(deperceiver_plus.get_config("r50_multiscale"), rngs=nnx.Rngs(0))
+            config = deperceiver_plus.get_config("r50_multiscale")
+            config.update(attention=attention, rematerialize=KINDS[kind])
+            detector = build_detector(config, rngs=nnx.Rngs(0))
             halves = [detector.levels.blocks, detector.start, detector.decoder]
         else:
             m = deperceiver.get_config("r50_16").model
             m.encoder.num_latents = LATENTS
-            decoder = dict(m.decoder.to_dict(), latents_have_places=False)
+            decoder = dict(latents_have_places=False, compute=compute, rngs=nnx.Rngs(0))
             halves = [
-                PerceiverEncoder(WIDTH, **m.encoder.to_dict(), dropout=0.0, **shared),
-                PerceiverDecoder(WIDTH, WIDTH, QUERIES, **decoder, **shared),
+                PerceiverEncoder(WIDTH, EncoderFields(**m.encoder.to_dict()), **shared),
+                PerceiverDecoder(WIDTH, WIDTH, QUERIES, DecoderFields(**m.decoder.to_dict()), **decoder),
             ]
         return nnx.List(halves)
 
-    halves = nnx.eval_shape(build)
-    efficient = "flash" if platform == "tpu" else "chunked"
-    for _, part in nnx.iter_graph(halves):
-        if isinstance(part, MultiHeadAttention):
-            part.implementation = "xla" if kind == "plain" else efficient
-        if isinstance(part, LayerStack):
-            part.rematerialize = KINDS[kind]
-    return halves
+    return nnx.eval_shape(build)
 
 
 def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=None) -> dict:
@@ -151,15 +154,18 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
 
     def apply(params, x):
         parts = nnx.merge(graphdef, params)
+        map_valid = [jnp.ones((1, *level), bool) for level in level_sizes(size, stride)]
+        maps = [jnp.zeros((*valid.shape, 1)) for valid in map_valid]
+        image = make_level_tokens(maps, map_valid, size_in_whole_cells(map_valid)).replace(tokens=x)
         if model == "DePerceiver+":
             neck, start, decoder = parts
-            map_valid = [jnp.ones((1, *level), bool) for level in level_sizes(size, stride)]
-            x, pyramid = through_neck(neck, x, map_valid), make_pyramid(map_valid, size_in_whole_cells(map_valid))
-            proposals, content, boxes = first_latents(start, x, pyramid, None, again=decoder.layers.rematerialize)
-            return decoder(content, boxes, x, x, pyramid, Sight()), proposals
+            x = through_neck(neck, image, map_valid)
+            image = image.replace(tokens=x, position=x)
+            begin = functools.partial(apply_rematerialized, start) if KINDS[kind] else start
+            proposals, content, boxes = begin(image, None)
+            return decoder(content, boxes, image, AttentionMask()), proposals
         encoder, decoder = parts
-        valid = jnp.ones(x.shape[:2], bool)
-        return decoder(encoder(x, x, valid), x, valid) if model == "DETR" else decoder(encoder(x, valid))
+        return decoder(encoder(x, x, image.valid), x, image.valid) if model == "DETR" else decoder(encoder(image))
 
     kept = jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], params, x)
     row = dict(model=model, kind=kind, size=size, stride=stride, tokens=tokens)
@@ -171,14 +177,10 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
     return row
 
 
-def through_neck(neck: nnx.List, tokens, map_valid: list):
+def through_neck(neck: nnx.List, image: LevelTokens, map_valid: list):
     """The tokens of all levels after their maps' blocks."""
-    ends = np.cumsum([valid.size for valid in map_valid])[:-1]
-    maps = [
-        blocks(part.reshape(*valid.shape, WIDTH), valid).reshape(part.shape)
-        for blocks, part, valid in zip(neck, jnp.split(tokens, ends, axis=1), map_valid, strict=False)
-    ]
-    return jnp.concatenate(maps, axis=1)
+    maps = zip(neck, image.maps(image.tokens), map_valid, strict=False)
+    return jnp.concatenate([flatten_map(blocks(x, valid)) for blocks, x, valid in maps], axis=1)
 
 
 def compile_step(step, params, x, device) -> dict:

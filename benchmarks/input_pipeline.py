@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import input_workers  # noqa: E402
 from configs.base import base  # noqa: E402
-from deperceiver_jax.data.geometry import Geometry, training_geometry, transform_boxes  # noqa: E402
-from deperceiver_jax.data.pixels import decode_image, place_image  # noqa: E402
-from deperceiver_jax.data.plan import training_buckets, training_plan  # noqa: E402
+from deperceiver_jax.data.batches.geometry import Geometry, training_geometry, transform_boxes  # noqa: E402
+from deperceiver_jax.data.batches.pixels import decode_image, place_image  # noqa: E402
+from deperceiver_jax.data.batches.plan import training_buckets, training_plan  # noqa: E402
 
 COCO = flags.DEFINE_string("coco", "", "A folder in COCO's layout, whose training photographs are loaded.")
 ANNOTATIONS = flags.DEFINE_string("annotations", "", "A COCO annotation file, whose image sizes are planned.")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
-from deperceiver_jax.data.loader import TrainBatches
-from deperceiver_jax.data.workers import _Sent
+from deperceiver_jax.data.batches.loader import TrainBatches
+from deperceiver_jax.data.batches.workers import _Sent
 
 STEP = 256  # images, a global batch of published TPU runs
 

@@ -2,7 +2,7 @@
 
     python benchmarks/matching.py
     python benchmarks/matching.py --queries=300 --slots=100
-    python benchmarks/matching.py --layers=1 --queries=22932 --repeats=4     # proposals of all tokens
+    python benchmarks/matching.py --layers=1 --queries=22932     # proposals of all tokens
 
 The costs are those of random predictions, some of them near their boxes, under DETR's weights. Box counts are spread
 like COCO's: mean 7, many images with one or two boxes, one with as many as there are slots. A batch's time is the
@@ -38,7 +38,6 @@ LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.")
 IMAGES = flags.DEFINE_integer("images", 16, "Images.")
 QUERIES = flags.DEFINE_integer("queries", 100, "Queries of each layer.")
 SLOTS = flags.DEFINE_integer("slots", 63, "Box slots of each image, as many as COCO's fullest image needs.")
-REPEATS = flags.DEFINE_integer("repeats", 1, "Queries for every box; with several, only SciPy is timed.")
 BATCHES = flags.DEFINE_integer("batches", 8, "Batches of that many images.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Calls for each batch and row.")
 
@@ -111,10 +110,7 @@ def main(_) -> None:
     inputs = [make_problem(rng, batch_counts) for batch_counts in counts]
     inputs = [(jax.device_put(predictions), shard_batch(batch, mesh)) for predictions, batch in inputs]
     cost_of = jax.jit(partial(matching_cost, classification=build_classification(config.loss), config=config.matcher))
-    on_device = [
-        (cost_of(predictions, batch), jnp.concatenate([batch.box_valid] * REPEATS.value, axis=1))
-        for predictions, batch in inputs
-    ]
+    on_device = [(cost_of(predictions, batch), batch.box_valid) for predictions, batch in inputs]
     on_host = [(np.ascontiguousarray(cost.swapaxes(2, 3)).swapaxes(2, 3), valid) for cost, valid in on_device]
     on_host = jax.tree.map(np.asarray, on_host)
 
@@ -130,9 +126,8 @@ def main(_) -> None:
         ("optax, vmapped, under jit", jax.jit(optax_assignment), on_device),
         ("`matching_cost` under jit", cost_of, inputs),
     ]
-    rows += others if REPEATS.value == 1 else []
-    sizes = f"{QUERIES.value} queries, {SLOTS.value} box slots, {REPEATS.value} queries a box"
-    print(f"{LAYERS.value} layers x {IMAGES.value} images, {sizes}")
+    rows += others
+    print(f"{LAYERS.value} layers x {IMAGES.value} images, {QUERIES.value} queries, {SLOTS.value} box slots")
     print(f"{BATCHES.value} batches; boxes per image: mean {counts.mean():.1f}, largest {counts.max()}")
     print(
         f"jax {jax.__version__}, scipy {scipy.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}"

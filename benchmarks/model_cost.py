@@ -8,7 +8,6 @@ step of one image reserves on this platform: its temporary arrays, and parameter
 minutes to compile, and nothing is run.
 """
 
-import functools
 import re
 import sys
 from pathlib import Path
@@ -16,22 +15,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
-from flax import nnx
-from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deperceiver_jax.command_line import parse_config, parse_flags, run  # noqa: E402
 from deperceiver_jax.errors import UserError  # noqa: E402
-from deperceiver_jax.losses.classification import build_classification  # noqa: E402
-from deperceiver_jax.losses.set_loss import set_loss  # noqa: E402
-from deperceiver_jax.models import build_detector  # noqa: E402
+from deperceiver_jax.models import field_needs  # noqa: E402
 from deperceiver_jax.preflight.arithmetic import count_flops  # noqa: E402
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
 from deperceiver_jax.sharding import make_mesh  # noqa: E402
-from deperceiver_jax.structures import Batch  # noqa: E402
-from deperceiver_jax.training.optimizer import learning_rate_schedule  # noqa: E402
-from deperceiver_jax.training.train_state import Plan, count_parameters, inference_arrays, plan_train_state  # noqa: E402
-from deperceiver_jax.training.train_step import make_train_step  # noqa: E402
+from deperceiver_jax.training.build import build_training  # noqa: E402
+from deperceiver_jax.training.compile_ahead import abstract_batch  # noqa: E402
+from deperceiver_jax.training.train_state import Plan, count_parameters, inference_arrays  # noqa: E402
 
 BOX_SLOTS = 64  # of an image, as COCO's fullest need
 
@@ -43,14 +37,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    config = parse_config(config_arguments)
+    config = parse_config(config_arguments, needs=field_needs)
     if not (match := re.fullmatch(r"(\d+)x(\d+)", values.size)):
         raise UserError(f"--size is {values.size}; it is to be like 800x1066.")
     size = (int(match[1]), int(match[2]))
     config.data.batch_size = 1
     mesh = make_mesh(devices=jax.devices()[:1])
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000, num_steps=1000)
-    plan = plan_train_state(lambda: build_detector(config, rngs=nnx.Rngs(0)), config.optimizer, schedule, mesh)
+    plan, _, _, train_step = build_training(config, mesh, steps_per_epoch=1000, num_steps=1000)
 
     trained, frozen = count_parameters(plan.abstract)
     print(f"{config.model.name}, {size[0]} x {size[1]} pixels, {config.precision}, {mesh.devices.flat[0].platform}")
@@ -58,7 +51,7 @@ def main(argv: list[str]) -> None:
     operations = forward_operations(plan, size)
     print(f"a forward pass: {operations / 2e9:.1f} G multiply-adds, {operations / 1e9:.1f} GFLOPs", flush=True)
     if values.memory:
-        temporary, arguments = step_memory(plan, config, schedule, mesh, size)
+        temporary, arguments = step_memory(plan, train_step, size)
         print(f"a training step: {temporary / 2**30:.2f} GiB, and {arguments / 2**30:.2f} GiB of state and batch")
 
 
@@ -72,20 +65,9 @@ def forward_operations(plan: Plan, size: tuple[int, int]) -> int:
     return count_flops(jax.make_jaxpr(forward)(inference_arrays(plan.abstract), image, pixel_valid), "cpu")
 
 
-def step_memory(plan: Plan, config: ConfigDict, schedule, mesh, size: tuple[int, int]) -> tuple[int, int]:
+def step_memory(plan: Plan, train_step, size: tuple[int, int]) -> tuple[int, int]:
     """Bytes of the compiled train step for one image: (temporary arrays, what it is given)."""
-    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
-    train_step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
-    like = jax.ShapeDtypeStruct
-    batch = Batch(
-        image=like((1, *size, 3), jnp.uint8),
-        size=like((1, 2), jnp.int32),
-        original_size=like((1, 2), jnp.int32),
-        example=like((1,), jnp.int32),
-        boxes=like((1, BOX_SLOTS, 4), jnp.float32),
-        labels=like((1, BOX_SLOTS), jnp.int32),
-        box_valid=like((1, BOX_SLOTS), bool),
-    )
+    batch = abstract_batch(1, size, BOX_SLOTS, None)
     memory = train_step.lower(plan.abstract, batch).compile().memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 

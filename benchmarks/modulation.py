@@ -21,7 +21,11 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs import smca  # noqa: E402
-from deperceiver_jax.models.smca_transformer import ModulatedDecoder, Tokens  # noqa: E402
+from deperceiver_jax.models.features.pyramid import make_level_tokens  # noqa: E402
+from deperceiver_jax.models.features.tokens import feature_valid, size_in_cells  # noqa: E402
+from deperceiver_jax.models.layers.compute import Compute  # noqa: E402
+from deperceiver_jax.models.smca.spatial_modulation import ModulationFields  # noqa: E402
+from deperceiver_jax.models.smca.transformer import ModulatedDecoder  # noqa: E402
 
 VARIANT = flags.DEFINE_string("variant", "r50_single_scale", "Of configs/smca.py.")
 BATCH = flags.DEFINE_integer("batch", 2, "Images.")
@@ -36,28 +40,24 @@ def make_step(strides: tuple[int, ...], **changes):
     """(the compiled step, its arguments) of a decoder whose config fields are changed so."""
     model = smca.get_config(VARIANT.value).model
     model.decoder.update(num_layers=LAYERS.value, **changes)
-    decoder = ModulatedDecoder(
-        dim=model.embed_dim,
-        num_queries=QUERIES.value,
-        num_levels=len(strides),
-        dropout=model.dropout,
-        dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-        **model.decoder,
-    )
+    fields = ModulationFields(**model.decoder)
+    how = dict(dropout=model.dropout, compute=Compute(jnp.float32, "auto", rematerialize=False), rngs=nnx.Rngs(0))
+    decoder = ModulatedDecoder(model.embed_dim, QUERIES.value, fields, strides=strides, **how)
     graphdef, state = nnx.split(decoder)
-    sizes = tuple((-(-HEIGHT.value // stride), -(-WIDTH.value // stride)) for stride in strides)
-    count = sum(height * width for height, width in sizes)
-    content, position = jax.random.normal(jax.random.key(0), (2, BATCH.value, count, model.embed_dim))
-    valid = jnp.ones((BATCH.value, count), bool).at[:, -1].set(False)
+    sizes = [(-(-HEIGHT.value // stride), -(-WIDTH.value // stride)) for stride in strides]
+    maps = [jnp.zeros((BATCH.value, *size, model.embed_dim)) for size in sizes]
+    pixel_valid = jnp.ones((BATCH.value, HEIGHT.value, WIDTH.value), bool).at[:, :, -1].set(False)
+    valid = [feature_valid(pixel_valid, *size) for size in sizes]
+    image = make_level_tokens(maps, valid, size_in_cells(pixel_valid, strides))
+    tokens, position = jax.random.normal(jax.random.key(0), (2, *image.tokens.shape))
     image_size = jnp.full((BATCH.value, 2), 1.0) * jnp.asarray([WIDTH.value, HEIGHT.value])[None]
 
-    def loss(state, content, position, key):
-        memory = Tokens(content, position, valid, sizes, strides)
+    def loss(state, tokens, position, key):
+        memory = image.replace(tokens=tokens, position=position)
         decoded, center = nnx.merge(graphdef, state)(memory, image_size, dropout_key=key)
         return jnp.sum(decoded**2) + (0.0 if center is None else jnp.sum(center**2))
 
-    arguments = (state, content, position, jax.random.key(1))
+    arguments = (state, tokens, position, jax.random.key(1))
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile(), arguments
 
 

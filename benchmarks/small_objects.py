@@ -1,8 +1,8 @@
 """Trains a ladder of detectors on the same pictures of many small objects, with several seeds, and compares them.
 
     python benchmarks/small_objects.py --rows=published,gaussian,proposals --seeds=0,1,2        # the built-in pictures
-    python benchmarks/small_objects.py --rows=hints,detr --coco=/data/folder --overfit --steps=3000
-    python benchmarks/small_objects.py --rows=detr,hints --seeds=100 --rates=3e-4,1e-3,3e-3     # which learning rate
+    python benchmarks/small_objects.py --rows=neck_blocks,detr --coco=/data/folder --overfit --steps=3000
+    python benchmarks/small_objects.py --rows=detr,neck_blocks --seeds=100 --rates=3e-4,1e-3,3e-3  # which learning rate
 
 Rows are variants of configs/ladder.py. Every row and seed is a run of train.py in OUTPUT/ROW/SEED: what is finished is
 not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added; with

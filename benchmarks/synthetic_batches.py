@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from benchmarks.box_counts import coco_box_counts
 from benchmarks.input_pipeline import coco_sizes
-from deperceiver_jax.data.geometry import training_geometry
-from deperceiver_jax.data.plan import GRID, training_buckets, training_plan
+from deperceiver_jax.data.batches.geometry import training_geometry
+from deperceiver_jax.data.batches.plan import GRID, training_buckets, training_plan
 from deperceiver_jax.structures import Batch
 
 SLOTS = 100  # box slots of each image, enough for the fullest of COCO

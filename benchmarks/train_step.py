@@ -37,8 +37,8 @@ from benchmarks.synthetic_batches import (  # noqa: E402
     planned_batches,
     write_batches,
 )
-from deperceiver_jax.command_line import parse_config, parse_flags, run  # noqa: E402
 from deperceiver_jax.errors import UserError  # noqa: E402
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
 
 WITH_PEERS = ["configs/detr.py:r50", "configs/deformable_detr.py:r50"]
 OTHERS = ["deperceiver.py:r50_16", "deperceiver_plus.py:r50_multiscale", "smca.py:r50_multiscale"]
@@ -175,7 +175,7 @@ def peer_model(config: ConfigDict) -> dict | None:
         fields |= {f"{part}_layers": layers.num_layers, f"{part}_attention_heads": layers.num_heads}
         fields |= {f"{part}_ffn_dim": layers.mlp_dim}
     if model.name == "detr":
-        same = (model.stride, model.pre_norm, model.position.encoding) == (32, False, "sine")
+        same = (tuple(model.strides), model.pre_norm, model.position.encoding) == ((32,), False, "sine")
         return fields if same else None
     if (tuple(model.strides), model.extra_levels) not in (((8, 16, 32), 1), ((32,), 0)):
         return None

@@ -3,11 +3,10 @@
     python benchmarks/train_step_jax.py --machine
     python benchmarks/train_step_jax.py --batches=FILE --config=configs/detr.py:r50 --config.precision=bfloat16
 
-What is timed is what trains: the detector, `set_loss` and `make_train_step`, on one device.
+What is timed is what trains: the detector, `set_loss` and the step of `build_training`, on one device.
 """
 
 import copy
-import functools
 import json
 import math
 import os
@@ -21,24 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.synthetic_batches import CLASS_SLOTS, read_batches, useful_share  # noqa: E402
-from deperceiver_jax.command_line import parse_config, parse_flags, run  # noqa: E402
 from deperceiver_jax.errors import UserError  # noqa: E402
-from deperceiver_jax.losses.classification import build_classification  # noqa: E402
-from deperceiver_jax.losses.set_loss import set_loss  # noqa: E402
-from deperceiver_jax.models import build_detector  # noqa: E402
+from deperceiver_jax.models import field_needs  # noqa: E402
 from deperceiver_jax.preflight.arithmetic import count_flops  # noqa: E402
 from deperceiver_jax.preflight.program import trace_step  # noqa: E402
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
 from deperceiver_jax.sharding import batch_sharding, make_mesh, shard_batch  # noqa: E402
 from deperceiver_jax.structures import Assignment, Batch  # noqa: E402
-from deperceiver_jax.training.optimizer import learning_rate_schedule  # noqa: E402
-from deperceiver_jax.training.train_state import Plan, TrainState, plan_train_state  # noqa: E402
-from deperceiver_jax.training.train_step import make_train_step, non_finite_term  # noqa: E402
+from deperceiver_jax.training.build import build_training  # noqa: E402
+from deperceiver_jax.training.train_state import Plan, TrainState  # noqa: E402
+from deperceiver_jax.training.train_step import non_finite_term  # noqa: E402
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -55,7 +51,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(machine()))
         return
     batches = read_batches(Path(values.batches))
-    config = parse_config(rest)
+    config = parse_config(rest, needs=field_needs)
     config.data.batch_size, config.model.num_classes = len(batches[0].image), CLASS_SLOTS
     print(json.dumps(measure(config, batches, values.steps, values.rounds, with_matching=values.matching)))
 
@@ -122,12 +118,8 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
 
 def prepare(config: ConfigDict, mesh) -> tuple[Plan, jax.stages.Wrapped]:
     """The arrays and the jitted step of a training run, as train.py makes them."""
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000, num_steps=1000)
-    plan = plan_train_state(
-        lambda: build_detector(config, rngs=nnx.Rngs(config.seed)), config.optimizer, schedule, mesh
-    )
-    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
-    return plan, make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
+    training = build_training(config, mesh, steps_per_epoch=1000, num_steps=1000)
+    return training.plan, training.step
 
 
 def compile_step(train_step, plan: Plan, batches: list[Batch], mesh) -> dict[tuple[int, ...], jax.stages.Compiled]:

@@ -12,7 +12,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 42
     config.precision = "float32"  # float32 | bfloat16: the compute type; parameters stay float32
-    config.attention = "auto"  # auto | xla | chunked | cudnn | flash: see models/attention_choice.py
+    config.attention = "auto"  # auto | xla | chunked | cudnn | flash: see models/attention/choice.py
     config.rematerialize = False  # layers compute their activations again in the backward pass: less memory, more work
     config.init_from = ""  # start from these parameters: a workdir, a checkpoint step or an import_weights output
 
@@ -50,9 +50,6 @@ def base() -> ConfigDict:
     config.loss.weight_class = 1.0
     config.loss.weight_bbox = 5.0
     config.loss.weight_giou = 2.0
-    config.loss.proposal_repeats = 1  # that each box is matched with (two-stage Deformable DETR, DePerceiver+)
-    config.loss.hint_copies = 0  # of each box, with noise, that DePerceiver+ learns to correct in training; 0: none
-    config.loss.hint_noise = 0.4  # at most: shares of the box for its centre, exponents for its sides
     config.loss.auxiliary = True  # every decoder layer is trained, not only the last
 
     config.matcher = ConfigDict()

@@ -44,7 +44,6 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.loss.classification = "sigmoid_focal"
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
-    config.loss.hint_copies = 2 if variant == "deperceiver_plus" else 0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.groups.backbone.multiplier = 1.0  # nothing is pretrained
     config.optimizer.clip_norm = 1.0
@@ -112,7 +111,7 @@ def detr_model() -> ConfigDict:
     m.num_queries = 64
     m.embed_dim = 128
     m.dropout = 0.0
-    m.stride = 16
+    m.strides = (16,)
     m.encoder.update(num_layers=2, mlp_dim=256)
     m.decoder.update(num_layers=2, mlp_dim=256)
     return m

@@ -42,21 +42,16 @@ def model() -> ConfigDict:
     m.embed_dim = 256  # width of tokens, queries and decoder
     m.dropout = 0.0
     m.relative_boxes = False  # centres as offsets from the queries' anchors
-    m.read_tokens = False  # the queries look at the image tokens as well as at the latents
     m.strides = (16,)  # one level, or several concatenated
+    m.level_dim = 4  # of the tokens' channels, that tell several strides apart; unused with one
 
     m.backbone = resnet()
 
     m.position = ConfigDict()
     m.position.encoding = "sine"  # sine | learned | fourier
-    m.position.use = "add"  # add (to the tokens, once) | keys (alone, at every cross-attention) | concat
+    m.position.use = "add"  # add (to the tokens, once) | keys (alone, at every cross-attention)
     m.position.fourier_bands = 64
     m.position.learned_size = 50  # cells along a side that learned tables hold
-
-    m.levels = ConfigDict()  # how several strides are told apart; unused with one stride
-    m.levels.embedding = "concat"  # concat (embed_dim channels in all) | add
-    m.levels.embed_dim = 4  # channels of the concatenated embedding
-    m.levels.group_norm = False  # GroupNorm(32) after each level's projection
 
     m.encoder = ConfigDict()
     m.encoder.num_latents = 2048  # the paper's text; its code and its figure 2 used 1024
@@ -67,7 +62,6 @@ def model() -> ConfigDict:
     m.encoder.layers_per_block = 6
     m.encoder.share_blocks = True  # the same layers in every block
     m.encoder.num_cross_attentions = 1  # of the image tokens: before the first so many blocks
-    m.encoder.share_cross_attentions = False  # the same weights in each of them
     m.encoder.cross_heads = 1
     m.encoder.self_heads = 8
     m.encoder.mlp_ratio = 1.0
@@ -87,5 +81,4 @@ def model() -> ConfigDict:
     m.decoder.dropout = 0.0  # self-attention probabilities, attention output and MLP output
     m.decoder.anchors = False  # each query has a learned place, and looks at the latents near it first
     m.decoder.anchor_width = 0.1
-    m.decoder.query_scale = 1.0  # standard deviation of the query positions at the start
     return m

@@ -27,7 +27,6 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
 
     config.loss.classification = "sigmoid_focal"
     config.loss.weight_class = 2.0
-    config.loss.hint_copies = 2
     config.matcher.cost_class = 2.0
     config.optimizer.learning_rate = 2e-4
     config.train.num_epochs, drop = _EPOCHS[epochs]
@@ -47,9 +46,13 @@ def model() -> ConfigDict:
     m.strides = (8, 16, 32)  # of the maps whose cells are the tokens
     m.top_down = True  # deeper maps of the backbone are mixed into the finer ones
     m.neck_blocks = 2  # residual blocks of two 3x3 convolutions on each map, after mixing
-    m.start = "proposals"  # proposals (the best tokens of the image) | learned (for every image; without hints)
+    m.start = "proposals"  # proposals (the best tokens of the image) | learned (the same for every image)
 
     m.backbone = resnet()
+
+    m.denoising = ConfigDict()  # in training, noisy copies of each box that latents learn to correct (DN-DETR)
+    m.denoising.copies = 2  # 0: none
+    m.denoising.noise = 0.4  # at most: shares of the box for its centre, exponents for its sides
 
     m.decoder = ConfigDict()
     m.decoder.num_layers = 6

@@ -27,7 +27,7 @@ def get_config(variant: str = "r50") -> ConfigDict:
     config.model.backbone.depth = 101 if variant.startswith("r101") else 50
     if "_dc5" in variant:
         config.model.backbone.dilation = True
-        config.model.stride = 16
+        config.model.strides = (16,)
     # The official rule asks for "backbone" in the name, and its learned position tables are called backbone.1.
     config.optimizer.groups.backbone.pattern = r"^(backbone/|position/(row|column)$)"
     config.optimizer.groups.rest.pattern = r"^(?!backbone/|position/(row|column)$)"
@@ -47,7 +47,7 @@ def model() -> ConfigDict:
     m.embed_dim = 256  # width of tokens and queries
     m.dropout = 0.1  # attention probabilities, sublayer outputs, inside the MLP
     m.pre_norm = False  # norms before each sublayer rather than after each residual sum
-    m.stride = 32  # of the feature map that becomes tokens; 16 with dilation
+    m.strides = (32,)  # of the one feature map that becomes tokens; 16 with dilation
 
     m.backbone = resnet()
 

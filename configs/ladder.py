@@ -4,7 +4,8 @@
 
 All rows see the same images (many small shapes on clutter), through the same narrow ResNet, for the same steps. A
 small shape is about as wide as a cell of stride 8, as COCO's small objects are of stride 32. Each row is the one before
-it with the change that its function makes; docs/deperceiver_plus.md says what came of each.
+it with the change that its function makes; docs/experiments/ladder.md says what came of each, and of two changes that
+were tried and are gone.
 """
 
 from ml_collections import ConfigDict
@@ -73,7 +74,7 @@ def _heads(config: ConfigDict) -> None:
     config.model.decoder.update(cross_heads=4, self_heads=4, mlp_ratio=2.0)
 
 
-def _talking_queries(config: ConfigDict) -> None:
+def _query_self_attention(config: ConfigDict) -> None:
     """Three decoder layers with self-attention among the queries, all of them trained."""
     config.model.decoder.update(num_layers=3, self_attention=True, final_norm=True)
     config.model.decoder.update(self_attention_value="content", residual="content")
@@ -85,27 +86,22 @@ def _key_positions(config: ConfigDict) -> None:
     config.model.position.use = "keys"
 
 
-def _repeated_reading(config: ConfigDict) -> None:
-    """The latents read the image before each of the three blocks, which no longer share weights."""
+def _repeated_cross_attention(config: ConfigDict) -> None:
+    """The latents attend to the image before each of the three blocks, which no longer share weights."""
     config.model.encoder.update(num_cross_attentions=3, share_blocks=False)
 
 
-def _reading_queries(config: ConfigDict) -> None:
-    """The decoder's queries look at the image tokens as well as at the latents."""
-    config.model.read_tokens = True
-
-
-def _answering_latents(config: ConfigDict) -> None:
-    """The queries are the latents: one reading of the image with many heads, then eight layers with GEGLU."""
-    config.model.read_tokens = False
+def _latents_as_queries(config: ConfigDict) -> None:
+    """The queries are the latents: one cross-attention to the image with many heads, then eight layers with GEGLU."""
     config.model.decoder.num_layers = 0
     config.model.encoder.update(num_latents=config.model.num_queries, num_cross_attentions=1)
     config.model.encoder.update(num_blocks=1, layers_per_block=8, cross_heads=8, mlp_ratio=4.0, gated_mlp=True)
 
 
-def _latent_queries(config: ConfigDict) -> None:
+def _cross_attention_in_every_layer(config: ConfigDict) -> None:
     """The queries are the latents: three layers of self-attention and cross-attention to the image, each answering."""
     _use(config, deperceiver_plus.model(), strides=(8,), top_down=False, neck_blocks=0, start="learned")
+    config.model.denoising.copies = 0
     config.model.no_object_logit = True
     config.model.decoder.update(num_layers=3, num_heads=4, mlp_dim=128, gaussian=False, refine=False, least_width=0.03)
 
@@ -132,8 +128,8 @@ def _two_scales(config: ConfigDict) -> None:
     config.model.strides = (4, 8)
 
 
-def _mixing(config: ConfigDict) -> None:
-    """Deeper features mixed into the finer maps."""
+def _top_down(config: ConfigDict) -> None:
+    """A feature pyramid: deeper features are added to the finer maps."""
     config.model.top_down = True
 
 
@@ -142,17 +138,12 @@ def _proposals(config: ConfigDict) -> None:
     config.model.start = "proposals"
 
 
-def _one_to_many(config: ConfigDict) -> None:
-    """In training, four proposals for every box."""
-    config.loss.proposal_repeats = 4
+def _denoising(config: ConfigDict) -> None:
+    """In training, two noisy copies of every box to correct (denoising queries)."""
+    config.model.denoising.copies = 2
 
 
-def _hints(config: ConfigDict) -> None:
-    """In training, two wrong copies of every box to correct (denoising queries)."""
-    config.loss.hint_copies = 2
-
-
-def _neck(config: ConfigDict) -> None:
+def _neck_blocks(config: ConfigDict) -> None:
     """Two residual blocks of 3x3 convolutions on each map: what lies beside a cell tells where an object ends."""
     config.model.neck_blocks = 2
 
@@ -166,21 +157,19 @@ ROWS = {
     "published": _published,
     "small_latents": _small_latents,
     "heads": _heads,
-    "talking_queries": _talking_queries,
+    "query_self_attention": _query_self_attention,
     "key_positions": _key_positions,
-    "repeated_reading": _repeated_reading,
-    "reading_queries": _reading_queries,
-    "answering_latents": _answering_latents,
-    "latent_queries": _latent_queries,
+    "repeated_cross_attention": _repeated_cross_attention,
+    "latents_as_queries": _latents_as_queries,
+    "cross_attention_in_every_layer": _cross_attention_in_every_layer,
     "gaussian": _gaussian,
     "refinement": _refinement,
     "focal": _focal,
     "two_scales": _two_scales,
-    "mixing": _mixing,
+    "top_down": _top_down,
     "proposals": _proposals,
-    "one_to_many": _one_to_many,
-    "hints": _hints,
-    "neck": _neck,
+    "denoising": _denoising,
+    "neck_blocks": _neck_blocks,
     "separate_levels": _separate_levels,
 }
 
@@ -189,15 +178,14 @@ ROWS = {
 
 
 def _deperceiver_plus(config: ConfigDict) -> None:
-    """The parts of configs/deperceiver_plus.py: the row `neck` without `one_to_many`."""
-    _climb(config, "neck")
-    config.loss.proposal_repeats = 1
+    """The parts of configs/deperceiver_plus.py: the row `neck_blocks`."""
+    _climb(config, "neck_blocks")
     config.optimizer.learning_rate = 3e-3
 
 
 def _detr(config: ConfigDict) -> None:
     """DETR at stride 8, three layers each."""
-    _use(config, detr.model(), stride=8)
+    _use(config, detr.model(), strides=(8,))
     config.model.no_object_logit = False
     config.model.encoder.update(num_layers=3, num_heads=4, mlp_dim=128)
     config.model.decoder.update(num_layers=3, num_heads=4, mlp_dim=128)

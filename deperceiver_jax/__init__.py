@@ -5,9 +5,11 @@ The names below are loaded when they are first used, so that loader processes im
 
 import importlib
 
+__version__ = "0.2.0"
+
 _ROOMS = {
     "build_detector": "deperceiver_jax.models",
-    "load_detector": "deperceiver_jax.load",
+    "load_detector": "deperceiver_jax.runs.load_detector",
     "Batch": "deperceiver_jax.structures",
     "Detections": "deperceiver_jax.structures",
     "Predictions": "deperceiver_jax.structures",

@@ -11,62 +11,14 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from deperceiver_jax.command_line import parse_flags, run
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.load import load_for_command
-from deperceiver_jax.training.workdir import flat_fields
+from deperceiver_jax.program.command_line import parse_flags, run
+from deperceiver_jax.runs.load_detector import load_for_command
 from deperceiver_jax.weights.name_rules import to_torch, with_copies
 from deperceiver_jax.weights.tables import LAYOUTS, WRAPPERS, official_buffers
+from deperceiver_jax.weights.tables.published_code import differences
 from deperceiver_jax.weights.torch_writer import ENDINGS, write_state_dict
-
-# Fields of config.model that the published code has no switch for, or not by name of a parameter: with another value
-# it loads the weights, or some, and computes something else.
-FIXED_IN_PUBLISHED_CODE = {
-    "deperceiver": {
-        "no_object_logit": True,
-        "relative_boxes": False,
-        "read_tokens": False,
-        "backbone.norm": "frozen_batch_norm",
-        "position.encoding": "sine",
-        "position.use": "add",
-        "levels.embedding": "concat",
-        "encoder.num_blocks": 3,
-        "encoder.layers_per_block": 6,
-        "encoder.share_blocks": True,
-        "encoder.num_cross_attentions": 1,
-        "encoder.cross_heads": 1,
-        "encoder.self_heads": 8,
-        "encoder.gated_mlp": False,
-        "decoder.self_attention_value": "query",
-        "decoder.residual": "none",
-        "decoder.cross_heads": 1,
-        "decoder.self_heads": 1,
-    },
-    "detr": {
-        "no_object_logit": True,
-        "backbone.norm": "frozen_batch_norm",
-        "position.encoder": "attention",
-        "position.decoder": "attention",
-        "decoder.query_position": "attention",
-    },
-    "deformable_detr": {
-        "no_object_logit": False,
-        "backbone.norm": "frozen_batch_norm",
-        "encoder.across_levels": True,
-        "places": "cells",
-    },
-    "smca": {
-        "no_object_logit": True,
-        "backbone.norm": "frozen_batch_norm",
-        "decoder.num_heads": 8,
-        "decoder.modulation": "multi_head",
-        "decoder.scale_form": "inverse",
-        "decoder.stride_factor": True,
-        "decoder.scale_selection": True,
-    },
-}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -102,13 +54,6 @@ def main(argv: list[str]) -> None:
     for field, here, there in differences(config):
         print(f"The published code computes otherwise: config.model.{field} is {here!r} here and {there!r} there.")
     print(f"Its {loaded.classes.num_slots} class slots are named by {stored.directory}/classes.json.")
-
-
-def differences(config: ConfigDict) -> list[tuple[str, object, object]]:
-    """(field, its value, the published code's) where this model is one that the published code cannot compute."""
-    fields = flat_fields(config.model)
-    fixed = FIXED_IN_PUBLISHED_CODE[config.model.name]
-    return [(field, fields[field], value) for field, value in fixed.items() if fields[field] != value]
 
 
 if __name__ == "__main__":

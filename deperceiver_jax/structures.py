@@ -1,8 +1,8 @@
 """The arrays that travel between rooms: their axes, units, frames and mask sense.
 
-B images in a batch, H x W padded pixels, N box slots of an image, R copies of these, Q queries, L decoder layers,
-C logits, K detections.
-Sizes are (height, width). Masks are True where something real stands. All four are plain tuples of arrays, so they
+B images in a batch, H x W padded pixels, N box slots of an image, R noisy copies of these, Q queries, L decoder
+layers, C logits, K detections.
+Sizes are (height, width). Masks are True where something real stands. All of them are plain tuples of arrays, so they
 are JAX pytrees without importing JAX: the data workers, which never touch an accelerator, use them too.
 """
 
@@ -33,12 +33,17 @@ class Batch(NamedTuple):
     labels: Int32[Array, "B N"]  # class slot (see data/classes.py); 0 where box_valid is False
     box_valid: Bool[Array, "B N"]  # valid boxes come first
 
+    @property
+    def targets(self) -> "Targets":
+        return Targets(self.boxes, self.labels, self.box_valid)
 
-class Hints(NamedTuple):
-    """Boxes that are a little wrong, from which a detector in training learns to find the right ones."""
 
-    boxes: Float[Array, "B R N 4"]  # cxcywh in [0, 1] of the unpadded image: R wrong copies of every slot
-    valid: Bool[Array, "B R N"]
+class Targets(NamedTuple):
+    """What is in the images of a batch: the part of it that a detector in training may look at."""
+
+    boxes: Float[Array, "B N 4"]
+    labels: Int32[Array, "B N"]
+    box_valid: Bool[Array, "B N"]
 
 
 class Predictions(NamedTuple):
@@ -47,7 +52,7 @@ class Predictions(NamedTuple):
     logits: Float[Array, "L B Q C"]
     boxes: Float[Array, "L B Q 4"]  # cxcywh in [0, 1] of the unpadded image
     proposals: "Predictions | None" = None  # of a two-stage detector: L = 1, Q = tokens, logit 0 for any object
-    hinted: "Predictions | None" = None  # in training with Hints: Q = R N, what came of each
+    denoising: "Predictions | None" = None  # of denoising queries in training: Q = R N, copy after copy of all slots
 
 
 class Assignment(NamedTuple):

@@ -21,7 +21,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from flax import nnx  # noqa: E402
 
 from tests.drawn_arrays import draw_arrays  # noqa: E402
 
@@ -81,12 +80,10 @@ def tiny_run(rectangles, tmp_path_factory):
     """
     from configs.deperceiver import get_config
     from deperceiver_jax.data import open_source
-    from deperceiver_jax.models import build_detector
+    from deperceiver_jax.runs.workdir import write_workdir
     from deperceiver_jax.sharding import make_mesh
+    from deperceiver_jax.training.build import build_training
     from deperceiver_jax.training.checkpoint import Checkpoints
-    from deperceiver_jax.training.optimizer import learning_rate_schedule
-    from deperceiver_jax.training.train_state import plan_train_state
-    from deperceiver_jax.training.workdir import write_workdir
 
     config = get_config("r50_16")
     config.data.update(rectangles)
@@ -100,12 +97,7 @@ def tiny_run(rectangles, tmp_path_factory):
     config.train.compilation_cache = str(workdir / "compiled")
     write_workdir(workdir, config, open_source(config.data, "validation").classes)
 
-    plan = plan_train_state(
-        lambda: build_detector(config, rngs=nnx.Rngs(0)),
-        config.optimizer,
-        learning_rate_schedule(config.optimizer, steps_per_epoch=10, num_steps=10),
-        make_mesh(devices=jax.devices()[:1]),
-    )
+    plan = build_training(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=10, num_steps=10).plan
     checkpoints = Checkpoints(workdir, keep=2)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), plan.abstract)
     state = state._replace(params=draw_arrays(state.params), frozen=draw_arrays(state.frozen))

@@ -32,18 +32,13 @@ if __name__ == "__main__":  # before JAX starts; tests/conftest.py does the same
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from configs.demo import get_config
-from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.losses.set_loss import set_loss
-from deperceiver_jax.models import DETECTORS, build_detector
+from deperceiver_jax.models import DETECTORS
 from deperceiver_jax.sharding import make_mesh, shard_batch
 from deperceiver_jax.structures import Batch
-from deperceiver_jax.training.optimizer import learning_rate_schedule
-from deperceiver_jax.training.train_state import plan_train_state
-from deperceiver_jax.training.train_step import make_train_step
+from deperceiver_jax.training.build import build_training
 from tests.drawn_arrays import draw_arrays
 from tests.parity import double_precision
 
@@ -115,9 +110,7 @@ def global_batch() -> Batch:
 def one_step(name: str, backend: str, mesh: Mesh) -> Step:
     """Every process of the mesh calls this and passes its part of the batch; each gets the whole answer."""
     config = small_config(name, backend)
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=10, num_steps=100)
-    build = functools.partial(build_detector, config)
-    plan = plan_train_state(lambda: build(rngs=nnx.Rngs(0)), config.optimizer, schedule, mesh)
+    plan, _, _, step = build_training(config, mesh, steps_per_epoch=10, num_steps=100)
     arrays = draw_arrays({**plan.abstract.params, **plan.abstract.frozen})
 
     def place(array, like):
@@ -132,8 +125,6 @@ def one_step(name: str, backend: str, mesh: Mesh) -> Step:
     rows = slice(here * jax.process_index(), here * (jax.process_index() + 1))
     batch = shard_batch(jax.tree.map(lambda x: x[rows], global_batch()), mesh)
 
-    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
-    step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
     state, metrics = step(start, batch)
     held, whole = (
         sum(size(x) for x in jax.tree.leaves(state))

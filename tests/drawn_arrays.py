@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.deformable_transformer import make_pyramid
-from deperceiver_jax.models.tokens import size_in_whole_cells
-from deperceiver_jax.training.train_state import take_apart
+from deperceiver_jax.models.features.pyramid import make_level_tokens
+from deperceiver_jax.models.features.tokens import size_in_whole_cells
+from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.skeleton import take_apart
+
+FLOAT32 = Compute(jnp.float32, attention="auto", rematerialize=False)
 
 
 def draw_arrays(shapes):
@@ -36,7 +39,7 @@ def draw_arrays(shapes):
 class Patches(nnx.Module):
     """Stands in for the ResNet where convolutions would only cost time: a cell is its mean pixel, zero on padding."""
 
-    def __init__(self, *, depth, width, norm, frozen_stages, dilation, strides, dtype, rngs):
+    def __init__(self, *, depth, width, norm, frozen_stages, dilation, strides, compute, rngs):
         self.strides = strides
         self.channels = dict.fromkeys(strides, 3)
 
@@ -45,12 +48,12 @@ class Patches(nnx.Module):
         return {s: image.reshape(batch, height // s, s, width // s, s, 3).mean(axis=(2, 4)) for s in self.strides}
 
 
-def new_detector(config, backbone=Patches):
+def new_detector(config, backbone=Patches, rngs=None):
     """The detector of `config` as it starts, with `backbone` in the place of its ResNet, unless that is None."""
     with pytest.MonkeyPatch.context() as patch:
         if backbone:
-            patch.setattr(f"deperceiver_jax.models.{config.model.name}.ResNet", backbone)
-        return build_detector(config, rngs=nnx.Rngs(0))
+            patch.setattr("deperceiver_jax.models.detector.ResNet", backbone)
+        return build_detector(config, rngs=nnx.Rngs(0) if rngs is None else rngs)
 
 
 def abstract_detector(config, backbone=None):
@@ -64,22 +67,24 @@ def drawn_detector(config, backbone=Patches):
     return skeleton.merge(jax.tree.map(jnp.asarray, draw_arrays({**params, **others})))
 
 
-def pyramid_of(map_valid):
-    """Of levels with these masks [B, h, w], in which an image is a whole number of cells."""
+def level_tokens(map_valid, dim=1):
+    """Of levels with these masks [B, h, w], in which an image is a whole number of cells; the tokens are zeros."""
     map_valid = [jnp.asarray(valid) for valid in map_valid]
-    return make_pyramid(map_valid, size_in_whole_cells(map_valid))
+    maps = [jnp.zeros((*valid.shape, dim)) for valid in map_valid]
+    return make_level_tokens(maps, map_valid, size_in_whole_cells(map_valid))
 
 
 def extents_seen(config, image, valid):
-    """The sizes in cells [B, L, 2] with which the detector of `config` makes the pyramid of these images."""
+    """The sizes in cells [B, L, 2] with which the detector of `config` makes the tokens of these images."""
     seen = []
 
-    def spy(map_valid, extent):
+    def spy(maps, map_valid, extent):
         seen.append(extent)
-        return make_pyramid(map_valid, extent)
+        return make_level_tokens(maps, map_valid, extent)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"deperceiver_jax.models.{config.model.name}.make_pyramid", spy)
+        name = config.model.name
+        patch.setattr(f"deperceiver_jax.models.{name}.{name}.make_level_tokens", spy)
         drawn_detector(config)(image, valid)
     return seen[0]
 

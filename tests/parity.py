@@ -4,7 +4,7 @@
 
 prints the table; test_parity.py asserts all of it but training in float32. The official side is in
 golden/training_*.npz (see the README there), so nothing but this package is needed. What runs is what trains: the
-detector, `set_loss` and `make_train_step`.
+detector, `set_loss` and the step of `build_training`.
 
 Gradients, updates and the trajectory are compared in float64 on both sides. The table shows them in float32 too,
 but there a ReLU whose input is zero up to rounding may be on in one program and off in the other, which moves single
@@ -13,7 +13,6 @@ gradients by some 1e-3 and grows tenfold with every step of the trajectory.
 
 import argparse
 import contextlib
-import functools
 import importlib
 import time
 from pathlib import Path
@@ -32,19 +31,17 @@ from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.matcher import hungarian_assignment, matching_cost
-from deperceiver_jax.losses.set_loss import set_loss
-from deperceiver_jax.models import build_detector, smca_convolution
-from deperceiver_jax.models.layer_stack import LayerStack
+from deperceiver_jax.models.layers.layer_stack import LayerStack
+from deperceiver_jax.models.smca import convolution_encoder as smca_convolution
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.structures import Batch
-from deperceiver_jax.training.optimizer import learning_rate_schedule
-from deperceiver_jax.training.train_state import TrainState, plan_train_state
-from deperceiver_jax.training.train_step import make_train_step
+from deperceiver_jax.training.build import build_training
+from deperceiver_jax.training.train_state import TrainState
 from deperceiver_jax.weights.name_rules import from_torch, to_torch
-from deperceiver_jax.weights.seeded import seeded_array
 from deperceiver_jax.weights.tables import FAMILIES
 from tests.depthwise_convolution import convolution
 from tests.golden import cases
+from tests.seeded import seeded_array
 
 GOLDEN = Path(__file__).parent / "golden"
 ZERO_GRADIENT = 1e-6  # of the whole gradient's norm: below it a parameter's gradient is rounding noise on both sides
@@ -90,11 +87,8 @@ class Side:
         self.rules = FAMILIES[config.model.name](config.model)
         self.classification = build_classification(config.loss)
         self.mesh = make_mesh(devices=jax.devices()[:1])
-        self.schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1, num_steps=cases.STEPS)
-        self.plan = plan_train_state(
-            lambda: build_detector(config, rngs=nnx.Rngs(0)), config.optimizer, self.schedule, self.mesh
-        )
-        self.loss = functools.partial(set_loss, classification=self.classification, config=config, mesh=self.mesh)
+        training = build_training(config, self.mesh, steps_per_epoch=1, num_steps=cases.STEPS)
+        self.plan, _, self.loss, self.train_step = training
         self.batches = [Batch(**cases.batch(case, step)) for step in range(cases.STEPS)]
 
     def state(self) -> TrainState:
@@ -144,10 +138,9 @@ def train(case: cases.Case, steps: int = cases.STEPS):
     """(losses of all steps, gradient of the first, parameters after it), arrays in the official layout and names."""
     side = Side(case)
     state = side.state()
-    train_step = make_train_step(side.plan, side.config, loss=side.loss, schedule=side.schedule, mesh=side.mesh)
     # Unlike the other tests' programs this one computes longer than it compiles.
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    train_step = train_step.lower(state, side.batches[0]).compile(options)
+    train_step = side.train_step.lower(state, side.batches[0]).compile(options)
     losses, first = [], None
     for batch in side.batches[:steps]:
         state, metrics = train_step(state, batch)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from deperceiver_jax.command_line import parse_config
 from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.models.skeleton import take_apart
+from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.training.optimizer import group_multipliers
-from deperceiver_jax.training.train_state import take_apart
 from tests.drawn_arrays import abstract_detector
 
 FILES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "demo", "ladder")

@@ -13,13 +13,13 @@ from flax import nnx
 
 import eval as program
 from deperceiver_jax import load_detector
-from deperceiver_jax.command_line import run
 from deperceiver_jax.data import open_source
-from deperceiver_jax.data.loader import EvaluationBatches
+from deperceiver_jax.data.batches.loader import EvaluationBatches
 from deperceiver_jax.evaluation.coco_metric import STATISTICS, coco_metric, ground_truth
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
-from deperceiver_jax.training.workdir import read_config
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
+from deperceiver_jax.runs.workdir import read_config
 
 
 def evaluate(*arguments):
@@ -89,7 +89,7 @@ def test_another_config_file_with_imported_weights(workdir, tmp_path, rectangles
     config_file = tmp_path / "tiny.py"
     config_file.write_text(
         "from pathlib import Path\n"
-        "from deperceiver_jax.training.workdir import read_config\n"
+        "from deperceiver_jax.runs.workdir import read_config\n"
         f"def get_config():\n    return read_config(Path({str(workdir / 'config.json')!r}))\n"
     )
     arguments = [f"--config={config_file}", f"--weights={weights}", f"--output={tmp_path / 'out'}"]

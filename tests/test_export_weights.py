@@ -1,6 +1,5 @@
 """export_weights as a person runs it: what import_weights reads back is the same to the bit, for every layout."""
 
-import json
 import zipfile
 
 import numpy as np
@@ -9,10 +8,12 @@ import pytest
 from configs import deformable_detr, deperceiver, detr, smca
 from deperceiver_jax import export_weights as program
 from deperceiver_jax import import_weights
-from deperceiver_jax.command_line import run
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
-from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
+from deperceiver_jax.runs.workdir import config_text
 from deperceiver_jax.weights import read_state_dict
+from deperceiver_jax.weights.importing import abstract_arrays
 from deperceiver_jax.weights.torch_writer import write_state_dict
 
 SMALL = {
@@ -69,9 +70,9 @@ def trained(tmp_path, random_arrays):
         files = {"detr": detr, "deformable_detr": deformable_detr, "deperceiver": deperceiver, "smca": smca}
         config = files[family].get_config(variant)
         config.update_from_flattened_dict({**SMALL[family], **changes})
-        arrays = random_arrays(import_weights.abstract_arrays(config))
+        arrays = random_arrays(abstract_arrays(config))
         classes = ClassMap.from_categories(COCO_CATEGORIES.items())
-        save_params(tmp_path / "trained", arrays, json.dumps(config.to_dict()), classes.to_json())
+        save_params(tmp_path / "trained", arrays, config_text(config), classes.to_json())
         return arrays
 
     return make

@@ -21,17 +21,18 @@ from configs import deformable_detr, deperceiver, detr
 from deperceiver_jax import export_weights as export_program
 from deperceiver_jax import import_weights as program
 from deperceiver_jax import load_detector
-from deperceiver_jax.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.training.stored_detector import find_detector, load_params
-from deperceiver_jax.training.workdir import flat_fields
+from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
+from deperceiver_jax.runs.stored_detector import find_detector, load_params
+from deperceiver_jax.runs.workdir import flat_fields
 from deperceiver_jax.weights import to_torch_state, torch_shapes
+from deperceiver_jax.weights.importing import abstract_arrays
 from deperceiver_jax.weights.name_rules import NameRules, copies_of, with_copies
-from deperceiver_jax.weights.seeded import seeded_state_dict
 from deperceiver_jax.weights.tables import LAYOUTS
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.torch_writer import write_state_dict
 from tests.drawn_arrays import abstract_detector
+from tests.seeded import seeded_state_dict
 
 DETR = {
     "model.backbone.depth": 18,
@@ -194,7 +195,7 @@ def test_only_a_backbone(tmp_path, capsys):
     assert "Re-initialised: the other " in capsys.readouterr().out
     arrays = load_params(find_detector(tmp_path / "out").items)
     np.testing.assert_array_equal(arrays["backbone/stem_conv/kernel"], state["conv1.weight"].transpose(2, 3, 1, 0))
-    assert set(arrays) == set(program.abstract_arrays(config))
+    assert set(arrays) == set(abstract_arrays(config))
     assert 0.5 < arrays["heads/box_head/mlp/layers/0/kernel"].std() * 48**0.5 < 1.5  # uniform, up to 1 / sqrt(16)
     assert 0.5 < arrays["decoder/query_position"].std() < 1.5
     assert np.all(arrays["decoder/norm/scale"] == 1)

@@ -10,20 +10,36 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deperceiver_jax"
 
-FOUNDATION = {"structures", "boxes", "images", "sharding", "errors"}
-# What each room may import of the package besides itself; a room that is not here is a program, which may use all.
+FOUNDATION = {"structures", "boxes", "images", "sharding", "errors", "files", "field_needs", ""}
+LIBRARY = {"models", "data", "program", *FOUNDATION}
+KEEPERS = {"runs", "losses", "weights"}
+# What each room may import of the package besides itself.
 ROOMS = {
     **{name: {"errors"} for name in FOUNDATION},
-    "models": FOUNDATION,
+    **dict.fromkeys(("models", "data", "program"), FOUNDATION),
+    "runs": LIBRARY,
     "losses": FOUNDATION,
-    "data": FOUNDATION,
     "weights": FOUNDATION | {"models"},
-    "evaluation": FOUNDATION | {"models", "losses", "data"},
-    "training": FOUNDATION | {"models", "losses", "data", "weights", "evaluation"},
+    "training": LIBRARY | KEEPERS,
+    "evaluation": LIBRARY | KEEPERS,
+    "visualize": LIBRARY | KEEPERS,
+    "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that train.py runs
 }
-# Of programs; used by nothing below them.
-LIBRARY = {"command_line", "compilation_cache", "load", "process_watch", "processes"}
-PROGRAMS = {"import_weights", "export_weights", "preflight", "visualize", "benchmark"}
+PROGRAMS = {"import_weights", "export_weights"}  # and every __main__.py
+FAMILIES = {"detr", "deperceiver", "deperceiver_plus", "deformable_detr", "smca"}
+# The floors of models/: a room may import those named, and its own.
+FLOORS = {
+    "kernels": set(),
+    "layers": {"kernels"},
+    "features": {"kernels", "layers"},
+    "attention": {"kernels", "layers"},
+    "heads": {"kernels", "layers", "features"},
+    "skeleton": set(),
+    "config_section": set(),
+    "detector": {"config_section", "features", "layers"},
+}
+FLOORS |= {family: {*FLOORS, *({"detr"} if family == "smca" else ())} for family in FAMILIES}
+FLOORS["__init__"] = set(FLOORS)
 
 
 def imported(path: Path) -> set[str]:
@@ -35,30 +51,57 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
             names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def room_of(module: str) -> str:
-    return module.removeprefix("deperceiver_jax").removeprefix(".").split(".")[0]
+def rooms_of(names: set[str], above: str) -> set[str]:
+    """The first step below `above` of each name that lies there."""
+    inside = [name.removeprefix(above).removeprefix(".") for name in names if (name + ".").startswith(above + ".")]
+    return {name.split(".")[0] for name in inside}
 
 
-def files():
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def files(room: str = ""):
+    return sorted((PACKAGE / room).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_imports_only_rooms_below_it(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     names = imported(path)
-    rooms = {room_of(name) for name in names if name.startswith("deperceiver_jax.")} - {own, ""}
-    known = set(ROOMS) | LIBRARY | PROGRAMS
-    assert rooms <= known, f"{path} imports an unknown room"
     assert not any(name.split(".")[0] in ("configs", "train", "eval", "predict", "tests") for name in names)
-    if own in ROOMS:
-        assert rooms <= ROOMS[own], f"{path} looks up or sideways: {rooms - ROOMS[own]}"
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py").removesuffix("__init__")
+    rooms = rooms_of(names, "deperceiver_jax") - {own}
+    if own in PROGRAMS or path.name == "__main__.py":
+        assert not rooms & PROGRAMS, f"{path} imports a program"
     else:
-        assert own in LIBRARY | PROGRAMS, f"{path} is a room that the house does not list"
+        assert own in ROOMS, f"{path} is a room that the house does not list"
+        assert rooms <= ROOMS[own], f"{path} looks up or sideways: {rooms - ROOMS[own]}"
+
+
+@pytest.mark.parametrize("path", files("models"), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_models_have_floors(path):
+    """kernels < layers < features, attention < heads < families, and no family imports another but smca detr."""
+    own = path.relative_to(PACKAGE / "models").parts[0].removesuffix(".py")
+    rooms = rooms_of(imported(path), "deperceiver_jax.models") - {own}
+    assert rooms <= FLOORS[own], f"{path} looks up or sideways: {rooms - FLOORS[own]}"
+
+
+def test_nothing_imports_a_program():
+    for path in [*files(), *ROOT.glob("*.py")]:
+        names = imported(path)
+        assert not any(name.split(".")[-1] == "__main__" for name in names), path
+        assert not rooms_of(names, "deperceiver_jax") & PROGRAMS, path
+
+
+def test_only_build_assembles_a_training_step():
+    """From a config: train.py, preflight, the benchmarks and the tests get it from training/build.py."""
+    parts = {"make_train_step", "plan_train_state"}
+    assembled = set()
+    for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "tests", ROOT / "configs"):
+        for path in folder.rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            if parts & {getattr(node.func, "id", getattr(node.func, "attr", "")) for node in calls}:
+                assembled.add(path.relative_to(ROOT).as_posix())
+    assert assembled == {"deperceiver_jax/training/build.py"}
 
 
 def test_only_the_weights_room_knows_pytorch():
@@ -75,3 +118,12 @@ def test_data_rooms_compute_without_it(module):
 
 def test_no_room_without_a_purpose():
     assert not [p for p in files() if p.stem in ("utils", "util", "misc", "common", "helpers")]
+
+
+def test_constructors_take_about_ten_parameters():
+    """Of modules; a dataclass of a config section has as many fields as the section."""
+    for path in files("models"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                count = len(node.args.args) + len(node.args.kwonlyargs) - 1
+                assert count <= 11, f"{path}:{node.lineno} has {count}"

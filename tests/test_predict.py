@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import predict as program
-from deperceiver_jax.command_line import run
-from deperceiver_jax.visualize.boxes import READABLE_SIDE
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.visualize.draw_boxes import READABLE_SIDE
 
 SIZES = {"a.jpg": (60, 90), "b.PNG": (700, 500), "deep/c.jpeg": (33, 20), "d.bmp": (64, 64)}
 

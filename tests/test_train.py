@@ -9,12 +9,12 @@ import pytest
 
 import eval as evaluation_program
 import train as program
-from deperceiver_jax.command_line import run
 from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.coco_metric import STATISTICS
-from deperceiver_jax.training.checkpoint_files import all_steps
-from deperceiver_jax.training.stored_detector import find_detector, load_params
-from deperceiver_jax.training.workdir import read_config
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.runs.checkpoint_files import all_steps
+from deperceiver_jax.runs.stored_detector import find_detector, load_params
+from deperceiver_jax.runs.workdir import read_config
 from tests.train_process import Run
 
 CONFIG = "--config=tests/tiny_training.py"

@@ -1,7 +1,6 @@
 """The evaluation loop that train.py and eval.py share: one split through the detector -> COCO's statistics."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from deperceiver_jax.data.loader import EvaluationBatches
+from deperceiver_jax.data.batches.loader import EvaluationBatches
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
 from deperceiver_jax.evaluation.postprocess import postprocess
+from deperceiver_jax.files import write_whole
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.sharding import check_batch_size, gather, replicated, shard_batch
@@ -125,8 +125,6 @@ def write_results(directory: Path, metrics: dict[str, float], results: list[dict
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            partial = directory / f"{name}.partial"
-            partial.write_text(text)
-            os.replace(partial, directory / name)
+            write_whole(directory / name, text)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}.") from error

@@ -8,10 +8,9 @@ from jaxtyping import Array, Bool, Float, Int32
 from deperceiver_jax.structures import Assignment
 
 
-def assign_on_device(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B S"]) -> Assignment:
+def assign_on_device(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"]) -> Assignment:
     """All layers and images of this device in lockstep. Rows are boxes, or queries where boxes outnumber them."""
     num_queries, num_slots = cost.shape[2], box_valid.shape[1]
-    cost = jnp.concatenate([cost] * (num_slots // cost.shape[3]), axis=3)
 
     def solve_one(cost, box_valid):  # [Q N], [N]
         crowded = jnp.sum(box_valid) > num_queries

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,10 @@ class SigmoidFocal:
 
 def build_classification(config) -> SoftmaxNoObject | SigmoidFocal:
     """The reading that `config.loss` names."""
-    if config.classification == "softmax_no_object":
-        return SoftmaxNoObject(no_object_weight=config.no_object_weight)
+    check_choice("config.loss.classification", config.classification, ("softmax_no_object", "sigmoid_focal"))
     if config.classification == "sigmoid_focal":
         return SigmoidFocal(alpha=config.focal_alpha, gamma=config.focal_gamma)
-    raise UserError(
-        f"config.loss.classification is {config.classification!r}; it can be softmax_no_object or sigmoid_focal."
-    )
+    return SoftmaxNoObject(no_object_weight=config.no_object_weight)
 
 
 def _one_hot(labels, num_logits):

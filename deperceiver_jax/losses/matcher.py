@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, generalized_box_iou
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.losses.assignment_on_device import assign_on_device
 from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
 from deperceiver_jax.sharding import ALL_DEVICES
@@ -58,22 +58,17 @@ def matching_cost(
     return sum(parts)
 
 
-def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B S"], *, backend: str, mesh: Mesh) -> Assignment:
+def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backend: str, mesh: Mesh) -> Assignment:
     """The assignment of least total cost for each layer and image: min(Q, number of boxes) pairs.
 
-    There are S = k N slots: with k > 1 every column of `cost` stands for k of them, n, N + n, 2N + n and so on, each of
-    which gets a query.
     Every device solves its own images, on its own host for `scipy`.
     NaN counts as the largest cost there is, and costs beyond LARGEST_COST are cut to it, so there always is an answer;
     stopping at a non-finite loss is the training loop's part. Where several assignments cost the same, either
     solver may return any of them. More boxes than queries are legal: those whose cost is least are matched.
     """
-    if backend == "scipy":
-        solve = partial(_match_on_host, platform=mesh.devices.flat[0].platform)
-    elif backend == "device":
-        solve = assign_on_device
-    else:
-        raise UserError(f"config.matcher.backend is {backend!r}; it can be scipy or device.")
+    check_choice("config.matcher.backend", backend, ("scipy", "device"))
+    on_host = partial(_match_on_host, platform=mesh.devices.flat[0].platform)
+    solve = on_host if backend == "scipy" else assign_on_device
     if not cost.shape[3]:
         empty = cost.shape[:2] + (0,)
         return Assignment(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
@@ -88,14 +83,13 @@ def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B S"], *, backe
     return per_device(jnp.clip(cost, -LARGEST_COST, LARGEST_COST), box_valid)
 
 
-def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B S"]) -> Assignment:
-    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite. For S see match.
+def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.ndarray, "B N"]) -> Assignment:
+    """SciPy's solver on the real columns of each image; NumPy in, NumPy out. `cost` must be finite.
 
     Only the real columns are handed over: padded to 100 columns, the problems of COCO take tens of times longer.
     """
-    num_layers, num_images, num_queries, num_columns = cost.shape
-    num_slots = box_valid.shape[1]
-    solve = _solve if num_queries < MANY_QUERIES else _solve_in_parts
+    num_layers, num_images, num_queries, num_slots = cost.shape
+    solve = linear_sum_assignment if num_queries < MANY_QUERIES else _solve_in_parts
     query = np.zeros((num_layers, num_images, num_slots), np.int32)
     matched = np.zeros((num_layers, num_images, num_slots), bool)
     for image in range(num_images):
@@ -103,46 +97,40 @@ def hungarian_assignment(cost: Float[np.ndarray, "L B Q N"], box_valid: Bool[np.
         if not slots.size:
             continue
         for layer in range(num_layers):
-            position, chosen = solve(cost[layer, image].T, slots % num_columns)
+            position, chosen = solve(cost[layer, image].T[slots])
             query[layer, image, slots[position]] = chosen
             matched[layer, image, slots[position]] = True
     return Assignment(query, matched)
 
 
-def _solve(by_box: Float[np.ndarray, "N Q"], box: Int64[np.ndarray, " s"]) -> tuple[np.ndarray, np.ndarray]:
-    """(slots, queries) of the least sum of by_box[box[slot], query]."""
-    return linear_sum_assignment(by_box[box])
+def _solve_in_parts(cost: Float[np.ndarray, "N Q"]) -> tuple[np.ndarray, np.ndarray]:
+    """(boxes, queries) of the least sum over many queries, as problems whose solutions together are one of the whole.
 
-
-def _solve_in_parts(by_box: Float[np.ndarray, "N Q"], box: Int64[np.ndarray, " s"]) -> tuple[np.ndarray, np.ndarray]:
-    """The same of many queries, as problems whose solutions together are one of the whole.
-
-    A box never needs more than its cheapest queries, as many as slots compete for them: one of those is always free.
-    Boxes that share such queries compete, and then all of them together need so many more. Among the 22,932 proposals
-    of an image, most boxes share none of these with another.
+    A box never needs more than its cheapest queries, as many as there are boxes that compete for them: one of those is
+    always free. Boxes that share such queries compete, and then all of them together need so many more. Among the
+    22,932 proposals of an image, most boxes share none of these with another.
     """
-    num_queries, num_slots = by_box.shape[1], box.size
-    if num_queries <= num_slots:
-        return _solve(by_box, box)
-    boxes, box = np.unique(box, return_inverse=True)
-    cheapest = np.stack([_cheapest(by_box[i], num_slots) for i in boxes])
+    num_boxes, num_queries = cost.shape
+    if num_queries <= num_boxes:
+        return linear_sum_assignment(cost)
+    cheapest = np.stack([_cheapest(row, num_boxes) for row in cost])
     queries, cheapest = np.unique(cheapest, return_inverse=True)  # numbered among those that matter
-    group, num_groups = np.arange(boxes.size), boxes.size + 1
+    group, num_groups = np.arange(num_boxes), num_boxes + 1
     while group.max() + 1 < num_groups:
         num_groups = group.max() + 1
-        needed = np.bincount(group[box])[group]  # queries of each box
-        of_box, rank = np.nonzero(np.arange(num_slots)[None] < needed[:, None])
+        needed = np.bincount(group)[group]  # queries of each box
+        of_box, rank = np.nonzero(np.arange(num_boxes)[None] < needed[:, None])
         query = cheapest[of_box, rank]
-        edges = (np.ones(query.size, bool), (of_box, boxes.size + query))
-        _, labels = connected_components(csr_array(edges, shape=2 * (boxes.size + queries.size,)), directed=False)
-        group = np.unique(labels[: boxes.size], return_inverse=True)[1]
-    slots, chosen = [], []
+        edges = (np.ones(query.size, bool), (of_box, num_boxes + query))
+        _, labels = connected_components(csr_array(edges, shape=2 * (num_boxes + queries.size,)), directed=False)
+        group = np.unique(labels[:num_boxes], return_inverse=True)[1]
+    boxes, chosen = [], []
     for i in range(num_groups):
-        members, candidates = np.flatnonzero(group[box] == i), queries[np.unique(query[group[of_box] == i])]
-        position, column = linear_sum_assignment(by_box[np.ix_(boxes[box[members]], candidates)])
-        slots.append(members[position])
+        members, candidates = np.flatnonzero(group == i), queries[np.unique(query[group[of_box] == i])]
+        position, column = linear_sum_assignment(cost[np.ix_(members, candidates)])
+        boxes.append(members[position])
         chosen.append(candidates[column])
-    return np.concatenate(slots), np.concatenate(chosen)
+    return np.concatenate(boxes), np.concatenate(chosen)
 
 
 def _cheapest(cost: Float[np.ndarray, " Q"], count: int) -> Int64[np.ndarray, " count"]:

@@ -1,5 +1,7 @@
 """The set prediction loss: match queries with boxes, then train classes on all queries and boxes on matched ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -34,17 +36,15 @@ def set_loss(
     Source: DETR's SetCriterion.
 
     Proposals of a two-stage detector are matched with all boxes as class slot 0 and trained with the same weights, as
-    one more layer whose terms end in _enc; like these they need `config.loss.auxiliary`. Source: Deformable DETR. With
-    `config.loss.proposal_repeats` k each box has k proposals, and the terms are normalised by k times the boxes (the
-    one-to-many matching of H-DETR, arXiv:2207.13080).
+    one more layer whose terms end in _enc; like these they need `config.loss.auxiliary`. Source: Deformable DETR.
 
-    What came of hints is trained in all layers to be the box that each was made of; its terms end in _hint. They are
-    normalised by the number of hints, so as many copies weigh no more than one.
+    Denoising queries are trained in all layers to answer with the box that each was made of; their terms end in
+    _denoising. They are normalised by the number of these queries, so as many copies weigh no more than one.
     """
     classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
     proposals = predictions.proposals if config.loss.auxiliary else None
-    hinted = predictions.hinted
-    predictions = predictions._replace(proposals=None, hinted=None)
+    denoising = predictions.denoising
+    predictions = predictions._replace(proposals=None, denoising=None)
     if not config.loss.auxiliary:
         predictions = jax.tree.map(lambda array: array[-1:], predictions)
     whole_valid = (batch if whole is None else whole).box_valid
@@ -56,78 +56,70 @@ def set_loss(
         terms |= {f"{name}_{layer}": layers[layer] for name, (_, layers) in weighted.items()}
     if proposals is not None:
         any_object = batch._replace(labels=jnp.zeros_like(batch.labels))
-        weighted, _, _ = _layer_losses(proposals, any_object, repeats=config.loss.proposal_repeats, **shared)
+        weighted, _, _ = _layer_losses(proposals, any_object, **shared)
         total += sum(weight * layers[0] for weight, layers in weighted.values())
         terms |= {f"{name}_enc": layers[0] for name, (_, layers) in weighted.items()}
-    if hinted is not None:
-        copies = hinted.boxes.shape[2] // batch.boxes.shape[1]
-        weighted, _, _ = _layer_losses(hinted, batch, repeats=copies, known=True, **shared)
+    if denoising is not None:
+        weighted = _denoising_losses(denoising, batch, **shared)
         total += sum(weight * jnp.sum(layers) for weight, layers in weighted.values())
-        terms |= {f"{name}_hint": layers[-1] for name, (_, layers) in weighted.items()}
+        terms |= {f"{name}_denoising": layers[-1] for name, (_, layers) in weighted.items()}
     terms |= _error_terms(predictions.logits[-1], target_labels[-1], batch, classification)
     terms["num_boxes"] = _num_boxes(whole_valid)
     terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
     return total, jax.lax.stop_gradient(terms)
 
 
-def _repeat_slots(batch: Batch, times: int) -> Batch:
-    """Every box `times` times, all boxes after all boxes."""
-    repeated = {
-        name: jnp.concatenate([getattr(batch, name)] * times, axis=1) for name in ("boxes", "labels", "box_valid")
-    }
-    return batch._replace(**repeated)
-
-
 def _num_boxes(whole_valid):
     return jnp.maximum(jnp.sum(whole_valid, dtype=jnp.float32), 1.0)
 
 
-def _layer_losses(
-    predictions: Predictions,
-    batch: Batch,
-    *,
-    classification,
-    config,
-    mesh: Mesh,
-    whole_valid,
-    repeats: int = 1,
-    known: bool = False,
-):
-    """{name: (weight, loss of each layer)} with the matching and the labels of queries that they were made from.
-
-    Every box has `repeats` queries. With `known`, query i answers for box slot i in every layer: nothing is matched,
-    and an empty slot's query is idle.
-    """
+def _layer_losses(predictions: Predictions, batch: Batch, *, classification, config, mesh: Mesh, whole_valid):
+    """{name: (weight, loss of each layer)} with the matching and the labels of queries that they were made from."""
     predictions = jax.tree.map(lambda array: array.astype(jnp.float32), predictions)
-    cost = None if known else matching_cost(predictions, batch, classification, config.matcher)
-    batch = _repeat_slots(batch, repeats)
-    whole_valid = jnp.concatenate([whole_valid] * repeats, axis=1)
-    if known:
-        assignment = _each_its_own(batch, num_layers=len(predictions.logits))
-    else:
-        assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
+    cost = matching_cost(predictions, batch, classification, config.matcher)
+    assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
-    num_boxes = _num_boxes(whole_valid)
-    weighted = {}
-    if config.loss.weight_class:
-        normalizer = num_boxes if known else classification.normalizer(whole_valid, predictions.logits.shape[2])
-        counted = batch.box_valid if known else None
-        loss_class = classification.loss(predictions.logits, target_labels, normalizer, counted)
-        weighted[f"loss_{classification.name}"] = (config.loss.weight_class, loss_class)
-    if config.loss.weight_bbox:
-        loss_bbox = bbox_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
-        weighted["loss_bbox"] = (config.loss.weight_bbox, loss_bbox)
-    if config.loss.weight_giou:
-        loss_giou = giou_loss(predictions.boxes, batch.boxes, assignment, num_boxes)
-        weighted["loss_giou"] = (config.loss.weight_giou, loss_giou)
+    normalizer = classification.normalizer(whole_valid, predictions.logits.shape[2])
+    loss_class = functools.partial(classification.loss, predictions.logits, target_labels, normalizer)
+    weighted = _weigh(config.loss, classification, loss_class, predictions, batch, assignment, _num_boxes(whole_valid))
     return weighted, assignment, target_labels
 
 
-def _each_its_own(batch: Batch, *, num_layers: int) -> Assignment:
-    shape = (num_layers, *batch.box_valid.shape)
-    matched = jnp.broadcast_to(batch.box_valid[None], shape)
-    slots = jnp.arange(shape[2], dtype=jnp.int32)
-    return Assignment(jnp.where(matched, slots[None, None], 0), matched)
+def _denoising_losses(predictions: Predictions, batch: Batch, *, classification, config, mesh, whole_valid):
+    """{name: (weight, loss of each layer)} of queries whose boxes are known: nothing is matched.
+
+    Query i answers for box slot i, copy after copy, in every layer; an empty slot's query is idle.
+    """
+    del mesh
+    predictions = jax.tree.map(lambda array: array.astype(jnp.float32), predictions)
+    copies = predictions.boxes.shape[2] // batch.boxes.shape[1]
+    targets = jax.tree.map(lambda array: jnp.concatenate([array] * copies, axis=1), batch.targets)
+    batch = batch._replace(**targets._asdict())
+    matched = jnp.broadcast_to(batch.box_valid[None], (len(predictions.logits), *batch.box_valid.shape))
+    slots = jnp.arange(matched.shape[2], dtype=jnp.int32)
+    assignment = Assignment(jnp.where(matched, slots[None, None], 0), matched)
+    target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
+    num_boxes = _num_boxes(jnp.concatenate([whole_valid] * copies, axis=1))
+    loss_class = functools.partial(classification.loss, predictions.logits, target_labels, num_boxes, batch.box_valid)
+    return _weigh(config.loss, classification, loss_class, predictions, batch, assignment, num_boxes)
+
+
+def _weigh(weights, classification, loss_class, predictions: Predictions, batch: Batch, assignment, num_boxes):
+    """{name: (weight, loss of each layer)}; a term of weight 0 is not computed. `weights` is config.loss."""
+    weighted = {}
+    if weights.weight_class:
+        weighted[f"loss_{classification.name}"] = (weights.weight_class, loss_class())
+    if weights.weight_bbox:
+        weighted["loss_bbox"] = (
+            weights.weight_bbox,
+            bbox_loss(predictions.boxes, batch.boxes, assignment, num_boxes),
+        )
+    if weights.weight_giou:
+        weighted["loss_giou"] = (
+            weights.weight_giou,
+            giou_loss(predictions.boxes, batch.boxes, assignment, num_boxes),
+        )
+    return weighted
 
 
 def labels_of_queries(assignment: Assignment, labels: Int32[Array, "B N"], num_queries: int) -> Int32[Array, "L B Q"]:

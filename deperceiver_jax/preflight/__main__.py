@@ -13,15 +13,16 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict
 
-from deperceiver_jax.command_line import parse_config, parse_flags, run
 from deperceiver_jax.data import open_source
-from deperceiver_jax.data.plan import training_buckets
+from deperceiver_jax.data.batches.plan import training_buckets
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models import field_needs
 from deperceiver_jax.preflight.chips import GIB, open_topology
 from deperceiver_jax.preflight.nominal import NOMINAL_BOXES, nominal_sizes
 from deperceiver_jax.preflight.program import Cost, compile_step
 from deperceiver_jax.preflight.report import HEADER, row
 from deperceiver_jax.preflight.search import largest_batch
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -33,7 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    config = parse_config(config_arguments)
+    config = parse_config(config_arguments, needs=field_needs)
     chip, devices = open_topology(values.topology)
     buckets, num_boxes = plan_buckets(config, values.sizes)
     hbm_gib = values.hbm_gib or (chip.hbm_gib if chip else local_memory(devices) / GIB)

@@ -1,26 +1,19 @@
 """The train step of one bucket, compiled for any devices: what it needs and what it does."""
 
-import functools
 import re
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.losses.set_loss import set_loss
-from deperceiver_jax.models import build_detector
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import program_traffic
 from deperceiver_jax.sharding import batch_sharding, make_mesh
+from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.compile_ahead import abstract_batch
-from deperceiver_jax.training.optimizer import learning_rate_schedule
-from deperceiver_jax.training.train_state import plan_train_state
-from deperceiver_jax.training.train_step import make_train_step
 
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds available HBM")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -88,9 +81,6 @@ def trace_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tuple[
     """The train step as `jax.jit(...).trace` gives it, for abstract arrays."""
     mesh = make_mesh(config.mesh.model, devices)
     # The schedule's length changes a constant of the program.
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000, num_steps=1000 * config.train.num_epochs)
-    build = functools.partial(build_detector, config)
-    plan = plan_train_state(lambda: build(rngs=nnx.Rngs(config.seed)), config.optimizer, schedule, mesh)
-    loss = functools.partial(set_loss, classification=build_classification(config.loss), config=config, mesh=mesh)
-    step = make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh)
-    return step.trace(plan.abstract, abstract_batch(config.data.batch_size, bucket, num_boxes, batch_sharding(mesh)))
+    training = build_training(config, mesh, steps_per_epoch=1000, num_steps=1000 * config.train.num_epochs)
+    batch = abstract_batch(config.data.batch_size, bucket, num_boxes, batch_sharding(mesh))
+    return training.step.trace(training.plan.abstract, batch)

@@ -29,7 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.checkpoint_files import (
+from deperceiver_jax.runs.checkpoint_files import (
     EMA,
     PROGRESS,
     TRAINING,
@@ -43,8 +43,9 @@ from deperceiver_jax.training.checkpoint_files import (
     reason,
     require_same_arrays,
 )
+from deperceiver_jax.runs.migrations import renamed_paths
+from deperceiver_jax.runs.workdir import CHECKPOINTS
 from deperceiver_jax.training.train_state import TrainState
-from deperceiver_jax.training.workdir import CHECKPOINTS
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
@@ -124,26 +125,33 @@ class Checkpoints:
         Raises UserError when the parameters differ from those of `abstract`, or the files are damaged.
         """
         directory = self.directory / str(step)
+        shapes = read_shapes(directory / WEIGHTS)
+        new_names = renamed_paths(shapes)
+        old_names = {new: old for old, new in new_names.items()}
         arrays = {**abstract.params, **abstract.frozen}
-        require_same_arrays(arrays, read_shapes(directory / WEIGHTS), directory)
+        require_same_arrays(arrays, {new_names.get(path, path): shape for path, shape in shapes.items()}, directory)
+
+        def restored_as(tree):
+            return ocp.args.StandardRestore(_rename(tree, old_names))
+
         items = {
-            WEIGHTS: ocp.args.StandardRestore(arrays),
-            TRAINING: ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            WEIGHTS: restored_as(arrays),
+            TRAINING: restored_as({"step": abstract.step, "opt_state": abstract.opt_state}),
             PROGRESS: ocp.args.JsonRestore(),
         }
         if abstract.ema:
-            items[EMA] = ocp.args.StandardRestore(abstract.ema)
+            items[EMA] = restored_as(abstract.ema)
         for item in items.keys() - {WEIGHTS, PROGRESS}:
             check_readable(directory / item)
         with damage_is_a_user_error(directory):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-        weights = restored[WEIGHTS]
+        weights, training = (_rename(restored[item], new_names) for item in (WEIGHTS, TRAINING))
         state = TrainState(
-            step=restored[TRAINING]["step"],
+            step=training["step"],
             params={path: weights[path] for path in abstract.params},
             frozen={path: weights[path] for path in abstract.frozen},
-            opt_state=restored[TRAINING]["opt_state"],
-            ema=restored[EMA] if abstract.ema else {},
+            opt_state=training["opt_state"],
+            ema=_rename(restored[EMA], new_names) if abstract.ema else {},
         )
         return state, restored[PROGRESS]
 
@@ -206,6 +214,15 @@ class Checkpoints:
         kept = all_steps(self.workdir)
         kept = f"the newest one there is of step {kept[-1]}" if kept else "there is none yet"
         raise FailedSave(f"A checkpoint cannot be written to {self.directory}: {why}; {kept}.") from error
+
+
+def _rename(tree, names: Mapping[str, str]):
+    """A tree whose dicts are keyed by path, in which some paths get other names."""
+
+    def rename(node):
+        return {names.get(path, path): _rename(x, names) for path, x in node.items()} if type(node) is dict else node
+
+    return jax.tree.map(rename, tree, is_leaf=lambda node: type(node) is dict)
 
 
 def newest_whole(workdir: Path) -> tuple[int, dict[int, DamagedCheckpoint]]:

@@ -10,7 +10,6 @@ Training lines are means over the steps since the line before; `lr` is the last 
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -24,7 +23,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.workdir import METRICS
+from deperceiver_jax.files import write_whole
+from deperceiver_jax.runs.workdir import METRICS
 
 SHOWN = ("loss_ce", "loss_focal", "loss_bbox", "loss_giou")  # beside the total: the answer's own terms
 
@@ -170,7 +170,5 @@ def forget_after(path: Path, step: int) -> set[tuple[int, str]]:
         stay = {(row["step"], row["split"]) for row in rows if row["step"] <= step}
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} has a line that is not a JSON object with a step.") from None
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(partial, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
     return stay

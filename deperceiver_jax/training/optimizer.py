@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_choice
 
 
 def group_multipliers(paths: Iterable[str], groups: ConfigDict) -> dict[str, float]:
@@ -36,17 +36,17 @@ def learning_rate_schedule(config: ConfigDict, *, steps_per_epoch: int, num_step
     `step`: multiplied by drop_factor from the first step after each of drop_epochs. `cosine`: to 0 at `num_steps`.
     Either rises linearly over the first warmup_steps, of which the first already moves.
     """
+    check_choice("config.optimizer.schedule", config.schedule, ("step", "cosine"))
     if config.schedule == "step":
         drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
         decayed = optax.piecewise_constant_schedule(config.learning_rate, drops)
-    elif config.schedule == "cosine":
+    else:
         rise = config.warmup_steps
         cosine = optax.cosine_decay_schedule(config.learning_rate, max(num_steps - rise, 1))
 
         def decayed(step):
             return cosine(jnp.maximum(step - rise, 0))
-    else:
-        raise UserError(f"config.optimizer.schedule is {config.schedule!r}; it can be step or cosine.")
+
     if not config.warmup_steps:
         return decayed
     return lambda step: decayed(step) * jnp.minimum((step + 1) / config.warmup_steps, 1.0)

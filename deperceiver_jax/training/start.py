@@ -7,13 +7,12 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.checkpoint_files import require_same_arrays
-from deperceiver_jax.training.stored_detector import find_detector, load_params
+from deperceiver_jax.models.heads.heads import CLASS_HEAD
+from deperceiver_jax.runs.checkpoint_files import require_same_arrays
+from deperceiver_jax.runs.stored_detector import find_detector, load_params
+from deperceiver_jax.runs.workdir import CLASSES, read_classes
 from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
-from deperceiver_jax.training.workdir import CLASSES, read_classes
 from deperceiver_jax.weights import load_backbone
-
-CLASS_HEAD = "class_head"  # a part of the path of every parameter whose meaning depends on the class map
 
 
 def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState:

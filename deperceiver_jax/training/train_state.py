@@ -4,7 +4,6 @@ A detector is kept in two parts: its Skeleton (structure, no arrays) and its arr
 `frozen` are not: the variables that are not `nnx.Param`, and parameters whose group has multiplier 0.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.skeleton import Skeleton, take_apart
 from deperceiver_jax.sharding import state_sharding
 from deperceiver_jax.training.optimizer import group_multipliers, make_optimizer
 
@@ -30,32 +30,6 @@ class TrainState(NamedTuple):
     frozen: dict[str, Array]  # what else the detector computes with
     opt_state: optax.OptState
     ema: dict[str, Array]  # moving average of params; empty without one
-
-
-@dataclasses.dataclass(frozen=True)
-class Skeleton:
-    """A detector without its arrays. Hashable, so a jitted function can close over it."""
-
-    graphdef: nnx.GraphDef
-    paths: tuple[tuple[str | int, ...], ...]
-
-    def merge(self, arrays: Mapping[str, Array]) -> nnx.Module:
-        """The detector that computes with `arrays`, which must be all of its arrays and no other."""
-        return nnx.merge(self.graphdef, nnx.from_flat_state([(path, arrays[join(path)]) for path in self.paths]))
-
-
-def join(path: tuple[str | int, ...]) -> str:
-    """("decoder", "layers", 0, "kernel") -> "decoder/layers/0/kernel"."""
-    return "/".join(map(str, path))
-
-
-def take_apart(detector: nnx.Module) -> tuple[Skeleton, dict[str, Array], dict[str, Array]]:
-    """A detector, real or abstract -> (skeleton, its `nnx.Param` arrays, all its other arrays)."""
-    graphdef, state = nnx.split(detector)
-    params, others = {}, {}
-    for path, variable in nnx.to_flat_state(state):
-        (params if isinstance(variable, nnx.Param) else others)[join(path)] = variable.get_value()
-    return Skeleton(graphdef, tuple(path for path, _ in nnx.to_flat_state(state))), params, others
 
 
 class Plan(NamedTuple):

@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.losses.hints import make_hints
 from deperceiver_jax.sharding import ALL_DEVICES, batch_sharding, check_batch_size, gather, replicated
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.train_state import Plan, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class Loss(Protocol):
@@ -27,9 +29,7 @@ class Loss(Protocol):
     def __call__(self, predictions: Predictions, batch: Batch, *, whole: Batch) -> tuple[Float[Array, ""], Metrics]: ...
 
 
-def make_train_step(
-    plan: Plan, config: ConfigDict, *, loss: Loss, schedule: optax.Schedule, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(plan: Plan, config: ConfigDict, *, loss: Loss, schedule: optax.Schedule, mesh: Mesh) -> TrainStep:
     """The jitted step for `config` (the whole one). It compiles once for every size of image, and consumes its state.
 
     Metrics are scalars: `loss` (the weighted total), every named term, `grad_norm` (before clipping), `update_norm`
@@ -38,8 +38,6 @@ def make_train_step(
     """
     parts = config.optimizer.accumulate_steps
     check_parts(config.data.batch_size, parts, mesh)
-    if config.loss.hint_copies and config.model.name != "deperceiver_plus":
-        raise UserError(f"config.loss.hint_copies needs deperceiver_plus; {config.model.name} takes no hints.")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -48,10 +46,8 @@ def make_train_step(
             detector = plan.skeleton.merge(gather({**state.frozen, **params}, mesh))
             image, pixel_valid = normalize_images(part.image, part.size)
             dropout_key = jax.random.fold_in(step_key, part_index)
-            hints = make_hints(part, config.loss, jax.random.fold_in(dropout_key, 1))
-            given = {} if hints is None else {"hints": hints}  # which few detectors take
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
-                predictions = detector(image, pixel_valid, dropout_key=dropout_key, **given)
+                predictions = detector(image, pixel_valid, targets=part.targets, dropout_key=dropout_key)
             return loss(predictions, part, whole=batch)
 
         gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)

@@ -7,8 +7,8 @@ python -m deperceiver_jax.visualize latents --workdir=runs/demo --example=0 --ou
 
 import sys
 
-from deperceiver_jax.command_line import run
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize import attention, detections, latents
 
 COMMANDS = {"detections": detections.main, "attention": attention.main, "latents": latents.main}

@@ -18,18 +18,18 @@ from absl import flags
 from jaxtyping import Float, UInt8
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, box_iou
-from deperceiver_jax.command_line import parse_flags
-from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.load import LoadedDetector, load_for_command
 from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.models.attention_record import DenseRecord, PointRecord, record_attention
+from deperceiver_jax.models.layers.recorder import DenseRecord, PointRecord, record_attention
+from deperceiver_jax.program.command_line import parse_flags
+from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.attention_maps import Frame, Panel, View, dense_view, latent_view, point_view
 from deperceiver_jax.visualize.attention_sheet import save_sheet
-from deperceiver_jax.visualize.boxes import draw_detections
+from deperceiver_jax.visualize.draw_boxes import draw_detections
 from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
 from deperceiver_jax.visualize.output import check_output, need
 

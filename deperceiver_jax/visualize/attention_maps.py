@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from deperceiver_jax.models.attention_record import DenseRecord, PointRecord
+from deperceiver_jax.models.layers.recorder import DenseRecord, PointRecord
 
 COLUMNS = 4  # small panels beside one another
 

@@ -16,12 +16,12 @@ from absl import flags
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from deperceiver_jax.command_line import parse_config, parse_flags
 from deperceiver_jax.data import open_source
-from deperceiver_jax.data.pixels import decode_image
+from deperceiver_jax.data.batches.pixels import decode_image
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.workdir import CONFIG, read_config
-from deperceiver_jax.visualize.boxes import draw_detections
+from deperceiver_jax.program.command_line import parse_config, parse_flags
+from deperceiver_jax.runs.workdir import CONFIG, read_config
+from deperceiver_jax.visualize.draw_boxes import draw_detections
 from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, check_output, need
 
 

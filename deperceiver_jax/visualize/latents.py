@@ -19,14 +19,14 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy
-from deperceiver_jax.command_line import parse_flags
-from deperceiver_jax.compilation_cache import keep_compiled
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.load import LoadedDetector, load_for_command
 from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.program.command_line import parse_flags
+from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.structures import Predictions
-from deperceiver_jax.visualize.boxes import class_color
+from deperceiver_jax.visualize.draw_boxes import class_color
 from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
 from deperceiver_jax.visualize.output import FAINT, INK, PAPER, check_output, need
 

@@ -8,11 +8,11 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data import open_source
-from deperceiver_jax.data.geometry import check_augmentation, evaluation_geometry
+from deperceiver_jax.data.batches.geometry import check_augmentation, evaluation_geometry
+from deperceiver_jax.data.batches.pixels import decode_image, place_image
 from deperceiver_jax.data.image_header import CorruptImage
-from deperceiver_jax.data.pixels import decode_image, place_image
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.load import define_detector_flags
+from deperceiver_jax.runs.load_detector import define_detector_flags
 
 
 def define_image_flags(values: flags.FlagValues) -> None:

@@ -5,7 +5,6 @@ written opcode by opcode, for Python's own pickler wants to import what a file n
 `torch.load(weights_only=True)` allows to everyone.
 """
 
-import os
 import pickle
 import struct
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import written_whole
 from deperceiver_jax.weights.safe_unpickler import STORAGE_TYPES
 
 ENDINGS = (".pth", ".safetensors")
@@ -30,17 +30,13 @@ def write_state_dict(path: Path, state: Mapping[str, np.ndarray], *, wrapper: st
     if path.suffix not in ENDINGS:
         raise UserError(f"{path} is to end in {' or '.join(ENDINGS)}.")
     state = {name: np.asarray(array, order="C") for name, array in state.items()}
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_whole(path) as partial:
             if path.suffix == ".pth":
                 _write_archive(partial, state, wrapper)
             else:
                 save_file(state, partial, metadata={"format": "pt"})  # transformers asks for the metadata
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
 

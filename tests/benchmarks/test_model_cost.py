@@ -3,7 +3,7 @@
 import re
 
 from benchmarks import model_cost
-from deperceiver_jax.command_line import run
+from deperceiver_jax.program.command_line import run
 
 
 def cost(*arguments) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from configs.deperceiver import get_config
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.training.train_state import take_apart
+from deperceiver_jax.models.skeleton import take_apart
 from tests.drawn_arrays import abstract_detector
 
 SIZES = {"a": (100, 140), "b": (140, 150)}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 SINGLE, DOUBLE = torch.float32, torch.float64
-SEEDED = Path(__file__).resolve().parents[2] / "deperceiver_jax/weights/seeded.py"
+SEEDED = Path(__file__).resolve().parents[1] / "seeded.py"
 seeded_array = runpy.run_path(str(SEEDED))["seeded_array"]  # alone: its package would import JAX
 
 

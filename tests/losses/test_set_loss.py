@@ -295,21 +295,8 @@ def test_proposals_are_one_more_layer_of_a_single_class():
     assert not any(x.any() for x in jax.tree.leaves(gradient.proposals))
 
 
-def test_every_box_has_so_many_proposals():
-    config = make_config(3, focal=True)
-    config.loss.proposal_repeats = 2
-    batch = make_batch([[[0.3, 0.3, 0.2, 0.2]]], [[1]], [[True]])
-    boxes = jnp.array([[0.3, 0.3, 0.2, 0.2], [0.3, 0.4, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]])[None, None]
-    proposals = Predictions(jnp.zeros((1, 1, 3, 3)), boxes)
-    (_, terms), _ = make_loss(config)(proposals._replace(proposals=proposals), batch)
-    # The two nearest proposals have the box, 0 and 0.1 away; their mean counts.
-    np.testing.assert_allclose(terms["loss_bbox_enc"], 0.05, rtol=1e-5)
-    np.testing.assert_allclose(terms["loss_giou_enc"], (0 + (1 - 1 / 3)) / 2, rtol=1e-5)
-    np.testing.assert_allclose(terms["loss_bbox"], 0.0, atol=1e-6)
-
-
 @pytest.mark.parametrize("focal", [True, False])
-def test_what_came_of_hints_answers_for_its_own_box(focal):
+def test_a_denoising_query_answers_for_its_own_box(focal):
     """Its terms are those of queries that lie on their boxes in order; empty slots are idle."""
     config = make_config(3, focal=focal)
     boxes = [[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.2, 0.4], [0.0] * 4]
@@ -318,19 +305,19 @@ def test_what_came_of_hints_answers_for_its_own_box(focal):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 6, width)), jnp.float32)
     shifted = jnp.asarray([boxes, boxes], jnp.float32).reshape(1, 1, 6, 4) + 0.02  # four numbers of 0.02 each
     answers = Predictions(jnp.zeros((1, 1, 2, width)), jnp.full((1, 1, 2, 4), 0.5))
-    hinted = Predictions(logits, jnp.concatenate([shifted, shifted], axis=0))
+    denoising = Predictions(logits, jnp.concatenate([shifted, shifted], axis=0))
     (alone, _), _ = make_loss(config)(answers, batch)
-    (total, terms), gradient = make_loss(config)(answers._replace(hinted=hinted), batch)
-    np.testing.assert_allclose(terms["loss_bbox_hint"], 0.08, rtol=1e-5)
-    for field in gradient.hinted:
+    (total, terms), gradient = make_loss(config)(answers._replace(denoising=denoising), batch)
+    np.testing.assert_allclose(terms["loss_bbox_denoising"], 0.08, rtol=1e-5)
+    for field in gradient.denoising:
         if field is not None:
             assert np.all(np.any(np.asarray(field), axis=(0, 1, 3)) == [True, True, False] * 2)
-    # Two real hints of each copy, each of its own class: half of the sum over the four.
+    # Two real queries of each copy, each of its own class: half of the sum over the four.
     classification = build_classification(config.loss)
     labels = jnp.asarray([[[1, 0, 1, 0]]] * 2)
     expected = classification.loss(logits[:, :, jnp.array([0, 1, 3, 4])], labels, jnp.float32(4.0))
     name = classification.name
-    np.testing.assert_allclose(terms[f"loss_{name}_hint"], expected[-1], rtol=1e-5)
+    np.testing.assert_allclose(terms[f"loss_{name}_denoising"], expected[-1], rtol=1e-5)
     weights = (config.loss.weight_class, config.loss.weight_bbox, config.loss.weight_giou)
-    layers = (expected.sum(), 2 * terms["loss_bbox_hint"], 2 * terms["loss_giou_hint"])
+    layers = (expected.sum(), 2 * terms["loss_bbox_denoising"], 2 * terms["loss_giou_denoising"])
     np.testing.assert_allclose(total - alone, sum(w * x for w, x in zip(weights, layers, strict=True)), rtol=1e-4)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from deperceiver_jax.command_line import run
 from deperceiver_jax.preflight import __main__ as preflight
 from deperceiver_jax.preflight.chips import CHIPS, GIB
 from deperceiver_jax.preflight.program import Cost, compile_step
 from deperceiver_jax.preflight.report import bound
+from deperceiver_jax.program.command_line import run
 
 TINY = f"--config={Path(__file__).resolve().parent.parent / 'tiny_training.py'}"
 

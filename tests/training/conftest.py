@@ -1,7 +1,5 @@
 """A detector of two layers, a loss that is easy to differentiate by hand, and batches for them."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs.base import base
-from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.losses.set_loss import set_loss
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.structures import Batch, Predictions
-from deperceiver_jax.training.optimizer import learning_rate_schedule
-from deperceiver_jax.training.train_state import plan_train_state
-from deperceiver_jax.training.train_step import make_train_step
+from deperceiver_jax.training.build import build_training
 
 
 class Fixed(nnx.Variable):
@@ -33,7 +27,8 @@ class TinyDetector(nnx.Module):
         self.scale = Fixed(jnp.full((3,), 2.0))
         self.dropout = dropout
 
-    def __call__(self, image, pixel_valid, *, dropout_key=None):
+    def __call__(self, image, pixel_valid, *, targets=None, dropout_key=None):
+        del targets
         x = (image * self.scale[...][None, None, None, :]).mean((1, 2))
         x = jnp.tanh(self.backbone(x)) * self.gain[...][None]
         if dropout_key is not None:
@@ -82,20 +77,19 @@ class Tiny:
         for name, value in optimizer.items():
             self.config.optimizer[name] = value
         self.mesh = make_mesh(devices=jax.devices()[:devices])
-        schedule = learning_rate_schedule(self.config.optimizer, steps_per_epoch=10, num_steps=100)
-        self.plan = plan_train_state(
-            lambda: TinyDetector(rngs=nnx.Rngs(self.config.seed), width=width, dropout=dropout, queries=queries),
-            self.config.optimizer,
-            schedule,
-            self.mesh,
-        )
-        loss = tiny_loss
         if backend:
             self.config.model = ConfigDict({"num_classes": 1})
             self.config.matcher.backend = backend
-            classification = build_classification(self.config.loss)
-            loss = partial(set_loss, classification=classification, config=self.config, mesh=self.mesh)
-        self.step = make_train_step(self.plan, self.config, loss=loss, schedule=schedule, mesh=self.mesh)
+        self.plan, _, _, self.step = build_training(
+            self.config,
+            self.mesh,
+            steps_per_epoch=10,
+            num_steps=100,
+            detector=lambda: TinyDetector(
+                rngs=nnx.Rngs(self.config.seed), width=width, dropout=dropout, queries=queries
+            ),
+            loss=None if backend else tiny_loss,
+        )
 
     def train(self, state, first: int, last: int):
         """Steps `first`..`last` - 1, each on its own batch -> (state, metrics of all)."""

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.runs.checkpoint_files import all_steps, best_step
+from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.training.checkpoint import Checkpoints, FailedSave, newest_whole
-from deperceiver_jax.training.checkpoint_files import all_steps, best_step
-from deperceiver_jax.training.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.training.train_state import inference_arrays
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from deperceiver_jax.runs.checkpoint_files import all_steps
 from deperceiver_jax.training.checkpoint import Checkpoints
-from deperceiver_jax.training.checkpoint_files import all_steps
 from tests.quick_compile import quick_flags
 from tests.train_process import arrays_of
 
@@ -22,11 +22,11 @@ import json, os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 import jax
-from deperceiver_jax import processes
-from deperceiver_jax.command_line import run
+from deperceiver_jax.program import processes
+from deperceiver_jax.program.command_line import run
 from deperceiver_jax.sharding import shard_batch
 from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
-from deperceiver_jax.training.shutdown import Shutdown
+from deperceiver_jax.program.shutdown import Shutdown
 from tests.training.conftest import Tiny, tiny_batch
 
 process, address, workdir, last, signum = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:])

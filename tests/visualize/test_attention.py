@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from configs import demo
-from deperceiver_jax.command_line import run
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.load import LoadedDetector
-from deperceiver_jax.models.attention_record import DenseRecord
-from deperceiver_jax.training.train_state import take_apart
+from deperceiver_jax.models.layers.recorder import DenseRecord
+from deperceiver_jax.models.skeleton import take_apart
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.runs.load_detector import LoadedDetector
 from deperceiver_jax.visualize import __main__ as visualize
 from deperceiver_jax.visualize.attention import choose_queries, look, make_view
 from deperceiver_jax.visualize.attention_maps import (

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deperceiver_jax.command_line import run
 from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.coco_metric import coco_metric, ground_truth
 from deperceiver_jax.evaluation.evaluate import write_results
-from deperceiver_jax.training.workdir import read_config
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.runs.workdir import read_config
 from deperceiver_jax.visualize import __main__ as visualize
-from deperceiver_jax.visualize.boxes import class_color
 from deperceiver_jax.visualize.detections import Comparison, compare, newest_evaluation, save_comparison
+from deperceiver_jax.visualize.draw_boxes import class_color
 
 NAMES = {0: "a rather long class name", 1: "cat", 5: "x"}.__getitem__
 

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from deperceiver_jax.command_line import run
 from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.program.command_line import run
 from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize import __main__ as visualize
-from deperceiver_jax.visualize.boxes import class_color
+from deperceiver_jax.visualize.draw_boxes import class_color
 from deperceiver_jax.visualize.latents import draw_layer, follow
 
 CLASSES = ClassMap.from_categories([(1, "round"), (3, "square")])

@@ -8,12 +8,12 @@ from flax import nnx
 
 from configs import deperceiver
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.resnet import ResNet
+from deperceiver_jax.models.features.resnet import ResNet
 from deperceiver_jax.weights import FAMILIES, load_backbone, load_torch_state, to_torch_state, torch_shapes
 from deperceiver_jax.weights.name_rules import NameRules, Rule
-from deperceiver_jax.weights.seeded import seeded_array, seeded_state_dict
 from deperceiver_jax.weights.tables.parts import resnet_rules
-from tests.drawn_arrays import abstract_detector
+from tests.drawn_arrays import FLOAT32, abstract_detector
+from tests.seeded import seeded_array, seeded_state_dict
 
 AUXILIARY = {"num_layers": 3, "self_attention": True, "final_norm": True}
 
@@ -145,13 +145,13 @@ def test_pretrained_backbones(tmp_path, depth, prefix):
 
     def resnet(strides):
         return ResNet(
-            depth,
+            depth=depth,
             width=2,
             strides=strides,
             norm="frozen_batch_norm",
             frozen_stages=2,
             dilation=False,
-            dtype=jnp.float32,
+            compute=FLOAT32,
             rngs=nnx.Rngs(0),
         )
 

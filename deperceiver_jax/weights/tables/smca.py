@@ -74,7 +74,7 @@ def _convolution_encoder_rules(share_crossings: bool) -> list[Rule]:
         *_mlp_rules(f"{ours}/mlp", theirs),
         *norm_rules(f"{ours}/mlp_norm", f"{theirs}.norm2", 0),
         *_convolution_rules("encoder/reduce", "transformer.conv"),
-        *_convolution_rules("levels/halvings/0", "input_proj_2048_3"),
+        *_convolution_rules("levels/projections/3", "input_proj_2048_3"),
         Rule("level_embedding", "transformer.level_embed"),
     ]
     for level, stride in enumerate((8, 16, 32, 64)):

@@ -1,0 +1,269 @@
+"""Batches for training, evaluation and prediction: the plan's images, loaded by Grain's workers.
+
+A step's batch depends on the step number alone, whatever the number of workers, so that number is the whole position of
+the data. Workers make NumPy arrays and never touch an accelerator; pixels stay uint8 until they are on the device.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from ml_collections import ConfigDict
+
+from deperceiver_jax.data.batches.geometry import (
+    Geometry,
+    check_augmentation,
+    evaluation_geometry,
+    training_geometry,
+    transform_boxes,
+)
+from deperceiver_jax.data.batches.pixels import decode_image, place_image
+from deperceiver_jax.data.batches.plan import (
+    Plan,
+    evaluation_buckets,
+    evaluation_plan,
+    host_rows,
+    training_buckets,
+    training_plan,
+)
+from deperceiver_jax.data.batches.workers import Empty, Stream
+from deperceiver_jax.data.image_header import CorruptImage, image_size
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.structures import Batch
+
+
+class Images(Protocol):
+    """What the loader needs of a data set's split; data/datasets/source.py has the real one."""
+
+    sizes: Int32[np.ndarray, "N 2"]  # (height, width) of the stored images
+    max_boxes: int
+
+    def __len__(self) -> int: ...
+    def filename(self, position: int) -> str: ...
+    def image_bytes(self, position: int) -> bytes: ...
+    def targets(self, position: int) -> tuple[Float32[np.ndarray, "K 4"], Int32[np.ndarray, " K"]]: ...
+
+
+class TrainBatches:
+    """Endless host-local batches, beginning with the one of `start_step`.
+
+    `config` is config.data; its batch_size counts over all hosts, and process `process_index` of `process_count` gets
+    its share of every batch. buckets: the padded sizes (height, width) that occur; box_slots: of every image.
+    """
+
+    def __init__(
+        self,
+        source: Images,
+        config: ConfigDict,
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+    ):
+        check_augmentation(config)
+        rows = host_rows(config.batch_size, process_index, process_count, "config.data.batch_size")
+        if len(source) < config.batch_size:
+            raise UserError(
+                f"The training split has {len(source)} images, fewer than one batch of {config.batch_size} "
+                "(config.data.batch_size)."
+            )
+        if seed < 0 or config.buckets < 1:
+            raise UserError(f"config.seed is {seed} and config.data.buckets {config.buckets}; 0 and 1 are the least.")
+        buckets = training_buckets(source.sizes, config)
+        self.box_slots = _box_slots(source, config)
+        self._make = _TrainingStep(source, config, buckets, seed, rows, self.box_slots)
+        self._steps = range(start_step, sys.maxsize)
+        self._num_workers = config.num_workers
+        self._image_bytes = _image_bytes(buckets, rows)
+        self.steps_per_epoch = len(source) // config.batch_size
+        self.buckets = [(int(height), int(width)) for height, width in buckets]
+
+    def __iter__(self) -> Stream:
+        return Stream(self._make, self._steps, self._num_workers, self._image_bytes)
+
+
+class EvaluationBatches:
+    """Every image of a split once, in host-local batches of one bucket each; a ragged last one is filled up.
+
+    An image that only fills up is black, as large as its frame, and its `example` is -1. `batch_size` counts over all
+    hosts, of which each gets its share of every batch. in_process: no worker processes, which take seconds to start.
+    """
+
+    def __init__(
+        self,
+        source: Images,
+        config: ConfigDict,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        in_process: bool = False,
+    ):
+        check_augmentation(config)
+        rows = host_rows(batch_size, process_index, process_count, "config.eval.batch_size")
+        if config.eval_buckets < 1:
+            raise UserError(f"config.data.eval_buckets is {config.eval_buckets}; it must be at least 1.")
+        buckets = evaluation_buckets(source.sizes, config)
+        geometry = evaluation_geometry(source.sizes, config)
+        plan = evaluation_plan(geometry.size, buckets, batch_size)
+        self._make = _EvaluationStep(source, plan, geometry, buckets, rows, _box_slots(source, config))
+        self._num_workers = 0 if in_process else config.num_workers
+        self._image_bytes = _image_bytes(buckets, rows)
+        self.num_batches = len(plan.bucket)
+        self.buckets = [(int(height), int(width)) for height, width in buckets]
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Stream:
+        return Stream(self._make, range(self.num_batches), self._num_workers, self._image_bytes)
+
+
+def image_batches(paths: Sequence[Path | str], config: ConfigDict, batch_size: int) -> EvaluationBatches:
+    """Any image files in evaluation batches; `example` is the position in `paths`.
+
+    Raises UserError that names the file for one that cannot be read.
+    """
+    files = _ImageFiles([Path(path) for path in paths])
+    return EvaluationBatches(files, config, batch_size=batch_size, in_process=True)
+
+
+class _ImageFiles:
+    """Files without targets, seen as a split."""
+
+    max_boxes = 0
+
+    def __init__(self, paths: list[Path]):
+        if not paths:
+            raise UserError("There are no images to read.")
+        self._paths = paths
+        self.sizes = np.array([self._size(position) for position in range(len(paths))], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def filename(self, position: int) -> str:
+        return str(self._paths[position])
+
+    def image_bytes(self, position: int) -> bytes:
+        try:
+            return self._paths[position].read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._paths[position]} cannot be read: {error.strerror}.") from error
+
+    def targets(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+
+    def _size(self, position):
+        try:
+            return image_size(self.image_bytes(position))
+        except CorruptImage as error:
+            raise UserError(f"{self._paths[position]} is not a whole image: {error}.") from error
+
+
+class _TrainingStep:
+    """step -> this host's share of its batch. Plans the step's epoch when it first meets it, in every worker alike."""
+
+    def __init__(self, source: Images, config: ConfigDict, buckets: np.ndarray, seed: int, rows: slice, box_slots: int):
+        self._source, self._config, self._buckets = source, config, buckets
+        self._seed, self._rows, self._box_slots = seed, rows, box_slots
+        self._epochs: dict[int, tuple[Plan, Geometry]] = {}
+
+    def __call__(self, step: int, empty: Empty) -> Batch:
+        epoch, position = divmod(step, len(self._source) // self._config.batch_size)
+        plan, geometry = self._epoch(epoch)
+        frame = self._buckets[plan.bucket[position]]
+        return load_batch(self._source, geometry, plan.example[position, self._rows], frame, self._box_slots, empty)
+
+    def _epoch(self, epoch):
+        planned = self._epochs
+        if epoch not in planned:
+            geometry = training_geometry(self._source.sizes, self._seed, epoch, self._config)
+            plan = training_plan(geometry.size, self._buckets, self._seed, epoch, self._config.batch_size)
+            # Threads share this object; one of them may still be in the epoch before.
+            planned = {known: planned[known] for known in planned if known == epoch - 1} | {epoch: (plan, geometry)}
+            self._epochs = planned
+        return planned[epoch]
+
+
+class _EvaluationStep:
+    """Number of a batch -> this host's share of it."""
+
+    def __init__(
+        self, source: Images, plan: Plan, geometry: Geometry, buckets: np.ndarray, rows: slice, box_slots: int
+    ):
+        self._source, self._plan, self._geometry, self._buckets = source, plan, geometry, buckets
+        self._rows, self._box_slots = rows, box_slots
+
+    def __call__(self, step: int, empty: Empty) -> Batch:
+        frame = self._buckets[self._plan.bucket[step]]
+        examples = self._plan.example[step, self._rows]
+        return load_batch(self._source, self._geometry, examples, frame, self._box_slots, empty)
+
+
+def load_batch(
+    source: Images,
+    geometry: Geometry,
+    examples: Int32[np.ndarray, " B"],
+    frame: Int32[np.ndarray, "2"],
+    box_slots: int,
+    empty: Empty,
+) -> Batch:
+    """Reads these examples (-1: none) into a frame of (height, width). UserError names an image that is corrupt."""
+    count = len(examples)
+    batch = Batch(
+        image=empty((count, *(int(side) for side in frame), 3)),
+        size=np.tile(np.int32(frame), (count, 1)),
+        original_size=np.tile(np.int32(frame), (count, 1)),
+        example=np.array(examples, np.int32),
+        boxes=np.zeros((count, box_slots, 4), np.float32),
+        labels=np.zeros((count, box_slots), np.int32),
+        box_valid=np.zeros((count, box_slots), bool),
+    )
+    drawn = geometry.take(np.maximum(examples, 0))
+    windows = drawn.window()
+    for row, example in enumerate(examples):
+        if example < 0:
+            batch.image[row] = 0
+            continue
+        image = _decode(source, int(example))
+        place_image(batch.image[row], image, drawn.flip[row], windows[row], drawn.size[row])
+        batch.size[row], batch.original_size[row] = drawn.size[row], drawn.original[row]
+        boxes, labels = source.targets(int(example))
+        boxes, kept = transform_boxes(boxes, drawn, row)
+        batch.boxes[row, : len(boxes)] = boxes
+        batch.labels[row, : len(boxes)] = labels[kept]
+        batch.box_valid[row, : len(boxes)] = True
+    return batch
+
+
+def _decode(source, example):
+    try:
+        image = decode_image(source.image_bytes(example))
+    except CorruptImage as error:
+        raise UserError(f"Image {source.filename(example)} is corrupt: {error}.") from error
+    if image.shape[:2] != tuple(source.sizes[example]):
+        raise UserError(
+            f"Image {source.filename(example)} has {image.shape[0]} x {image.shape[1]} pixels (height x width), "
+            f"not {source.sizes[example][0]} x {source.sizes[example][1]} as its header or index says."
+        )
+    return image
+
+
+def _image_bytes(buckets, rows):
+    return int(buckets.prod(1, dtype=np.int64).max()) * 3 * (rows.stop - rows.start)
+
+
+def _box_slots(source, config):
+    """Box slots of every image of the split; refuses config.data.max_boxes when an image has more."""
+    if config.max_boxes == 0 or config.max_boxes >= source.max_boxes:
+        return config.max_boxes or max(source.max_boxes, 1)
+    fullest = next(i for i in range(len(source)) if len(source.targets(i)[0]) == source.max_boxes)
+    raise UserError(
+        f"Image {source.filename(fullest)} has {source.max_boxes} boxes, more than config.data.max_boxes "
+        f"({config.max_boxes}); 0 takes as many as the fullest image needs."
+    )

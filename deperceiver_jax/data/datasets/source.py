@@ -1,0 +1,180 @@
+"""A split of any data set: encoded images by position, with sizes and annotations known beforehand."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float32, Int32, Int64
+from ml_collections import ConfigDict
+
+from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.data.datasets.coco.builder import CocoDirectory, coco_config
+from deperceiver_jax.data.datasets.index import Index, load_or_build, open_records
+from deperceiver_jax.data.datasets.prepare import prepare
+from deperceiver_jax.data.datasets.record import Annotations
+from deperceiver_jax.data.datasets.shapes import drawing
+from deperceiver_jax.data.datasets.shapes.builder import Shapes
+from deperceiver_jax.data.datasets.tfds_directory import describe
+from deperceiver_jax.errors import UserError
+
+SPLIT_FIELDS = {"train": "train", "validation": "val"}  # split -> how config.data calls its files
+CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their image are counted
+
+
+class Source:
+    """One split, its images in ascending order of id. Every process opens the files for itself, when it first reads."""
+
+    def __init__(self, prepared: Path, split: str, classes: ClassMap, index: Index, area_scale: float):
+        self.classes = classes
+        self.area_scale = area_scale  # of COCO's bounds between small, medium and large; 1 for photographs
+        self._prepared, self._split, self._index = prepared, split, index
+        self._records, self._opened_by = None, None
+        image, self._boxes, self._labels = _targets(index, classes)
+        self._target_offsets = np.searchsorted(image, np.arange(len(self) + 1))
+
+    def __len__(self) -> int:
+        return len(self._index.image_ids)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_records": None, "_opened_by": None}
+
+    @property
+    def sizes(self) -> Int32[np.ndarray, "N 2"]:
+        """(height, width) of every stored image in pixels."""
+        return self._index.sizes
+
+    @property
+    def image_ids(self) -> Int64[np.ndarray, " N"]:
+        """The data set's own image ids, ascending."""
+        return self._index.image_ids
+
+    @property
+    def max_boxes(self) -> int:
+        """Targets of the fullest image."""
+        return int(np.diff(self._target_offsets).max())
+
+    def filename(self, position: int) -> str:
+        """The image's file name, for messages and pictures."""
+        return str(self._index.filenames[position])
+
+    def image_bytes(self, position: int) -> bytes:
+        """The image as its file was: JPEG, PNG or another format that Pillow reads."""
+        if self._opened_by != os.getpid():  # a forked process must not share its parent's reader
+            self._records, self._opened_by = open_records(self._prepared, self._split), os.getpid()
+        return self._records[int(self._index.record[position])]["image"]
+
+    def annotations(self, position: int) -> Annotations:
+        """All annotations of an image as they were written: crowds, unclipped and empty boxes included."""
+        rows = slice(*self._index.offsets[position : position + 2])
+        index = self._index
+        return Annotations(
+            index.boxes[rows], index.category_id[rows], index.is_crowd[rows], index.area[rows], index.id[rows]
+        )
+
+    def targets(self, position: int) -> tuple[Float32[np.ndarray, "K 4"], Int32[np.ndarray, " K"]]:
+        """What a detector shall find: (xyxy boxes in pixels inside the image, class slots). Crowds are left out."""
+        rows = slice(*self._target_offsets[position : position + 2])
+        return self._boxes[rows].copy(), self._labels[rows].copy()
+
+
+def open_source(config_data: ConfigDict, split: str) -> Source:
+    """Opens a split of the data set that config.data names, preparing it first if need be.
+
+    `shapes` and `coco_directory` have the splits train and validation, `tfds` has those that were prepared;
+    `shapes/small` is the built-in data set with many small shapes. Raises UserError, in one sentence that names the
+    file and the item, for anything wrong with the data.
+    """
+    name, _, variant = config_data.name.partition("/")
+    if name == "shapes":
+        prepared = _prepare_shapes(config_data, split, variant or "standard")
+    elif name == "coco_directory" and not variant:
+        prepared = _prepare_coco(config_data, split)
+    elif name == "tfds" and not variant:
+        prepared = _existing_directory(config_data)
+    else:
+        raise UserError(f"config.data.name is {config_data.name!r}; it may be shapes, coco_directory or tfds.")
+    classes, label_ids, notes = describe(prepared, split)
+    index = load_or_build(
+        prepared,
+        split,
+        label_ids=label_ids,
+        skip_corrupt=config_data.skip_corrupt,
+        fallback_directory=_prepared_directory(config_data),
+    )
+    found = notes + _oddities(index)
+    if found:
+        logging.warning("%s, split %s: %s.", config_data.directory or config_data.name, split, "; ".join(found))
+    return Source(prepared, split, classes, index, area_scale=drawing.AREA_SCALE if name == "shapes" else 1.0)
+
+
+def _prepared_directory(config_data):
+    return Path(config_data.prepared_directory).expanduser().absolute()
+
+
+def _existing_directory(config_data):
+    if not config_data.directory:
+        raise UserError(f"config.data.directory is empty, and data set {config_data.name} needs one.")
+    directory = Path(config_data.directory).expanduser().absolute()
+    if not directory.is_dir():
+        raise UserError(f"There is no directory {directory} (config.data.directory).")
+    return directory
+
+
+def _require_split(config_data, split):
+    if split not in SPLIT_FIELDS:
+        raise UserError(f"Data set {config_data.name} has no split {split!r}; it has {', '.join(SPLIT_FIELDS)}.")
+
+
+def _prepare_shapes(config_data, split, variant):
+    _require_split(config_data, split)
+    if variant not in Shapes.builder_configs:
+        raise UserError(f"There is no data set shapes/{variant}; there are {', '.join(Shapes.builder_configs)}.")
+    config = Shapes.builder_configs[variant]
+    return prepare(Shapes, _prepared_directory(config_data), config, f"shapes/{variant}")
+
+
+def _prepare_coco(config_data, split):
+    _require_split(config_data, split)
+    root, field = _existing_directory(config_data), SPLIT_FIELDS[split]
+    annotation_file = root / config_data[f"{field}_annotations"]
+    image_directory = root / config_data[f"{field}_images"]
+    if not annotation_file.is_file():
+        raise UserError(f"Split {split} needs {annotation_file} (config.data.{field}_annotations), which is not there.")
+    if not image_directory.is_dir():
+        raise UserError(f"Split {split} needs {image_directory} (config.data.{field}_images), which is not there.")
+    config = coco_config(annotation_file, image_directory, split, config_data.skip_corrupt)
+    return prepare(CocoDirectory, _prepared_directory(config_data), config, f"split {split} of {root}")
+
+
+def _targets(index, classes):
+    """DETR's targets of all images at once: (image [K], xyxy float32 [K, 4], class slot int32 [K]), in stored order.
+
+    No crowds; xywh -> xyxy and the clamp to the image in float32, as DETR computes them; empty boxes left out.
+    """
+    image = np.repeat(np.arange(len(index.image_ids)), np.diff(index.offsets))
+    boxes = index.boxes.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    limit = index.sizes[image][:, [1, 0, 1, 0]].astype(np.float32)
+    boxes = np.clip(boxes, 0, limit)
+    keep = ~index.is_crowd & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return image[keep], boxes[keep], classes.category_to_slot(index.category_id[keep]).astype(np.int32)
+
+
+def _oddities(index):
+    """What is odd in the annotations, counted, in words."""
+    image = np.repeat(np.arange(len(index.image_ids)), np.diff(index.offsets))
+    low, size = index.boxes[:, :2], index.boxes[:, 2:]
+    limit = index.sizes[image][:, ::-1]
+    inside = np.clip(low + size, 0, limit) - np.clip(low, 0, limit)
+    empty = (inside <= 0).any(axis=1)
+    outside = ((low < -CLIP_TOLERANCE) | (low + size > limit + CLIP_TOLERANCE)).any(axis=1) & ~empty
+    counts = {
+        "boxes reach outside their image and are clipped": outside.sum(),
+        "boxes are empty inside their image and are left out": empty.sum(),
+        "boxes are not finite and are left out": index.non_finite,
+    }
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    if len(index.skipped):
+        found.append(f"{len(index.skipped)} corrupt images are left out (the first is {index.skipped[0]})")
+    return found

@@ -1,0 +1,36 @@
+"""Dense attention as it is written in papers: the whole matrix at once."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
+from deperceiver_jax.models.layers.linear import dropout
+
+
+def dense_attention(
+    query: Float[Array, "B H Q D"],
+    key: Float[Array, "B H K D"],
+    value: Float[Array, "B H K E"],
+    key_valid: Bool[Array, "B K"] | None = None,
+    bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B H Q E"]:
+    """softmax(q k^T / sqrt(D) + bias) v, over the keys where `key_valid` is True.
+
+    `bias` broadcasts over heads and queries where its axis is 1; a LogGaussian is computed here. The softmax is in
+    float32. A query without any valid key gets zeros, as in Perceiver IO, and never NaN.
+    """
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
+    logits = logits.astype(jnp.float32)
+    if bias is not None:
+        logits = logits + bias_map(bias)
+    if key_valid is None:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+    else:
+        mask = key_valid[:, None, None, :]
+        probabilities = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1), 0.0)
+    probabilities = dropout(probabilities.astype(value.dtype), dropout_rate, dropout_key)
+    return jnp.einsum("bhqk,bhke->bhqe", probabilities, value)

@@ -1,0 +1,58 @@
+"""Backbone features at several strides -> maps of one width, the levels that become tokens."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deperceiver_jax.errors import UserError, check_at_least
+from deperceiver_jax.models.layers.linear import linear, torch_bias_init, torch_kernel_init, xavier_uniform_init
+
+
+class ProjectedLevels(nnx.Module):
+    """One map of each stride, by a 1x1 convolution, then `extra_levels` of half the size each, by 3x3 convolutions.
+
+    The first extra level is made from the backbone's last features, each further one from the level before it. With
+    `group_norm`, as in Deformable DETR, 32 groups norm each map, kernels start Xavier-uniform and biases at zero.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], dim: int, *, extra_levels: int = 0, group_norm: bool = False, dtype, rngs
+    ):
+        check_at_least("config.model.extra_levels", extra_levels, 0)
+        if group_norm and dim % 32:
+            raise UserError(f"config.model.embed_dim is {dim}; its 32 norm groups must be of equal width.")
+
+        def init(fan_in, fan_out):
+            if group_norm:
+                return dict(kernel_init=xavier_uniform_init(fan_in, fan_out), bias_init=nnx.initializers.zeros)
+            return dict(kernel_init=torch_kernel_init, bias_init=torch_bias_init(fan_in))
+
+        def halving(width):
+            return nnx.Conv(
+                width, dim, (3, 3), strides=2, padding=1, **init(9 * width, 9 * dim), dtype=dtype, rngs=rngs
+            )
+
+        self.num_strides = len(channels)
+        self.projections = nnx.List([linear(c, dim, **init(c, dim), dtype=dtype, rngs=rngs) for c in channels])
+        for width in [channels[-1], *[dim] * extra_levels][:extra_levels]:
+            self.projections.append(halving(width))
+        norm = dict(num_groups=32, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+        self.norms = nnx.List([nnx.GroupNorm(dim, **norm) for _ in self.projections if group_norm])
+
+    def __call__(self, features: Sequence[Float[Array, "B h w C"]]) -> list[Float[Array, "B h w D"]]:
+        """As in the published models, norms count padding too. Refuses a level below a map of a single cell."""
+        maps = []
+        for level, projection in enumerate(self.projections):
+            if level < self.num_strides:
+                source = features[level]
+            else:
+                source = features[-1] if level == self.num_strides else maps[-1]
+                if source.shape[1] == source.shape[2] == 1:
+                    raise UserError(
+                        f"config.model.extra_levels: level {level} of an image of this size would halve a map of a "
+                        "single cell; give larger images or fewer levels."
+                    )
+            x = projection(source)
+            maps.append(self.norms[level](x) if self.norms else x)
+        return maps

@@ -1,0 +1,297 @@
+"""ResNet, the convolutional backbone of every detector here: an image in, features keyed by stride out.
+
+Source: arXiv:1512.03385 in torchvision's "v1.5" form (the stride of a bottleneck lies on its 3x3 convolution), whose
+published weights fit without change. All padding is symmetric, as PyTorch's: XLA's SAME pads (2, 3) where (3, 3) is
+meant, and shifts every feature map by a pixel.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
+
+# depth: (blocks of each stage, whether they are bottlenecks)
+DEPTHS = {
+    18: ((2, 2, 2, 2), False),
+    34: ((3, 4, 6, 3), False),
+    50: ((3, 4, 6, 3), True),
+    101: ((3, 4, 23, 3), True),
+}
+STRIDES = (4, 8, 16, 32)  # of the four stages
+
+kaiming_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Frozen(nnx.Variable):
+    """An array that is never trained: no gradient, no optimiser state, no weight decay. Not an `nnx.Param`."""
+
+
+class Conv(nnx.Module):
+    """A square convolution without bias; pads (size - 1) / 2 * dilation on every side. Kernel [size, size, in, out]."""
+
+    def __init__(self, in_dim, out_dim, size, *, stride=1, dilation=1, frozen, dtype, rngs: nnx.Rngs):
+        variable = Frozen if frozen else nnx.Param
+        self.kernel = variable(kaiming_normal_fan_out(rngs.params(), (size, size, in_dim, out_dim), jnp.float32))
+        self.stride = stride
+        self.dilation = dilation
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        padding = self.kernel.shape[0] // 2 * self.dilation
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((padding, padding), (padding, padding)),
+            rhs_dilation=(self.dilation, self.dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch norm of pretrained networks, with its statistics, scale and bias fixed.
+
+    Padding is not masked: as in the published models, an image's features depend a little on the padding around it.
+    """
+
+    def __init__(self, dim: int, *, dtype):
+        self.scale = Frozen(jnp.ones(dim))
+        self.bias = Frozen(jnp.zeros(dim))
+        self.mean = Frozen(jnp.zeros(dim))
+        self.var = Frozen(jnp.ones(dim))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "B H W C"], valid: Bool[Array, "B H W"] | None) -> Float[Array, "B H W C"]:
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
+        shift = self.bias[...] - self.mean[...] * scale
+        return x * _channels(scale).astype(self.dtype) + _channels(shift).astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group norm (arXiv:1803.08494) for training from scratch: 32 groups, fewer where they'd hold under two channels.
+
+    Statistics are of the real pixels alone and padding stays zero, so features do not depend on the padding.
+    """
+
+    def __init__(self, dim: int, *, initial_scale: float = 1.0, dtype):
+        self.scale = nnx.Param(jnp.full(dim, initial_scale))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.num_groups = math.gcd(32, dim // 2)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "B H W C"], valid: Bool[Array, "B H W"] | None) -> Float[Array, "B H W C"]:
+        if valid is None:
+            valid = jnp.ones(x.shape[:3], bool)
+        weight = valid[..., None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(weight, axis=(1, 2)) * (x.shape[-1] // self.num_groups), 1.0)  # [B 1]
+
+        def group_mean(x):
+            """Of each channel's group. Only sums of channels take the shape of groups, whose few channels are slow."""
+            sums = jnp.sum(x, axis=(1, 2)).reshape(len(x), self.num_groups, -1).sum(axis=2)
+            return jnp.repeat(sums / count, x.shape[-1] // self.num_groups, axis=1)[:, None, None]
+
+        x = x.astype(jnp.float32) * weight
+        centered = (x - group_mean(x)) * weight
+        inverse = jax.lax.rsqrt(group_mean(centered**2) + 1e-5)
+        y = centered * (inverse * _channels(self.scale[...])) + _channels(self.bias[...]) * weight
+        return y.astype(self.dtype)
+
+
+def _channels(vector):
+    """[C] -> [1, 1, 1, C], to broadcast over an image."""
+    return vector[None, None, None, :]
+
+
+def _subsample(valid, stride):
+    """The mask after a layer of this stride: cell i stands for pixel stride * i, so ceil(n / stride) stay valid."""
+    return valid if valid is None or stride == 1 else valid[:, ::stride, ::stride]
+
+
+class Block(nnx.Module):
+    """Residual block: convolutions, each followed by its norm, beside a shortcut; ReLU between and at the end.
+
+    Bottleneck: 1x1, 3x3 (stride, dilation), 1x1 with four times the channels. Basic: 3x3 (stride), 3x3.
+    """
+
+    def __init__(self, in_dim, dim, *, bottleneck, stride=1, dilation=1, make_norm, frozen, dtype, rngs: nnx.Rngs):
+        out_dim = 4 * dim if bottleneck else dim
+        self.stride = stride
+        self.bottleneck = bottleneck
+
+        def conv(in_dim, out_dim, size, **kwargs):
+            return Conv(in_dim, out_dim, size, frozen=frozen, dtype=dtype, rngs=rngs, **kwargs)
+
+        if bottleneck:
+            self.conv1, self.norm1 = conv(in_dim, dim, 1), make_norm(dim)
+            self.conv2, self.norm2 = conv(dim, dim, 3, stride=stride, dilation=dilation), make_norm(dim)
+            self.conv3, self.norm3 = conv(dim, out_dim, 1), make_norm(out_dim, last=True)
+        else:
+            self.conv1, self.norm1 = conv(in_dim, dim, 3, stride=stride), make_norm(dim)
+            self.conv2, self.norm2 = conv(dim, dim, 3), make_norm(dim, last=True)
+        self.has_shortcut = stride != 1 or in_dim != out_dim
+        if self.has_shortcut:
+            self.shortcut_conv, self.shortcut_norm = conv(in_dim, out_dim, 1, stride=stride), make_norm(out_dim)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], valid: Bool[Array, "B H W"] | None, *, dropout_key=None
+    ) -> Float[Array, "B h w D"]:
+        """`valid` is True on real pixels of x. A ResNet has no dropout; LayerStack passes the key to every layer."""
+        del dropout_key
+        valid_out = _subsample(valid, self.stride)
+        shortcut = self.shortcut_norm(self.shortcut_conv(x), valid_out) if self.has_shortcut else x
+        if self.bottleneck:
+            y = jax.nn.relu(self.norm1(self.conv1(x), valid))
+            y = jax.nn.relu(self.norm2(self.conv2(y), valid_out))
+            y = self.norm3(self.conv3(y), valid_out)
+        else:
+            y = jax.nn.relu(self.norm1(self.conv1(x), valid_out))
+            y = self.norm2(self.conv2(y), valid_out)
+        return jax.nn.relu(y + shortcut)
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution: the first changes stride and channels, the rest are alike and stacked."""
+
+    def __init__(self, in_dim, dim, num_blocks, *, bottleneck, stride, dilation, make_norm, frozen, compute, rngs):
+        shared = dict(bottleneck=bottleneck, make_norm=make_norm, frozen=frozen, dtype=compute.dtype)
+        out_dim = 4 * dim if bottleneck else dim
+        # torchvision's DC5: the block that would have had the stride keeps dilation 1, only the later ones have 2.
+        self.first = Block(in_dim, dim, stride=stride, rngs=rngs, **shared)
+        self.rest = LayerStack(
+            lambda rngs: Block(out_dim, dim, dilation=dilation, rngs=rngs, **shared),
+            num_blocks - 1,
+            unroll_on_cpu=True,
+            compute=compute,
+            rngs=rngs,
+        )
+        self.rematerialize = compute.rematerialize
+        self.stride = stride
+
+    def __call__(self, x, valid):
+        x = apply_rematerialized(self.first, x, valid) if self.rematerialize else self.first(x, valid)
+        return self.rest(x, _subsample(valid, self.stride))
+
+
+class ResNet(nnx.Module):
+    """Features at the wanted strides, `.channels` wide. Stages after the last wanted one do not exist.
+
+    The stem counts as the first of the `frozen_stages` (0 trains everything, 2 freezes the stem and the first stage as
+    the published detectors do, 5 freezes all). No gradient passes through frozen stages. `dilation` keeps the last
+    stage at stride 16 (DC5). Parameters are float32 and computation is in `dtype`.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        strides: Sequence[int],
+        norm: str,
+        frozen_stages: int,
+        dilation: bool,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        dtype = compute.dtype
+        stage_strides = _check(depth, width, tuple(strides), norm, frozen_stages, dilation)
+        blocks, bottleneck = DEPTHS[depth]
+
+        def make_norm(dim, last=False):
+            if norm == "frozen_batch_norm":
+                return FrozenBatchNorm(dim, dtype=dtype)
+            # The last norm of a block starts at zero (arXiv:1803.08494, section 4.1): blocks start as identities.
+            return GroupNorm(dim, initial_scale=0.0 if last else 1.0, dtype=dtype)
+
+        self.frozen_stages = frozen_stages
+        self.stem_conv = Conv(3, width, 7, stride=2, frozen=frozen_stages > 0, dtype=dtype, rngs=rngs)
+        self.stem_norm = make_norm(width)
+        self.stages = nnx.List()
+        self.strides = tuple(strides)
+        self.stage_strides = stage_strides
+        self.channels = {}
+        in_dim = width
+        for s, stride in enumerate(stage_strides):
+            dim = width * 2**s
+            dilated = dilation and s == 3
+            self.stages.append(
+                Stage(
+                    in_dim,
+                    dim,
+                    blocks[s],
+                    bottleneck=bottleneck,
+                    stride=1 if s == 0 or dilated else 2,
+                    dilation=2 if dilated else 1,
+                    make_norm=make_norm,
+                    frozen=frozen_stages > s + 1,
+                    compute=compute,
+                    rngs=rngs,
+                )
+            )
+            in_dim = 4 * dim if bottleneck else dim
+            if stride in self.strides:
+                self.channels[stride] = in_dim
+
+    def __call__(
+        self, image: Float[Array, "B H W 3"], pixel_valid: Bool[Array, "B H W"] | None = None
+    ) -> dict[int, Float[Array, "B h w C"]]:
+        """{stride: features of ceil(size / stride) cells}. Only group norm looks at `pixel_valid`; None is all real."""
+        valid = _subsample(pixel_valid, 2)
+        x = jax.nn.relu(self.stem_norm(self.stem_conv(image), valid))
+        x = _max_pool(x)
+        valid = _subsample(valid, 2)
+        if valid is not None and isinstance(self.stem_norm, GroupNorm):
+            # The first padded cell behind an even number of real ones pools the last of them; padding stays zero.
+            x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
+        if self.frozen_stages > 0:
+            x = jax.lax.stop_gradient(x)
+        features = {}
+        for s, (stage, stride) in enumerate(zip(self.stages, self.stage_strides, strict=True)):
+            x = stage(x, valid)
+            valid = _subsample(valid, stage.stride)
+            if self.frozen_stages > s + 1:
+                x = jax.lax.stop_gradient(x)
+            if stride in self.strides:
+                features[stride] = x
+        return features
+
+
+def _max_pool(x):
+    """3x3, stride 2, one row and column of -infinity around."""
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _check(depth, width, strides, norm, frozen_stages, dilation) -> tuple[int, ...]:
+    """The stride of each stage that must exist; a UserError for settings that contradict each other."""
+    check_choice("config.model.backbone.depth", depth, DEPTHS)
+    check_choice("config.model.backbone.norm", norm, ("frozen_batch_norm", "group_norm"))
+    if not 0 <= frozen_stages <= 5:
+        raise UserError(f"config.model.backbone.frozen_stages is {frozen_stages}; it can be 0 to 5.")
+    if norm == "group_norm" and frozen_stages:
+        raise UserError(
+            "config.model.backbone.norm is group_norm, which trains from scratch, but frozen_stages is "
+            f"{frozen_stages}: untrained stages would stay random; set config.model.backbone.frozen_stages=0."
+        )
+    if width < 2 or width % 2:
+        raise UserError(f"config.model.backbone.width is {width}; it must be an even number of channels.")
+    if dilation and not DEPTHS[depth][1]:
+        raise UserError(f"config.model.backbone.dilation needs bottleneck blocks (depth 50 or 101), not depth {depth}.")
+    valid_strides = STRIDES[:3] if dilation else STRIDES
+    if not strides or not set(strides) <= set(valid_strides):
+        raise UserError(
+            f"config.model.strides is {strides}; a ResNet{' with dilation' if dilation else ''} has the strides "
+            f"{', '.join(map(str, valid_strides))}."
+        )
+    if not dilation:
+        return STRIDES[: STRIDES.index(max(strides)) + 1]
+    if max(strides) != 16:
+        raise UserError(
+            f"config.model.backbone.dilation changes only stride 16, which config.model.strides {strides} lacks."
+        )
+    return (4, 8, None, 16)  # the features before the dilated stage have no entry of their own

@@ -1,0 +1,87 @@
+"""Decoded queries -> class logits and boxes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deperceiver_jax.models.layers.linear import linear
+from deperceiver_jax.models.layers.mlp import MLP
+from deperceiver_jax.structures import Predictions
+
+CLASS_HEAD = "class_head"  # a part of the path of every parameter whose meaning depends on the class map
+RARE = -math.log(99)  # the logit of 1 %: focal losses start with classes that are seldom there
+
+
+def inverse_sigmoid(x: Array) -> Array:
+    """log(x / (1 - x)), with x and 1 - x kept from falling under 1e-5: within +-11.5."""
+    x = jnp.clip(x, 0.0, 1.0)
+    return jnp.log(jnp.maximum(x, 1e-5) / jnp.maximum(1.0 - x, 1e-5))
+
+
+class ClassHead(nnx.Module):
+    """One linear layer, in float32. With `rare`, every class starts at a probability of 1 %."""
+
+    def __init__(self, dim: int, num_logits: int, *, rare: bool = False, rngs: nnx.Rngs):
+        self.linear = linear(dim, num_logits, dtype=jnp.float32, rngs=rngs)
+        if rare:
+            self.linear.bias[...] = jnp.full(num_logits, RARE)
+
+    def __call__(self, decoded: Float[Array, "... D"]) -> Float[Array, "... C"]:
+        return self.linear(decoded)
+
+
+class BoxHead(nnx.Module):
+    """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.mlp = MLP([dim, dim, dim, 4], activation=jax.nn.relu, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(
+        self, decoded: Float[Array, "L B Q D"], center_logit: Float[Array, "Q 2"] | None = None
+    ) -> Float[Array, "L B Q 4"]:
+        """`center_logit`: of each query's reference point (x, y); the MLP then answers an offset from it."""
+        boxes = self.mlp(decoded)
+        if center_logit is not None:
+            boxes = boxes + jnp.pad(center_logit, ((0, 0), (0, 2)))[None, None]
+        return jax.nn.sigmoid(boxes)
+
+
+class PredictionHeads(nnx.Module):
+    """The class head and the box head, shared by all decoder layers."""
+
+    def __init__(self, dim: int, num_logits: int, *, rare: bool = False, rngs: nnx.Rngs):
+        self.class_head = ClassHead(dim, num_logits, rare=rare, rngs=rngs)
+        self.box_head = BoxHead(dim, rngs=rngs)
+
+    def __call__(
+        self, decoded: Float[Array, "L B Q D"], center_logit: Float[Array, "Q 2"] | None = None
+    ) -> Predictions:
+        return Predictions(logits=self.class_head(decoded), boxes=self.box_head(decoded, center_logit))
+
+
+class RelativeHeads(nnx.Module):
+    """Class logits, and boxes relative to reference boxes (cxcywh), to whose logits the box head's answer is added.
+
+    A reference of size 0.5 moves the centre alone: its logit is 0. Classes start at a probability of 1 %, boxes at
+    their references, with sizes of sigmoid(`size_bias`).
+    """
+
+    def __init__(self, dim: int, num_logits: int, *, size_bias: float, rngs: nnx.Rngs):
+        self.class_head = ClassHead(dim, num_logits, rare=True, rngs=rngs)
+        self.box_head = BoxHead(dim, rngs=rngs)
+        last = self.box_head.mlp.layers[-1]
+        last.kernel[...] = jnp.zeros_like(last.kernel[...])
+        last.bias[...] = jnp.asarray([0.0, 0.0, size_bias, size_bias], last.bias.dtype)
+
+    def __call__(self, decoded: Float[Array, "*L B Q D"], reference: Float[Array, "*L B Q 4"]) -> Predictions:
+        boxes = jax.nn.sigmoid(self.box_head.mlp(decoded) + inverse_sigmoid(reference))
+        return Predictions(logits=self.class_head(decoded), boxes=boxes)
+
+
+def no_predictions(batch: int, num_queries: int, num_logits: int) -> Predictions:
+    """What decoder layers that answer are handed before the first of them."""
+    logits, boxes = ((batch, num_queries, width) for width in (num_logits, 4))
+    return Predictions(jnp.zeros(logits, jnp.float32), jnp.zeros(boxes, jnp.float32))

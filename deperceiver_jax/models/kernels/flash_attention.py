@@ -1,0 +1,195 @@
+"""Attention for TPUs that never writes its matrix to memory, by the Pallas kernels of flash_kernels.py.
+
+Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2. Arrays are transposed, with positions on the last axis:
+a head of DETR has 32 channels, which would leave three quarters of a TPU's 128 lanes and of the memory empty.
+A mask is one more channel: 0 or MASKED in the keys, 1 in the queries. As an array of its own it would have one number
+in a row of 128, and be read for every head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float
+
+from deperceiver_jax.models.kernels.flash_kernels import MASKED, forward_kernel, key_kernel, query_kernel
+from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
+from deperceiver_jax.models.kernels.pallas import SUBLANES
+
+LANES = 128
+BLOCKS = (512, 256, LANES)  # positions that a kernel takes at a time
+KINDS_OF_BIASES = ("", "b", "qp")  # by their number; see _call
+
+
+def flash_attention(
+    query: Float[Array, "B H Q D"],
+    key: Float[Array, "B H K D"],
+    value: Float[Array, "B H K E"],
+    key_valid: Bool[Array, "B K"] | None = None,
+    bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
+) -> Float[Array, "B H Q E"]:
+    """`dense_attention` on one TPU, without dropout. Lengths are padded to whole blocks, with masked keys.
+
+    A LogGaussian is computed block by block.
+    """
+    batch, heads, num_queries, width = query.shape
+    num_keys = key.shape[2]
+    block_q, block_k = block_size(num_queries), block_size(num_keys)
+    if key_valid is None and num_keys % block_k:
+        key_valid = jnp.ones((batch, num_keys), bool)
+    query, key, value = query * width**-0.5, _pad(key, 2, block_k), _pad(value, 2, block_k)
+    if key_valid is not None:
+        query, key = _with_mask(query, key, _pad(key_valid, 1, block_k))
+    query = _pad(query.swapaxes(2, 3), 3, block_q)
+    key, value = key.swapaxes(2, 3), value.swapaxes(2, 3)
+    if isinstance(bias, LogGaussian):
+        biases = _spots(bias, block_q), _places(bias, block_k)
+    elif bias is not None:
+        bias = jnp.broadcast_to(bias, (batch, heads, num_queries, num_keys)).swapaxes(2, 3)
+        biases = (_pad(_pad(bias, 2, block_k), 3, block_q),)
+    else:
+        biases = ()
+    attended = _attention(query, key, value, biases, block_q, block_k)
+    return attended[..., :num_queries].swapaxes(2, 3)
+
+
+def block_size(length: int) -> int:
+    """The largest block that pads a row of this length by a quarter at most, or else the smallest."""
+    return next((block for block in BLOCKS if -length % block <= length // 4), LANES)
+
+
+def _with_mask(query, key, key_valid):
+    """Queries and keys with channels whose product is MASKED where a key is padding, else 0."""
+    channels = 32 // query.dtype.itemsize  # what a row of registers holds
+    first = jnp.arange(channels)[None, None, None] == 0
+    mask = jnp.where(first & ~key_valid[:, None, :, None], MASKED, 0.0)
+    ones = jnp.broadcast_to(first, (*query.shape[:3], channels)).astype(query.dtype)
+    mask = jnp.broadcast_to(mask, (*key.shape[:3], channels)).astype(key.dtype)
+    return jnp.concatenate([query, ones], axis=3), jnp.concatenate([key, mask], axis=3)
+
+
+def _spots(gaussian: LogGaussian, block_q: int) -> Float[Array, "B H 8 Q"]:
+    """What a kernel needs of each query: 1 / width along x and y, and the centre in those units."""
+    inverse_width = gaussian.inverse_width
+    spots = jnp.concatenate([inverse_width, gaussian.center * inverse_width], axis=3)
+    return _pad(_pad(spots, 3, SUBLANES).swapaxes(2, 3), 3, block_q)
+
+
+def _places(gaussian: LogGaussian, block_k: int) -> Float[Array, "B 1 8 K"]:
+    """x and y of each key, the same for all heads."""
+    return _pad(_pad(gaussian.place[:, None], 3, SUBLANES).swapaxes(2, 3), 3, block_k)
+
+
+def _pad(x: Array, axis: int, multiple: int) -> Array:
+    return jnp.pad(x, [(0, -x.shape[a] % multiple if a == axis else 0) for a in range(x.ndim)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    query: Float[Array, "B H D Q"],
+    key: Float[Array, "B H D K"],
+    value: Float[Array, "B H E K"],
+    biases: tuple[Array, ...],
+    block_q: int,
+    block_k: int,
+) -> Float[Array, "B H E Q"]:
+    """Of scaled queries. Lengths are multiples of the blocks. `biases`: none, a map [B H K Q], or (spots, places)."""
+    return _forward(query, key, value, biases, block_q, block_k)[0]
+
+
+def _forward(query, key, value, biases, block_q, block_k):
+    """(attended, what the backward pass needs): the last of it each query's logarithm of a sum of exponentials."""
+    value_dim = value.shape[2]
+    attended, lse = _call(
+        functools.partial(forward_kernel, num_biases=len(biases)),
+        (query, key, value, *biases),
+        "qkk" + KINDS_OF_BIASES[len(biases)],
+        [(value_dim, query.dtype, "q"), (1, jnp.float32, "q")],
+        scratch=[(1, block_q), (1, block_q), (value_dim, block_q)],
+        blocks=(block_q, block_k),
+        keys_inside=True,
+        products=2,
+    )
+    return attended, (query, key, value, biases, attended, lse)
+
+
+def _backward(block_q, block_k, kept, gradient):
+    query, key, value, biases, attended, lse = kept
+    delta = jnp.sum(attended.astype(jnp.float32) * gradient.astype(jnp.float32), axis=2, keepdims=True)
+    kinds = KINDS_OF_BIASES[len(biases)]
+    inputs = (query, key, value, *biases, gradient, lse, delta)
+    width, value_dim = query.shape[2], value.shape[2]
+    options = dict(blocks=(block_q, block_k), products=5)
+    of_bias = [(x.shape[2], x.dtype, kind) for x, kind in zip(biases, kinds, strict=True) if kind != "p"]
+    d_query, *d_biases = _call(
+        functools.partial(query_kernel, num_biases=len(biases)),
+        inputs,
+        f"qkk{kinds}qqq",
+        [(width, query.dtype, "q"), *of_bias],
+        scratch=[(width, block_q), *((rows, block_q) for rows, _, kind in of_bias if kind == "q")],
+        keys_inside=True,
+        **options,
+    )
+    d_key, d_value = _call(
+        functools.partial(key_kernel, num_biases=len(biases)),
+        inputs,
+        f"qkk{kinds}qqq",
+        [(width, key.dtype, "k"), (value_dim, value.dtype, "k")],
+        scratch=[(width, block_k), (value_dim, block_k)],
+        keys_inside=False,
+        **options,
+    )
+    d_biases += [jnp.zeros_like(x) for x, kind in zip(biases, kinds, strict=True) if kind == "p"]
+    return d_query, d_key, d_value, tuple(d_biases)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _call(kernel, inputs, kinds, outputs, *, scratch, blocks, keys_inside, products):
+    """Runs `kernel` over images, heads and blocks of queries and keys, the keys innermost or the queries.
+
+    Kinds of arrays: q has queries on its last axis, k keys, p keys and no heads, b is [B, H, K, Q].
+    """
+    query, key, value = inputs[:3]
+    batch, heads, _, num_queries = query.shape
+    num_keys = key.shape[3]
+    block_q, block_k = blocks
+
+    def spec(kind, rows):
+        def place(b, h, outer, inner):
+            i, j = (outer, inner) if keys_inside else (inner, outer)
+            return {"q": (b, h, 0, i), "k": (b, h, 0, j), "p": (b, 0, 0, j), "b": (b, h, j, i)}[kind]
+
+        of_keys = (1, 1, rows, block_k)
+        shape = {"q": (1, 1, rows, block_q), "k": of_keys, "p": of_keys, "b": (1, 1, block_k, block_q)}
+        return pl.BlockSpec(shape[kind], place)
+
+    def reads(kind):  # what runs inside is read again for every block outside, unless it is a single block
+        inside, (outer_steps, inner_steps) = "kp" if keys_inside else "q", grid if keys_inside else grid[::-1]
+        each_head = heads if kind == "p" and num_keys > block_k else 1
+        return each_head * (outer_steps if kind in inside and inner_steps > 1 else 1)
+
+    def shape(rows, kind):
+        return (batch, heads, num_keys if kind == "b" else rows, num_keys if kind == "k" else num_queries)
+
+    given = list(zip(inputs, kinds, strict=True))
+    grid = (num_queries // block_q, num_keys // block_k)
+    results = [jax.ShapeDtypeStruct(shape(rows, kind), dtype) for rows, dtype, kind in outputs]
+    pairs = batch * heads * num_queries * num_keys
+    moved = sum(reads(kind) * x.size * x.dtype.itemsize for x, kind in given)
+    moved += sum(x.size * x.dtype.itemsize for x in results)
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, heads, *(grid if keys_inside else grid[::-1])),
+        in_specs=[spec(kind, x.shape[2]) for x, kind in given],
+        out_specs=[spec(kind, rows) for rows, _, kind in outputs],
+        out_shape=results,
+        scratch_shapes=[pltpu.VMEM(block, jnp.float32) for block in scratch],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * pairs * value.shape[2], transcendentals=pairs, bytes_accessed=moved
+        ),
+    )(*(x for x, _ in given))

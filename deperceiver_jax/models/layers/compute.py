@@ -1,0 +1,13 @@
+"""How a detector computes, as against what it is: the same parameters serve every choice."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Handed to every part of a detector when it is made."""
+
+    dtype: Any  # of activations and matrix products; parameters are float32
+    attention: str  # one of models/attention/choice.py's IMPLEMENTATIONS
+    rematerialize: bool  # layers compute their activations again in the backward pass: less memory, more work

@@ -1,0 +1,87 @@
+"""Detectors' parameters by themselves: found in a workdir or beside one, read, and written.
+
+The output of import_weights is a directory with `weights`, config.json and classes.json.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import Array
+
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.runs.checkpoint_files import EMA, WEIGHTS, all_steps, best_step, damage_is_a_user_error, read_shapes
+from deperceiver_jax.runs.migrations import renamed_paths
+from deperceiver_jax.runs.workdir import CHECKPOINTS, CONFIG
+
+
+class StoredDetector(NamedTuple):
+    """Where a detector's parameters lie, and the directory of the config.json and classes.json that describe it."""
+
+    items: Path
+    directory: Path
+    step: int | None  # None for parameters that no run here has trained
+
+
+def find_detector(directory: Path, checkpoint: str = "latest") -> StoredDetector:
+    """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
+    (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
+    if (directory / WEIGHTS).is_dir():
+        if directory.parent.name == CHECKPOINTS:
+            return StoredDetector(directory, directory.parent.parent, int(directory.name))
+        return StoredDetector(directory, directory, None)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory.")
+    steps = all_steps(directory)
+    if not steps:
+        raise UserError(f"{directory} has no checkpoint and no weights.")
+    if checkpoint == "latest":
+        step = steps[-1]
+    elif checkpoint == "best":
+        step = best_step(directory, steps)
+        if step is None:
+            raise UserError(f"{directory} has no best checkpoint: none of steps {steps} was evaluated.")
+    elif checkpoint.isdigit() and int(checkpoint) in steps:
+        step = int(checkpoint)
+    else:
+        raise UserError(f"{directory} has no checkpoint {checkpoint!r}; it has {steps}, latest and best.")
+    return StoredDetector(directory / CHECKPOINTS / str(step), directory, step)
+
+
+def load_params(items: Path) -> dict[str, np.ndarray]:
+    """Every array of a detector by path, from `StoredDetector.items`; the moving average where one was kept.
+
+    Raises UserError when the files are damaged.
+    """
+    arrays = _read_arrays(items / WEIGHTS)
+    if (items / EMA).is_dir():
+        arrays |= _read_arrays(items / EMA)
+    return arrays
+
+
+def save_params(directory: Path, arrays: Mapping[str, Array | np.ndarray], config: str, classes: str) -> None:
+    """Writes a directory that load_detector, init_from and eval.py read: weights, and the texts of the two JSON files.
+
+    Raises UserError when there is something at `directory` already.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists already.")
+    directory.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((directory / WEIGHTS).absolute(), dict(arrays))
+    (directory / "classes.json").write_text(classes)
+    (directory / CONFIG).write_text(config)
+
+
+def _read_arrays(item: Path) -> dict[str, np.ndarray]:
+    shapes = read_shapes(item)
+    restore_args = dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray))
+    with damage_is_a_user_error(item):
+        arrays = ocp.PyTreeCheckpointHandler().restore(
+            epath.Path(item.absolute()), args=ocp.args.PyTreeRestore(restore_args=restore_args)
+        )
+    names = renamed_paths(arrays)
+    return {names.get(path, path): array for path, array in arrays.items()}

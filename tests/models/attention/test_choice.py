@@ -1,0 +1,217 @@
+"""Every way to compute attention equals plain attention, and the choice between them is the documented one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from configs import demo
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models import build_detector
+from deperceiver_jax.models.attention import choice as attention_choice
+from deperceiver_jax.models.attention.choice import chunked_attention, cudnn_attention, cudnn_takes
+from deperceiver_jax.models.attention.dense import dense_attention
+from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
+from deperceiver_jax.models.kernels.flash_attention import block_size, flash_attention
+from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
+from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.sharding import batch_sharding, make_mesh
+from tests.drawn_arrays import FLOAT32, abstract_detector
+
+
+def arrays(queries=140, keys=200, heads=2, width=8, value_width=16, dtype=jnp.float32):
+    """(query, key, value, key_valid): the second image has no valid key."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, heads, queries, width), (2, heads, keys, width), (2, heads, keys, value_width))
+    valid = np.arange(keys)[None] < np.array([keys * 9 // 10, 0])[:, None]
+    return *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes), jnp.asarray(valid)
+
+
+def bias_for(queries, keys, shape):
+    return jnp.asarray(np.random.default_rng(1).normal(size=[2, *shape]), jnp.float32).reshape(2, *shape)
+
+
+def same_values_and_gradients(attend, query, key, value, valid, bias, tolerance):
+    def loss(attend, query, key, value, bias):
+        attended = attend(query, key, value, valid, bias).astype(jnp.float32)
+        return jnp.sum(jnp.sin(attended)), attended
+
+    wanted = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+
+    def compute(attend):
+        gradient = jax.value_and_grad(functools.partial(loss, attend), argnums=wanted, has_aux=True)
+        (_, attended), gradients = jax.jit(gradient)(query, key, value, bias)
+        return attended, *gradients
+
+    for ours, plain in zip(jax.tree.leaves(compute(attend)), jax.tree.leaves(compute(dense_attention)), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=tolerance)
+        if valid is not None:
+            assert not np.any(ours[1])
+
+
+def gaussian_for(queries, keys):
+    rng = np.random.default_rng(2)
+    shapes = ((2, 2, queries, 2), (2, 2, queries, 2), (2, keys, 2))
+    return LogGaussian(*(jnp.asarray(rng.uniform(0.2, 2.0, size=shape), jnp.float32) for shape in shapes))
+
+
+@pytest.mark.parametrize("bias_shape", [None, (2, 70, 50), (1, 1, 50), "gaussian"])
+def test_blocks_of_queries_equal_plain_attention(monkeypatch, bias_shape):
+    monkeypatch.setattr(attention_choice, "BLOCK", 16 * 50)
+    monkeypatch.setattr(attention_choice, "FEWEST_QUERIES", 1)  # 70 queries: four blocks of 16 and a part of one
+    query, key, value, valid = arrays(queries=70, keys=50)
+    if bias_shape == "gaussian":
+        bias = gaussian_for(70, 50)
+    else:
+        bias = None if bias_shape is None else bias_for(70, 50, bias_shape)
+    same_values_and_gradients(chunked_attention, query, key, value, valid, bias, 1e-5)
+
+
+def test_blocks_never_hold_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(attention_choice, "BLOCK", 128 * 1024)
+    query, key, value, _ = arrays(queries=1024, keys=1024)
+
+    def temporaries(attend):
+        def loss(query, key, value):
+            return jnp.sum(attend(query, key, value, None, None) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, value).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    matrix = 2 * 2 * 1024 * 1024 * 4  # images, heads, queries, keys, bytes
+    assert temporaries(dense_attention) > matrix
+    assert temporaries(chunked_attention) < 0.7 * matrix
+
+
+def test_blocks_drop_with_keys_of_their_own(monkeypatch):
+    monkeypatch.setattr(attention_choice, "BLOCK", 8 * 16)
+    monkeypatch.setattr(attention_choice, "FEWEST_QUERIES", 1)
+    query, key = jnp.zeros((1, 1, 32, 4)), jnp.zeros((1, 1, 16, 4))
+    value = jnp.broadcast_to(jnp.eye(16)[None, None], (1, 1, 16, 16))  # so that the result is the matrix
+    options = dict(dropout_rate=0.5, dropout_key=jax.random.key(0))
+    matrix = np.asarray(chunked_attention(query, key, value, **options))[0, 0] * 16
+    assert set(np.unique(matrix)) == {0.0, 2.0}
+    assert 0.4 < np.mean(matrix == 0) < 0.6
+    blocks = matrix.reshape(4, -1)
+    assert len({block.tobytes() for block in blocks}) == 4
+    np.testing.assert_array_equal(chunked_attention(query, key, value, **options)[0, 0] * 16, matrix)
+
+
+@pytest.mark.parametrize(
+    ("bias_shape", "masked"), [(None, True), ((1, 140, 200), True), (None, False), ("gaussian", True)]
+)
+def test_kernels_equal_plain_attention(bias_shape, masked):
+    """In Pallas' simulation of a TPU. Lengths that no block divides; values of another width than queries."""
+    query, key, value, valid = arrays(heads=2 if bias_shape == "gaussian" else 1)
+    if bias_shape == "gaussian":
+        bias = gaussian_for(140, 200)
+    else:
+        bias = None if bias_shape is None else bias_for(140, 200, bias_shape)
+    with pltpu.force_tpu_interpret_mode():
+        same_values_and_gradients(flash_attention, query, key, value, valid if masked else None, bias, 1e-5)
+
+
+def test_a_kernel_pads_at_most_a_quarter_beyond_its_smallest_block():
+    assert [block_size(length) for length in (2048, 4368, 1092, 900, 300, 100)] == [512, 512, 256, 512, 128, 128]
+
+
+def choice(implementation, query, key, value, valid=None, bias=None, dropout=0.0, platform="tpu"):
+    """What the program has that a large attention compiles to: "kernel", "blocks" or "matrix"."""
+    compute = Compute(query.dtype, implementation, rematerialize=False)
+    attention = MultiHeadAttention(query.shape[2], 1, dropout=dropout, compute=compute, rngs=nnx.Rngs(0))
+
+    def attend(query, key, value):
+        return attention.attend(query, key, value, key_valid=valid, bias=bias, dropout_key=jax.random.key(0))
+
+    text = jax.jit(attend).trace(query, key, value).lower(lowering_platforms=(platform,)).as_text()
+    return "kernel" if "tpu_custom_call" in text else "blocks" if "stablehlo.while" in text else "matrix"
+
+
+def tokens(length, dtype=jnp.bfloat16):
+    return jnp.zeros((1, length, 16), dtype)
+
+
+def test_choice_by_size_platform_dropout_and_field():
+    large, small = [tokens(1024)] * 3, [tokens(512)] * 3
+    assert choice("auto", *large) == "kernel"
+    assert choice("auto", *large, platform="cpu") == "blocks"
+    places = jnp.ones((1, 1, 1024, 2)), jnp.ones((1, 1, 1024, 2)), jnp.ones((1, 1024, 2))
+    assert choice("auto", *large, bias=LogGaussian(*places)) == "kernel"
+    assert choice("auto", *large, bias=LogGaussian(*places), platform="cpu") == "blocks"
+    assert choice("auto", *large, dropout=0.1) == "blocks"
+    assert choice("auto", *small) == "matrix"
+    assert choice("xla", *large) == "matrix"
+    assert choice("chunked", *large) == "blocks"
+    assert choice("flash", *small) == "kernel"
+    assert choice("flash", *large, platform="cpu") == "blocks"
+    assert choice("cudnn", *large) == "blocks"  # there is no GPU here
+
+
+def test_a_gaussian_is_computed_in_blocks_or_is_a_map():
+    query, key, value, valid = arrays(queries=6, keys=5)
+    gaussian = gaussian_for(6, 5)
+    expected = dense_attention(query, key, value, valid, gaussian.map())
+    np.testing.assert_allclose(dense_attention(query, key, value, valid, gaussian), expected, atol=1e-6)
+    large = [jax.ShapeDtypeStruct((1, 2, n, 8), jnp.float32) for n in (1024, 1024)]
+    pairs = [jax.ShapeDtypeStruct((1, 2, 1024, 2), jnp.float32)] * 2
+
+    def run(query, key, center, inverse_width, place):
+        gaussian, drops = LogGaussian(center, inverse_width, place), dict(dropout_rate=0.0, dropout_key=None)
+        return attention_choice.attention("auto", query, key, key, None, gaussian, **drops)
+
+    text = jax.jit(run).lower(*large, *pairs, jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)).as_text()
+    assert "1x2x1024x1024x" not in text and "1x2x256x1024x" in text
+
+
+def test_what_cudnn_takes():
+    def takes(dtype=jnp.bfloat16, value_width=32, width=32, queries=64, keys=64, masked=False, bias=None):
+        query, key, value, valid = arrays(queries, keys, 1, width, value_width, dtype)
+        return cudnn_takes(query, key, value, valid if masked else None, bias)
+
+    assert takes() and takes(masked=True) and takes(queries=63) and takes(jnp.float16)
+    assert not takes(jnp.float32)
+    assert not takes(value_width=64)
+    assert not takes(width=256, value_width=256)
+    assert not takes(width=12, value_width=12)
+    assert not takes(queries=63, masked=True) and not takes(keys=63, masked=True)
+    assert not takes(bias=jnp.zeros((2, 1, 64, 64)))
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+def test_cudnn_equals_plain_attention():
+    query, key, value, valid = arrays(256, 512, 8, 32, 32, jnp.bfloat16)
+    assert cudnn_takes(query, key, value, valid, None)
+    same_values_and_gradients(cudnn_attention, query, key, value, valid, None, 3e-2)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_kernels_run_on_each_devices_own_images(masked):
+    """A kernel cannot be split by the compiler, so the program for eight TPUs has it inside a manual region."""
+    mesh = make_mesh()
+    attention = MultiHeadAttention(16, 1, compute=FLOAT32, rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((16, 1024, 16), jnp.float32, sharding=batch_sharding(mesh))
+    valid = jax.ShapeDtypeStruct((16, 1024), bool, sharding=batch_sharding(mesh)) if masked else None
+
+    def attend(x, valid):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention(x, x, x, key_valid=valid)
+
+    text = jax.jit(attend).trace(x, valid).lower(lowering_platforms=("tpu",)).as_text()
+    kernel = next(line for line in text.splitlines() if "tpu_custom_call" in line)
+    assert "tensor<2x1x16x1024xf32>" in kernel
+
+
+def test_the_config_sets_every_attention_of_a_detector():
+    config = demo.get_config("detr")
+    config.attention = "chunked"
+    detector = abstract_detector(config)
+    found = [part.implementation for _, part in nnx.iter_graph(detector) if isinstance(part, MultiHeadAttention)]
+    assert found == ["chunked"] * 3
+    config.attention = "fast"
+    with pytest.raises(UserError, match="config.attention is 'fast'; it can be auto, xla, chunked, cudnn or flash"):
+        build_detector(config, rngs=nnx.Rngs(0))

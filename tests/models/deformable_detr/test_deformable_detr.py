@@ -1,0 +1,314 @@
+"""Deformable DETR: sizes, groups and starts of the published models, places, bad fields. Values: golden tests."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import deformable_detr
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.deformable_detr.transformer import DeformableEncoder, EncoderFields
+from deperceiver_jax.models.features.resnet import Frozen
+from deperceiver_jax.models.skeleton import take_apart
+from deperceiver_jax.training.check_sizes import check_sizes
+from deperceiver_jax.training.optimizer import group_multipliers
+from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
+from deperceiver_jax.weights.name_rules import with_copies
+from tests.drawn_arrays import (
+    FLOAT32,
+    Patches,
+    abstract_detector,
+    extents_seen,
+    level_tokens,
+    start_beside_backbone,
+)
+from tests.seeded import seeded_state_dict
+
+VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
+SINGLE = {"strides": (16,), "extra_levels": 0}
+REFINE = {"refine": True}
+TWO_STAGE = {"refine": True, "two_stage": True}
+WITHIN_LEVELS = {"encoder__across_levels": False, "encoder__num_points": 1, "decoder__num_points": 1}
+
+
+def small(**changes):
+    """A Deformable DETR in two encoder and two decoder layers; `changes` are fields of config.model, __ for dots."""
+    config = deformable_detr.get_config("r50")
+    fields = {"num_classes": 5, "num_queries": 7, "embed_dim": 32, "strides": (8, 16)}
+    for half in ("encoder", "decoder"):
+        fields |= {f"{half}.num_layers": 2, f"{half}.num_heads": 4, f"{half}.num_points": 2, f"{half}.mlp_dim": 48}
+    config.model.update_from_flattened_dict({**fields, **{k.replace("__", "."): v for k, v in changes.items()}})
+    return config
+
+
+def build(config):
+    """(the detector as a jitted function of arrays, image and mask; random arrays)."""
+    graphdef, abstract = nnx.split(abstract_detector(config, Patches))
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        return (0.3 * rng.standard_normal(x.shape) + ("scale" in jax.tree_util.keystr(path))).astype(x.dtype)
+
+    call = jax.jit(lambda state, image, valid, key=None: nnx.merge(graphdef, state)(image, valid, dropout_key=key))
+    return call, jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def example(height=64, width=64, valid_width=48):
+    image = np.random.default_rng(0).standard_normal((2, height, width, 3)).astype(np.float32)
+    valid = np.ones((2, height, width), bool)
+    valid[1, :, valid_width:] = False
+    return jnp.asarray(np.where(valid[..., None], image, 0)), jnp.asarray(valid)
+
+
+def arrays_of(module, kind):
+    return {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(module, kind))}
+
+
+def count(arrays):
+    return sum(math.prod(x.shape) for x in arrays.values())
+
+
+@pytest.mark.parametrize(
+    "variant, trained, points, rest",
+    [
+        ("r50_single_scale", 33_844_193, 197_890, 10_413_791),
+        ("r50_single_scale_dc5", 33_844_193, 197_890, 10_413_791),
+        ("r50", 39_847_265, 790_018, 15_824_735),
+        ("r50_refine", 40_627_260, 790_018, 16_604_730),
+        ("r50_two_stage", 40_959_129, 789_504, 16_937_113),
+    ],
+)
+def test_sizes_and_groups_of_the_released_models(variant, trained, points, rest):
+    config = deformable_detr.get_config(variant)
+    detector = abstract_detector(config)
+    parameters, frozen = arrays_of(detector, nnx.Param), arrays_of(detector, Frozen)
+    assert count(parameters) == trained
+    assert count({path: x for path, x in frozen.items() if path.endswith("kernel")}) == 222_400
+    multipliers = group_multipliers(parameters, config.optimizer.groups)
+    slow = {path: x for path, x in parameters.items() if multipliers[path] == 0.1 and not path.startswith("backbone/")}
+    assert count(slow) == points
+    assert count({path: x for path, x in parameters.items() if multipliers[path] == 1.0}) == rest
+
+
+def test_variants():
+    assert deformable_detr.VARIANTS == VARIANTS
+    with pytest.raises(ValueError, match="no variant 'r101'; it has r50_single_scale, r50_single_scale_dc5, r50, r50_"):
+        deformable_detr.get_config("r101")
+    config = deformable_detr.get_config()
+    assert (config.data.batch_size, config.train.num_epochs, config.optimizer.drop_epochs) == (32, 50, (40,))
+    assert (config.loss.weight_class, config.matcher.cost_class, config.optimizer.learning_rate) == (2, 2, 2e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, REFINE, TWO_STAGE])
+def test_start(changes):
+    """Classes at 1 %, boxes at their references; sizes of sigmoid(-2) of the image, or of the proposals."""
+    start = start_beside_backbone(small(**changes))
+    heads = "decoder/layers/layers/heads" if changes else "decoder/heads"
+    np.testing.assert_allclose(start[f"{heads}/class_head/linear/bias"], -math.log(99), rtol=1e-6)
+    assert not start[f"{heads}/box_head/mlp/layers/2/kernel"].any()
+    bias = {
+        0: [0, 0, -2, -2],
+        1: [[0, 0, -2, -2], [0, 0, 0, 0]],  # only the first layer starts from a point
+        2: np.zeros((2, 4)),
+    }[len(changes)]
+    np.testing.assert_array_equal(start[f"{heads}/box_head/mlp/layers/2/bias"], bias)
+    if changes:
+        for name in ("class_head/linear/kernel", "box_head/mlp/layers/0/kernel", "box_head/mlp/layers/1/bias"):
+            first, second = start[f"{heads}/{name}"]
+            assert first.std() > 0
+            np.testing.assert_array_equal(first, second)
+    for half in ("encoder", "decoder"):
+        mlp = f"{half}/layers/layers/mlp/layers/0"
+        assert np.array_equal(*start[f"{mlp}/bias"]) and not np.array_equal(*start[f"{mlp}/kernel"])
+    assert ("queries" in start) == ("proposals/query/kernel" not in start) == ("two_stage" not in changes)
+
+
+def test_places_by_hand():
+    """One 3 x 4 level whose upper left 2 x 3 cells are real, and one whole one."""
+    valid = np.zeros((1, 3, 4), bool)
+    valid[:, :2, :3] = True
+    tokens = level_tokens([jnp.asarray(valid), jnp.ones((1, 1, 2), bool)])
+    assert tokens.sizes == ((3, 4), (1, 2))
+    np.testing.assert_allclose(tokens.valid_share[0, 0], [[0.75, 2 / 3], [1, 1]], rtol=1e-6)
+    padded = tokens.places[0, :12] * tokens.valid_share[0, :, 0]  # relative to the padded map: the plain centres
+    np.testing.assert_allclose(padded[:2], [[0.125, 1 / 6], [0.375, 1 / 6]], rtol=1e-6)
+    np.testing.assert_allclose(tokens.places[0, 12:], [[0.25, 0.5], [0.75, 0.5]], rtol=1e-6)
+    assert list(tokens.valid[0].astype(int)) == [1, 1, 1, 0] * 2 + [0] * 4 + [1] * 2
+
+
+@pytest.mark.parametrize("changes", [{}, SINGLE, REFINE, TWO_STAGE, WITHIN_LEVELS])
+def test_forward(changes):
+    """Every variant answers, differently for different images."""
+    call, state = build(small(**changes))
+    image, valid = example()
+    answer = call(state, image, valid)
+    assert answer.logits.shape == (2, 2, 7, 5) and answer.boxes.shape == (2, 2, 7, 4)
+    assert np.isfinite(answer.logits).all() and (answer.boxes >= 0).all() and (answer.boxes <= 1).all()
+    assert np.abs(answer.logits[:, 0] - answer.logits[:, 1]).max() > 1e-3
+    tokens = 64 + 16 + 4
+    if "two_stage" in changes:
+        assert answer.proposals.logits.shape == (1, 2, tokens, 5)
+        assert answer.proposals.boxes.shape == (1, 2, tokens, 4)
+    else:
+        assert answer.proposals is None
+
+
+@pytest.mark.parametrize(
+    "places, sizes",
+    [("cells", [[5, 4], [3, 2]]), ("pixels", [[70 / 16, 50 / 16], [70 / 32, 50 / 32]])],
+)
+def test_the_size_of_images(places, sizes):
+    """Two levels, the second an extra one, of images of 50 x 70 pixels."""
+    valid = jnp.zeros((1, 64, 80), bool).at[:, :50, :70].set(True)
+    image = jnp.ones((1, 64, 80, 3)) * valid[..., None]
+    np.testing.assert_allclose(extents_seen(small(places=places, strides=(16,)), image, valid), [sizes])
+
+
+def test_encoder_within_levels():
+    """Without `across_levels` each level is encoded as if it were the only one; with it, levels change one another."""
+    fields = dict(num_layers=2, num_heads=4, num_points=1, mlp_dim=48, sampling="auto")
+    rng = np.random.default_rng(0)
+    valid = [np.ones((2, 4, 6), bool), np.ones((2, 2, 3), bool)]
+    valid[0][1, :, 4:] = valid[1][1, :, 2:] = False
+    tokens, position = rng.standard_normal((2, 2, 30, 32)).astype(np.float32)
+
+    def encoder(num_levels, across_levels):
+        def make():
+            new = dict(num_levels=num_levels, dropout=0.0, compute=FLOAT32, rngs=nnx.Rngs(0))
+            return DeformableEncoder(32, EncoderFields(**fields, across_levels=across_levels), **new)
+
+        graphdef, abstract = nnx.split(nnx.eval_shape(make))
+        draw = np.random.default_rng(1)
+        state = jax.tree.map(lambda x: (0.3 * draw.standard_normal(x.shape)).astype(x.dtype), abstract)
+
+        def call(levels, tokens, position):
+            image = level_tokens(levels).replace(tokens=jnp.asarray(tokens), position=jnp.asarray(position))
+            return np.asarray(nnx.merge(graphdef, state)(image).tokens)
+
+        return call
+
+    own, alone = encoder(2, False), encoder(1, True)
+    memory = own(valid, tokens, position)
+    for level, cells in enumerate((slice(0, 24), slice(24, 30))):
+        np.testing.assert_allclose(
+            memory[:, cells],
+            alone(valid[level : level + 1], tokens[:, cells], position[:, cells]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    other = tokens.copy()
+    other[:, 24:] += 1
+    np.testing.assert_array_equal(own(valid, other, position)[:, :24], memory[:, :24])
+    across = encoder(2, True)
+    assert np.abs(across(valid, other, position) - across(valid, tokens, position))[:, :24].max() > 1e-2
+
+
+def test_dropout_needs_a_key():
+    call, state = build(small())
+    one, same, other = (call(state, *example(), jax.random.key(seed)).logits for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_references_have_no_gradient_between_layers():
+    """With refinement the first layer's heads do not learn from the last layer's boxes; the queries' points do."""
+    call, state = build(small(**REFINE))
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(state, layer_weight):
+        boxes = call(state, *example()).boxes
+        return jnp.sum(boxes * layer_weight[:, None, None, None])
+
+    last = arrays_of(gradient_of(state, jnp.array([0.0, 1.0])), nnx.Param)
+    head = last["decoder/layers/layers/heads/box_head/mlp/layers/2/kernel"]
+    assert not head[0].any() and head[1].any()
+    first = arrays_of(gradient_of(state, jnp.array([1.0, 0.0])), nnx.Param)
+    assert first["reference_points/kernel"].any()
+
+
+def test_gradients_are_finite_with_proposals_outside():
+    """Padded and border tokens propose with infinite logits; none of it reaches a gradient."""
+    call, state = build(small(**TWO_STAGE))
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(state):
+        answer = call(state, *example())
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(answer))
+
+    for path, gradient in arrays_of(gradient_of(state), nnx.Param).items():
+        assert np.isfinite(gradient).all(), path
+
+
+def test_bfloat16_is_near_float32():
+    config = small(**REFINE)
+    call, state = build(config)
+    answer = call(state, *example())
+    config.precision = "bfloat16"
+    half = build(config)[0](state, *example())
+    assert half.logits.dtype == half.boxes.dtype == jnp.float32
+    assert 0 < np.abs(half.boxes - answer.boxes).max() < 0.1
+
+
+@pytest.mark.parametrize("changes, copies", [({}, 8), (REFINE, 12), (TWO_STAGE, 24)])
+def test_copies_in_the_state_dict(changes, copies):
+    """Two layers: shared heads of 8 arrays once more; 6 of each box head, and 2 of each class head with proposals."""
+    config = small(**changes)
+    config.model.backbone.update(depth=18, width=8)
+    config.model.strides = (16,)
+    detector = abstract_detector(config)
+    rules = FAMILIES["deformable_detr"](config.model)
+    state = seeded_state_dict(torch_shapes(detector, rules))
+    whole = with_copies(state, rules)
+    assert len(whole) - len(state) == copies
+    counts = {"transformer.decoder.layers.0.total_params": np.zeros(1)}
+    report = load_torch_state(detector, {**whole, **counts}, rules)
+    assert len(report.loaded) == len(state) and len(report.ignored) == copies + 1
+    back = to_torch_state(detector, rules)
+    assert set(back) == set(whole)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+    load_torch_state(detector, state, rules)  # a file may leave copies out
+    copy = sorted(set(whole) - set(state))[0]
+    with pytest.raises(UserError, match=f"x.pth holds {copy}, which should be copies of other arrays but differ"):
+        load_torch_state(detector, {**whole, copy: whole[copy] + 1}, rules, source="x.pth")
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"two_stage": True}, "config.model.two_stage needs config.model.refine=True"),
+        ({"places": "cell"}, "config.model.places is 'cell'; it can be cells or pixels."),
+        ({"embed_dim": 48}, "config.model.embed_dim is 48; its 32 norm groups must be of equal width"),
+        ({"extra_levels": -1}, "config.model.extra_levels is -1; it must be at least 0"),
+        ({"encoder__num_layers": 0}, "config.model.encoder.num_layers is 0; it must be at least 1"),
+        ({"decoder__mlp_dim": 0}, "config.model.decoder.mlp_dim is 0; it must be at least 1"),
+        ({"decoder__num_heads": 5}, "5 heads do not divide"),
+        ({"strides": (8, 64)}, r"config.model.strides is \(8, 64\); a ResNet has the strides 4, 8, 16, 32"),
+    ],
+)
+def test_bad_fields_are_named(changes, sentence):
+    with pytest.raises((UserError, ValueError), match=sentence):
+        abstract_detector(small(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"extra_levels": 2},
+            "config.model.extra_levels: level 3 of an image of this size would halve a map of a single",
+        ),
+        ({"num_queries": 30, **TWO_STAGE}, "config.model.num_queries is 30, more than the 21 tokens that an image"),
+    ],
+)
+def test_too_small_images_are_refused_before_the_first_step(changes, sentence):
+    """The size that is too small is one of several, and named."""
+    skeleton, params, others = take_apart(abstract_detector(small(**changes), Patches))
+    check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (96, 64), (64, 96), (128, 128)])
+    with pytest.raises(UserError, match=f"Images of 32 x 32 pixels, padding included, will come, but: {sentence}"):
+        check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (32, 32), (96, 96)])

@@ -1,0 +1,106 @@
+"""Flags, config files, stored configs and overrides; and the sentence that every mistake gets."""
+
+import pytest
+from absl import flags
+
+from configs.deperceiver import get_config
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run
+from deperceiver_jax.runs.workdir import read_config
+
+CONFIG_FILE = "--config=configs/deperceiver.py:r50_16"
+
+
+def define(values):
+    flags.DEFINE_string("workdir", None, "The run.", flag_values=values)
+    flags.DEFINE_integer("number", 3, "A number.", flag_values=values)
+
+
+def parse(*arguments, stored=None):
+    values, rest = parse_flags(["program", *arguments], define, "What it does.")
+    return values, parse_config(rest, stored)
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(get_config("r50_multiscale").to_json())
+    return read_config(path)
+
+
+def test_config_file_and_overrides():
+    values, config = parse(CONFIG_FILE, "--workdir=runs/x", "--config.data.batch_size=7", "--config.data.scales=(1,2)")
+    assert values.workdir == "runs/x" and values.number == 3
+    expected = get_config("r50_16")
+    expected.data.batch_size, expected.data.scales = 7, (1, 2)
+    assert config.to_dict() == expected.to_dict()
+    with pytest.raises(AttributeError):
+        config.data.new_field = 1
+
+
+def test_stored_config_is_the_config_that_was_stored(stored):
+    assert stored.to_dict() == get_config("r50_multiscale").to_dict()
+    _, config = parse("--config.eval.max_detections=300", "--config.model.strides=(8,)", stored=stored)
+    assert config.eval.max_detections == 300 and config.model.strides == (8,)
+    assert stored.eval.max_detections == 100
+
+
+def test_a_config_file_wins_over_the_stored_config(stored):
+    _, config = parse(CONFIG_FILE, "--noconfig.data.skip_corrupt", stored=stored)
+    assert config.model.strides == (16,) and config.data.skip_corrupt is False
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--config.data.batchsize=3"], "The config has no field data.batchsize; the nearest is data.batch_size."),
+        (["--config.clip_norm=3"], "The config has no field clip_norm; the nearest is optimizer.clip_norm."),
+        (["--config.data.batch_size=many"], "flag --config.data.batch_size=many: invalid literal for int"),
+        (["--work=3"], "There is no flag --work; the nearest is --workdir."),
+        (["runs/x"], "There is no flag runs/x."),
+        (["--number=three"], "flag --number=three: invalid literal for int"),
+        (["--config.data.skip_corrupt"], "--config.data.skip_corrupt needs a value"),
+        (["--config"], "--config needs a value"),
+        (["--config=configs/none.py:r50"], "--config: configs/none.py does not exist."),
+        (["--config=configs/deperceiver.py:r50_17"], "configs/deperceiver.py has no variant 'r50_17'; it has r50_32,"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, sentence, stored, capsys):
+    assert run(lambda argv: parse(*argv[1:], stored=stored), ["program", *arguments]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: " + sentence)
+    assert printed.count("\n") == 1 and "Traceback" not in printed
+
+
+def test_a_config_is_needed():
+    with pytest.raises(UserError, match="--config is missing"):
+        parse("--workdir=x")
+
+
+def test_help_shows_the_flags(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "What it does." in printed and "--workdir" in printed and "The run." in printed
+
+
+def test_unreadable_stored_configs(tmp_path):
+    with pytest.raises(UserError, match="config.json does not exist"):
+        read_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"seed": 4')
+    with pytest.raises(UserError, match="is not a stored config"):
+        read_config(tmp_path / "config.json")
+
+
+def test_other_errors_are_not_hidden():
+    def broken(argv):
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        run(broken, ["program"])
