@@ -2,9 +2,15 @@
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
 # make lint   ruff, as CI does
+# make test LATEST=1  the same with the newest versions of everything, in an environment of its own
 
 PYTHON ?= python3
+ifdef LATEST
+VENV ?= .venv-latest
+else
 VENV ?= .venv
+PINS = --constraint constraints.txt
+endif
 RUN = runs/demo
 BIN = $(VENV)/bin
 
@@ -13,7 +19,7 @@ BIN = $(VENV)/bin
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "deperceiver_jax needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 demo")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PINS) --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -32,4 +38,4 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf .venv .venv-latest runs build *.egg-info

@@ -6,17 +6,10 @@ Sizes are (height, width). Masks are True where something real stands. All of th
 are JAX pytrees without importing JAX: the data workers, which never touch an accelerator, use them too.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any as Array  # NumPy's on the host, JAX's on the devices
+from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int32, UInt8
-
-if TYPE_CHECKING:
-    import jax
-    import numpy as np
-
-    Array = np.ndarray | jax.Array
-else:
-    from typing import Any as Array
 
 
 class Batch(NamedTuple):
