@@ -1,7 +1,7 @@
 # make demo   installs, trains on the built-in dataset, evaluates, draws detections: about ten minutes on two cores
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
-# make lint   ruff, as CI does
+# make lint   ruff and mypy, as CI does
 # make test LATEST=1  the same with the newest versions of everything, in an environment of its own
 
 PYTHON ?= python3
@@ -36,6 +36,7 @@ parity: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-latest runs build *.egg-info

@@ -52,7 +52,7 @@ def _split_spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
     lengths = {axis: length for axis, length in enumerate(shape) if length % parts == 0}
     if parts == 1 or not lengths or np.prod(shape) < SMALLEST_SPLIT:
         return PartitionSpec()
-    longest = max(lengths, key=lengths.get)
+    longest = max(lengths, key=lengths.__getitem__)
     return PartitionSpec(*[None] * longest, "model")
 
 

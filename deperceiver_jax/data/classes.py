@@ -59,8 +59,8 @@ class ClassMap:
     def from_json(cls, text: str) -> "ClassMap":
         """The map that `to_json` wrote."""
         stored = json.loads(text)
-        columns = [tuple(row[key] for row in stored["classes"]) for key in ("category_id", "name", "slot")]
-        return cls(*columns, num_slots=stored["num_slots"])
+        ids, names, slots = (tuple(row[key] for row in stored["classes"]) for key in ("category_id", "name", "slot"))
+        return cls(ids, names, slots, stored["num_slots"])
 
     def category_to_slot(self, category_ids: Int[np.ndarray, "*axes"]) -> Int[np.ndarray, "*axes"]:
         """Category ids, all of them listed -> class slots."""

@@ -41,7 +41,8 @@ def ground_truth(source) -> dict:
 
     Annotations are numbered anew from 1, because both evaluators take a match with number 0 for no match.
     """
-    images, annotations = [], []
+    images = []
+    annotations: list[dict] = []
     for i, image_id in enumerate(np.asarray(source.image_ids).tolist()):
         height, width = np.asarray(source.sizes[i]).tolist()
         images.append({"id": image_id, "height": height, "width": width})
@@ -94,6 +95,7 @@ def coco_metric(
     A statistic is -1 when the split has no object it speaks of; APs_over_AP also when AP is 0.
     """
     coco, evaluator = BACKENDS[backend]
+    truth, results = _numbered(truth, results)
     with contextlib.redirect_stdout(io.StringIO()):  # both report their progress there
         run = evaluator(
             _indexed(coco, truth), _indexed(coco, truth | {"annotations": _as_annotations(results)}), "bbox"
@@ -108,6 +110,32 @@ def coco_metric(
     metrics = {name: _statistic(run, *what) for name, what in STATISTICS.items()}
     metrics["APs_over_AP"] = metrics["APs"] / metrics["AP"] if metrics["AP"] > 0 and metrics["APs"] >= 0 else -1.0
     return metrics
+
+
+def _numbered(truth: dict, results: list[dict]) -> tuple[dict, list[dict]]:
+    """Both with images and categories numbered from 1 in ascending order of their ids.
+
+    Both evaluators handle ids as doubles, in which hashes above 2^53 become equal. What `results` has of an image or a
+    category that `truth` does not list counts nowhere and is left out.
+    """
+    images, categories = (
+        {id: number for number, id in enumerate(sorted(item["id"] for item in truth[key]), 1)}
+        for key in ("images", "categories")
+    )
+
+    def renumbered(entries):
+        return [
+            entry | {"image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+            for entry in entries
+            if entry["image_id"] in images and entry["category_id"] in categories
+        ]
+
+    numbered = {
+        "images": [image | {"id": images[image["id"]]} for image in truth["images"]],
+        "categories": [category | {"id": categories[category["id"]]} for category in truth["categories"]],
+        "annotations": renumbered(truth["annotations"]),
+    }
+    return truth | numbered, renumbered(results)
 
 
 def _indexed(coco, dataset: dict):

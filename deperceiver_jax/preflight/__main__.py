@@ -100,7 +100,8 @@ def plan_buckets(config: ConfigDict, sizes: list[str]) -> tuple[list[tuple[int, 
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
             raise UserError(f"--sizes has {size!r}; a size is HEIGHTxWIDTH, as in 832x1344.")
     if sizes:
-        return [tuple(map(int, size.split("x"))) for size in sizes], config.data.max_boxes or NOMINAL_BOXES
+        buckets = [size.split("x") for size in sizes]
+        return [(int(h), int(w)) for h, w in buckets], config.data.max_boxes or NOMINAL_BOXES
     if config.data.name == "shapes" or config.data.directory:
         source = open_source(config.data, config.data.train_split)
         config.model.num_classes = source.classes.num_slots
@@ -108,7 +109,7 @@ def plan_buckets(config: ConfigDict, sizes: list[str]) -> tuple[list[tuple[int, 
     else:
         image_sizes, num_boxes = nominal_sizes(), NOMINAL_BOXES
     buckets = training_buckets(image_sizes, config.data)
-    return [tuple(map(int, bucket)) for bucket in buckets], config.data.max_boxes or num_boxes
+    return [(int(height), int(width)) for height, width in buckets], config.data.max_boxes or num_boxes
 
 
 def local_memory(devices) -> int:

@@ -56,7 +56,8 @@ def program_traffic(text: str) -> Traffic:
 
 def parse_program(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """(computations by name, each its instructions by name; the name of the entry)."""
-    computations, entry, current = {}, "", None
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
             name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
@@ -112,7 +113,7 @@ def _trips(loop: Instruction, computations) -> int:
     known = _TRIPS.search(loop.attributes)
     if known:
         return int(known[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+    condition = computations[re.findall(r"condition=%?([\w.\-]+)", loop.attributes)[0]]
     for instruction in condition.values():
         if instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
             limit = condition[instruction.operands[1]]
@@ -159,7 +160,7 @@ def array_bytes(shape: str, *, everywhere: bool = False) -> int:
         if tile and order:
             for dim, multiple in zip(order, reversed([int(t) for t in tile[1].split(",")]), strict=False):
                 sizes[dim] = -(-sizes[dim] // multiple) * multiple
-        bits = _BITS[kind] if kind in _BITS else int(re.search(r"\d+", kind)[0])
+        bits = _BITS[kind] if kind in _BITS else int(re.findall(r"\d+", kind)[0])
         total += math.prod(sizes) * bits // 8
     return total
 
@@ -208,7 +209,7 @@ def _updates(instruction: Instruction) -> bool:
 
 
 def _fusion_memory(fusion: Instruction, shapes: list[str], computations) -> int:
-    inside = computations[_CALLED.search(fusion.attributes)[1].lstrip("%")]
+    inside = computations[_CALLED.findall(fusion.attributes)[0][0].lstrip("%")]
     users: dict[str, list[Instruction]] = {}
     for instruction in inside.values():
         for operand in instruction.operands:

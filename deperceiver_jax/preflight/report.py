@@ -44,5 +44,5 @@ def bound(cost: Cost, chip: Chip | None) -> tuple[str, str]:
         "memory": cost.memory_bytes / chip.bandwidth,
         "links": cost.interconnect_bytes / chip.links,
     }
-    binds = max(seconds, key=seconds.get)
+    binds = max(seconds, key=seconds.__getitem__)
     return f"{1000 * seconds[binds]:.1f} ms", binds

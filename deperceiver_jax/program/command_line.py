@@ -87,14 +87,14 @@ def parse_config(
     overrides = [argument for argument in rest[1:] if not _CONFIG_FILE.match(argument)]
     fields = list(_fields(base))
     for argument in overrides:
-        field = _OVERRIDE.match(argument)[1]
+        field = _OVERRIDE.findall(argument)[0]
         if field not in fields:
             raise UserError(f"The config has no field {field}{_nearest(field, fields)}.")
     arguments = [rest[0], *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", copy.deepcopy(base), flag_values=values, sys_argv=arguments)
     config = _parse(values, arguments).config
-    check_needs(config, (_OVERRIDE.match(argument)[1] for argument in overrides), needs(config))
+    check_needs(config, (_OVERRIDE.findall(argument)[0] for argument in overrides), needs(config))
     return config
 
 
@@ -105,7 +105,7 @@ def _config_file(rest: Sequence[str]) -> ConfigDict:
     if not Path(file).is_file():
         raise UserError(f"--config: {file} does not exist.")
     spec = importlib.util.spec_from_file_location("config_file", file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"--config: {file} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

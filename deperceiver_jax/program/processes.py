@@ -17,6 +17,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ def join(values: flags.FlagValues, environment: Mapping[str, str] = os.environ) 
     watch_others(given)
 
 
-def watch_others(given: dict[str, str | int]) -> None:
+def watch_others(given: dict[str, Any]) -> None:
     """From here on this process ends with a sentence when another one is gone. `given` are the flags by hand."""
     if jax.process_count() == 1:
         return
@@ -110,7 +111,7 @@ def _lost(why: str) -> None:
     )
 
 
-def by_hand(values: flags.FlagValues, environment: Mapping[str, str]) -> dict[str, str | int]:
+def by_hand(values: flags.FlagValues, environment: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of jax.distributed.initialize that flags or variables give; empty when they give none."""
     flag_names = ("coordinator_address", "process_count", "process_id")
     given = {}

@@ -37,7 +37,7 @@ def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
     whole = text[: text.rfind("\n") + 1]  # a run may be writing the next line
     lines = [json.loads(line) for line in whole.splitlines()]
     scores = {line["step"]: line["AP"] for line in lines if "AP" in line and line["step"] in steps}
-    return max(sorted(scores), key=scores.get, default=None)
+    return max(sorted(scores), key=scores.__getitem__, default=None)
 
 
 def read_shapes(item: Path) -> dict[str, tuple[int, ...]]:

@@ -69,6 +69,6 @@ def load_for_command(
     """
     if (workdir is None) == (weights is None):
         raise UserError("Either --workdir or --weights is needed: a run, or the output of import_weights.")
-    stored = find_detector(Path(workdir or weights).expanduser(), checkpoint)
+    stored = find_detector(Path(workdir or weights or "").expanduser(), checkpoint)
     own = None if has_config_file(config_arguments) else read_config(stored.directory / CONFIG)
     return stored, load_stored(stored, parse_config(config_arguments, own, needs=field_needs))

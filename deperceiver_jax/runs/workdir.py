@@ -30,7 +30,7 @@ MAY_CHANGE = (
 
 def flat_fields(config: ConfigDict) -> dict[str, object]:
     """{"data.batch_size": 16, ...}: every field of a config by its full name."""
-    fields = {}
+    fields: dict[str, object] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             fields |= {f"{name}.{inner}": leaf for inner, leaf in flat_fields(value).items()}

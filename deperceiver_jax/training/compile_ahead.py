@@ -37,7 +37,7 @@ def compile_sizes(
     Raises UserError when a step does not fit into a device's memory; any other error says for which size it came.
     """
     start, programs = time.monotonic(), {}
-    threads = min(threads or os.cpu_count(), len(batches.buckets))
+    threads = min(threads or os.cpu_count() or 1, len(batches.buckets))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
     try:
         running = {}

@@ -47,9 +47,9 @@ class MetricLog:
         self.batch_size = config.data.batch_size
         self.log_every = config.train.log_every
         self.writes = writes
-        self.window = progress["window"] if progress else {"count": 0, "sums": {}}
+        self.window: dict = progress["window"] if progress else {"count": 0, "sums": {}}
         self.step = start_step
-        self.bar = None
+        self.bar: tqdm | None = None
         self.lines = set()
         if writes:
             self.lines = forget_after(workdir / METRICS, start_step)
@@ -59,7 +59,8 @@ class MetricLog:
 
     def start_clock(self) -> None:
         """Measures speed from the next step on: before the first one the loader starts."""
-        self.clock, self.clock_step = None, self.step
+        self.clock: float | None = None
+        self.clock_step = self.step
         if self.writes and sys.stderr.isatty():
             start = self._bar_format("")
             self.bar = tqdm(initial=self.step, total=self.num_steps, bar_format=start, dynamic_ncols=True, leave=False)
@@ -125,7 +126,7 @@ class MetricLog:
     def _speed(self) -> float | None:
         """Images per second since the clock was started; None while there is nothing to measure."""
         images = (self.step - self.clock_step) * self.batch_size
-        return images / (time.perf_counter() - self.clock) if images else None
+        return images / (time.perf_counter() - self.clock) if images and self.clock else None
 
     def _speed_text(self) -> str:
         return f"{speed:.3g} images/s" if (speed := self._speed()) else "starting"

@@ -19,8 +19,7 @@ from deperceiver_jax.training.train_state import Plan, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 
-
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics)
 
 
 class Loss(Protocol):

@@ -74,8 +74,9 @@ def choose_queries(
     scores = scores[:, list(classes.slots)]
     top = scores.max(axis=1)
     if chosen is None:
-        order, apart = np.argsort(-top, kind="stable").tolist(), []
-        corners = box_cxcywh_to_xyxy(boxes)
+        order = np.argsort(-top, kind="stable").tolist()
+        apart: list[int] = []
+        corners = box_cxcywh_to_xyxy(jnp.asarray(boxes))
         overlap = np.asarray(box_iou(corners[:, None], corners[None]))
         for query in order:
             if not np.any(overlap[query, apart] > 0.5):
@@ -89,12 +90,13 @@ def make_view(
 ) -> View:
     """The row of one query; `answer` is its (query, class slot, score)."""
     query, label, score = answer
-    if isinstance(look.decoder[layer], PointRecord):
-        view = point_view(look.decoder[layer], query, frame)
+    record = look.decoder[layer]
+    if isinstance(record, PointRecord):
+        view = point_view(record, query, frame)
     elif look.encoder:
-        view = latent_view(look.decoder[layer], look.encoder[-1], query, frame)
+        view = latent_view(record, look.encoder[-1], query, frame)
     else:
-        view = dense_view(look.decoder[layer], query, frame)
+        view = dense_view(record, query, frame)
     box = np.asarray(box_cxcywh_to_xyxy(look.predictions.boxes[-1, 0, query]))
     box = box * np.array([image.shape[1], image.shape[0]] * 2)
 
@@ -167,6 +169,6 @@ def note(found: Look, layer: int) -> str:
         text.append(f"Queries look at latents: maps are what these read from the image (mean of their heads{which}),")
         text.append("weighed by the query's attention; what latents tell one another in between is not in them.")
         text.append("Below, the latents that the query looks at most, each by itself.")
-    if any(record.bias is not None for record in (found.encoder or found.decoder)):
+    if any(getattr(record, "bias", None) is not None for record in (found.encoder or found.decoder)):
         text.append("A Gaussian is what modulates the attention; its logarithm is added to the logits.")
     return " ".join(text)

@@ -101,13 +101,13 @@ def latent_view(decoder: DenseRecord, encoder: DenseRecord, query: int, frame: F
     share = probability.mean(axis=0)[:num_latents]
     strongest = np.argsort(-share, kind="stable")[: COLUMNS if lines else 2 * COLUMNS]
     latents = [Panel(f"latent {i}, {share[i]:.0%}", _heat(reading[i], frame)) for i in strongest]
-    maps = [_gaussians(encoder, int(i)) for i in strongest]
-    if encoder.bias is None:
-        return View(large, lines + _fold(latents))
     own = [
         Panel(f"latent {i}, Gaussian", _heat(rows.mean(axis=0), frame, by_area=False))
-        for i, rows in zip(strongest, maps, strict=True)
+        for i in strongest
+        if (rows := _gaussians(encoder, int(i))) is not None
     ]
+    if not own:
+        return View(large, lines + _fold(latents))
     return View(large, lines + [line for pair in zip(_fold(latents), _fold(own), strict=True) for line in pair])
 
 

@@ -47,7 +47,7 @@ def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title:
             for k, panel in enumerate(line):
                 _put(sheet, panel, (beside + k * (small[1] + GAP), y + j * step), small)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    jpeg = dict(quality=72, optimize=True, progressive=True)
+    jpeg: dict = dict(quality=72, optimize=True, progressive=True)
     sheet.save(path, **(jpeg if str(path).lower().endswith(".jpg") else {}))
 
 
@@ -58,7 +58,7 @@ def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None
     sheet.paste(Image.fromarray(np.ascontiguousarray(panel.draw(size))), (x, y + GAP + CAPTION))
 
 
-def _fitting(text: str, size: int, width: int) -> ImageFont.FreeTypeFont:
+def _fitting(text: str, size: int, width: int):
     """The font at `size`, or as much smaller as the text needs."""
     length = ImageFont.load_default(size).getlength(text)
     return ImageFont.load_default(size if length <= width else max(8, size * width / length))

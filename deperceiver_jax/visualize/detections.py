@@ -7,7 +7,7 @@ What it draws is read from the run's newest `eval/<step>`.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ def newest_evaluation(workdir: Path) -> Path:
     return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
 
 
-def compare(source, results: list[dict], positions: Sequence[int], score_threshold: float) -> list[Comparison]:
+def compare(source, results: list[dict], positions: Iterable[int], score_threshold: float) -> list[Comparison]:
     """Images of a split with their targets, and the detections that `results` (COCO's format) has for them."""
     slots = dict(zip(source.classes.category_ids, source.classes.slots, strict=True))
     rows = []
@@ -99,7 +99,9 @@ def compare(source, results: list[dict], positions: Sequence[int], score_thresho
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         labels = np.array([slots[r["category_id"]] for r in found], int)
         image = decode_image(source.image_bytes(i))
-        rows.append(Comparison(image, *source.targets(i), boxes, labels, np.array([r["score"] for r in found])))
+        targets, target_labels = source.targets(i)
+        scores = np.array([r["score"] for r in found])
+        rows.append(Comparison(image, targets, target_labels, boxes, labels, scores))
     return rows
 
 

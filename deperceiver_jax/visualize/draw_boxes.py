@@ -46,7 +46,7 @@ def draw_detections(
 
     order = range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable")
     limit = np.array([size[0] - 1, size[1] - 1] * 2)
-    placed = []  # (label's rectangle, text, colour), best first
+    placed: list[tuple] = []  # (label's rectangle, text, colour), best first
     for k in order:
         box = np.clip(np.asarray(boxes[k]) * scale, 0, limit).round().astype(int).tolist()
         name = name_of(int(labels[k]))
@@ -81,7 +81,7 @@ def _place(box: list[int], extent: tuple[int, int], size: tuple[int, int], line:
     (left, top, right, bottom), (wide, high) = box, extent
     corners = [(left, top - high), (left, bottom), (right - wide, top - high), (right - wide, bottom)]
     corners += [(left + line, top + line), (left + line, bottom - high - line)]
-    best, least = None, math.inf
+    best, least = (), math.inf
     for x, y in corners:
         x = max(0, min(x, size[0] - wide))
         inside = max(0, min(y, size[1] - high))

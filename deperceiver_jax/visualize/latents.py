@@ -65,7 +65,7 @@ def draw_layer(
     pale = (image.astype(np.float32) * 0.6 + 255 * 0.4).astype(np.uint8)
     picture = Image.fromarray(pale).resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
-    corners = np.asarray(box_cxcywh_to_xyxy(movement.boxes)) * np.array([*size, *size])
+    corners = np.asarray(box_cxcywh_to_xyxy(jnp.asarray(movement.boxes))) * np.array([*size, *size])
     centers = movement.boxes[..., :2] * np.array(size)
     for k in np.argsort(movement.scores, kind="stable"):  # the surest on top
         sure = movement.scores[k] >= threshold

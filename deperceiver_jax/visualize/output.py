@@ -1,7 +1,6 @@
 """What all pictures share: their colours and fonts, and the file that they go to."""
 
 from absl import flags
-from PIL import ImageFont
 
 from deperceiver_jax.errors import UserError
 
@@ -21,7 +20,7 @@ def check_output(output: str) -> None:
         raise UserError(f"--output: {output} must end in .png or .jpg.")
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap(text: str, font, width: int) -> list[str]:
     """Lines of whole words that fit into `width` pixels; a longer word has a line of its own."""
     lines = [""]
     for word in text.split():

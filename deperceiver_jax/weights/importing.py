@@ -134,7 +134,7 @@ def changed_queries(state, names: Mapping[str, list[str]], theirs: Mapping[str, 
     """{path: reason} of the object queries, when the file has another number of them."""
     changed = {}
     for path, name in ((path, names[path][0]) for path in QUERIES if path in names):
-        mine, found = theirs[name], state[name].shape if name in state else ()
+        mine, found = theirs[name], tuple(state[name].shape) if name in state else ()
         if found[:1] != mine[:1] and found[1:] == mine[1:]:
             count = min(found[0], mine[0])
             changed[path] = f"the file has {found[0]}, and the first {count} of these {mine[0]} are its"

@@ -118,7 +118,7 @@ def from_torch(
 
 def to_torch(arrays: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:
     """The official state dict of {our path: array}, without copies; `from_torch` gives the same arrays back."""
-    parts = {}  # name: {third or None: array in their layout}
+    parts: dict[str, dict] = {}  # name: {third or None: array in their layout}
     for path, rule, names in _entries({path: np.shape(array) for path, array in arrays.items()}, rules):
         layers = [arrays[path]] if rule.first_layer is None else arrays[path]
         for name, layer in zip(names, layers, strict=True):

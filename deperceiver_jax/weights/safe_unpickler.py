@@ -158,7 +158,7 @@ _REBUILDERS = {
 class CheckpointUnpickler(pickle.Unpickler):
     """Python's unpickler with its only two doors to the outside, names and persistent ids, led to the above."""
 
-    def __init__(self, file):
+    def __init__(self, file) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
 

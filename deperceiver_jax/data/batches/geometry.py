@@ -124,7 +124,8 @@ def transform_boxes(
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
     if geometry.flip[example]:
         width = np.float32(original[1])
-        boxes = boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1]) + np.float32([width, 0, width, 0])
+        mirror = np.array([-1, 1, -1, 1], np.float32)
+        boxes = boxes[:, [2, 1, 0, 3]] * mirror + np.array([width, 0, width, 0], np.float32)
     kept = np.ones(len(boxes), bool)
     if geometry.cropped[example]:
         boxes = boxes * _xyxy(resized / original) - _xyxy(geometry.corner[example])

@@ -38,9 +38,10 @@ from deperceiver_jax.structures import Batch
 class Images(Protocol):
     """What the loader needs of a data set's split; data/datasets/source.py has the real one."""
 
-    sizes: Int32[np.ndarray, "N 2"]  # (height, width) of the stored images
-    max_boxes: int
-
+    @property
+    def sizes(self) -> Int32[np.ndarray, "N 2"]: ...  # (height, width) of the stored images
+    @property
+    def max_boxes(self) -> int: ...
     def __len__(self) -> int: ...
     def filename(self, position: int) -> str: ...
     def image_bytes(self, position: int) -> bytes: ...

@@ -114,7 +114,8 @@ def choose_buckets(
         total = np.minimum(padded, padded[chosen].min(0, initial=NO_FIT)).clip(max=with_top) @ weight
         return int(total.min()), int(total.argmin())
 
-    chosen, reached = [], int(with_top @ weight)
+    chosen: list[int] = []
+    reached = int(with_top @ weight)
     while len(chosen) < count - len(top):
         total, candidate = best_addition(chosen)
         if total == reached:

@@ -120,7 +120,7 @@ class _InWorker:
     def __call__(self, step: int) -> _Sent:
         path, memory = self._free_frame()
         memory[-1] = HELD
-        batch = self._make(step, functools.partial(np.ndarray, dtype=np.uint8, buffer=memory))
+        batch = self._make(step, lambda shape: np.ndarray(shape, np.uint8, buffer=memory))
         return _Sent(batch._replace(image=None), path, batch.image.shape)
 
     def _free_frame(self):

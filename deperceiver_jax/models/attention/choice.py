@@ -43,7 +43,7 @@ def attention(
     the TPU's kernel compute their own part of it.
     """
     large = query.shape[2] * key.shape[2] >= LARGE
-    drops = dict(dropout_rate=dropout_rate, dropout_key=dropout_key)
+    drops: dict = dict(dropout_rate=dropout_rate, dropout_key=dropout_key)
     arrays = (query, key, value, key_valid, bias)
     if implementation == "xla" or (implementation == "auto" and not large):
         return dense_attention(*arrays, **drops)
@@ -86,7 +86,7 @@ def chunked_attention(
         return jnp.moveaxis(x.reshape(*x.shape[:2], count, block, x.shape[3]), 2, 0)
 
     if isinstance(bias, LogGaussian):
-        biases, bias_of_block = tuple(in_blocks(x) for x in bias[:2]), lambda block: LogGaussian(*block, bias.place)
+        biases, bias_of_block = tuple(map(in_blocks, bias[:2])), lambda x: LogGaussian(x[0], x[1], bias.place)
     elif bias is None or bias.shape[2] == 1:
         biases, bias_of_block = None, lambda block: bias
     else:

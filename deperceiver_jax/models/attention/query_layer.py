@@ -1,6 +1,7 @@
 """What the decoder layers of all families share; they differ in how queries attend to the image."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -35,7 +36,7 @@ class QueryLayer(TransformerLayer):
             dim, num_heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs
         )
         self.self_attention_norm = LayerNorm(dim, dtype=compute.dtype)
-        self.cross_attention = cross_attention()
+        self.cross_attention: Any = cross_attention()
         self.cross_attention_norm = LayerNorm(dim, dtype=compute.dtype)
 
     def decode(

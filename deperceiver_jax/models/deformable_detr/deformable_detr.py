@@ -75,7 +75,7 @@ class DeformableDETR(Detector):
         num_levels = len(self.token_strides)
         normal = nnx.initializers.normal(1.0)
         self.level_embedding = nnx.Param(normal(rngs.params(), (num_levels, dim)))
-        shared = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute, rngs=rngs)
+        shared: dict = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute, rngs=rngs)
         encoder = build_part(EncoderFields, "config.model.encoder", encoder)
         self.encoder = DeformableEncoder(dim, encoder, **shared)
         if two_stage:

@@ -122,7 +122,7 @@ class DeformableDecoderLayer(QueryLayer):
             levels = dict(num_levels=num_levels, dtype=compute.dtype)
             return MultiScaleDeformableAttention(dim, **fields.attention, **levels, rngs=rngs)
 
-        layer = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
+        layer: dict = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
         super().__init__(dim, fields.num_heads, cross_attention=cross_attention, **layer)
         self.heads = RelativeHeads(dim, num_logits, size_bias=0.0, rngs=rngs) if refine else None
 
@@ -155,7 +155,7 @@ class DeformableEncoder(nnx.Module):
         self, dim: int, fields: EncoderFields, *, num_levels: int, dropout: float, compute: Compute, rngs: nnx.Rngs
     ):
         fields.check("config.model.encoder")
-        layer = dict(num_levels=num_levels, dropout=dropout, compute=compute)
+        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute)
         self.layers = LayerStack(
             lambda rngs: DeformableEncoderLayer(dim, fields, **layer, rngs=rngs),
             fields.num_layers,
@@ -189,7 +189,7 @@ class DeformableDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         fields.check("config.model.decoder")
-        layer = dict(num_levels=num_levels, refine=refine, dropout=dropout, compute=compute)
+        layer: dict = dict(num_levels=num_levels, refine=refine, dropout=dropout, compute=compute)
         self.layers = LayerStack(
             lambda rngs: DeformableDecoderLayer(dim, num_logits, fields, **layer, rngs=rngs),
             fields.num_layers,
@@ -219,7 +219,7 @@ class DeformableDecoder(nnx.Module):
         is_box = reference.shape[-1] == 4
         if not is_box:
             reference = jnp.concatenate([reference, jnp.full_like(reference, 0.5)], axis=-1)
-        answers = no_predictions(*content.shape[:2], self.num_logits) if self.heads is None else None
+        answers = no_predictions(content.shape[0], content.shape[1], self.num_logits) if self.heads is None else None
         start = Decoded(content, reference, jnp.asarray(is_box), answers)
         decoded = self.layers(start, query_position, memory, dropout_key=dropout_key, collect=True)
         if self.heads is None:

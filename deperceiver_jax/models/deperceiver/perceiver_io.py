@@ -170,7 +170,7 @@ class PerceiverEncoder(nnx.Module):
     """
 
     def __init__(self, token_dim: int, fields: EncoderFields, *, dropout: float, compute: Compute, rngs: nnx.Rngs):
-        layer = dict(mlp_ratio=fields.mlp_ratio, gated_mlp=fields.gated_mlp, dropout=dropout, compute=compute)
+        layer: dict = dict(mlp_ratio=fields.mlp_ratio, gated_mlp=fields.gated_mlp, dropout=dropout, compute=compute)
         self.fields = fields
         self.anchors = Anchors(fields.num_latents) if fields.anchors else None
         self.rematerialize = compute.rematerialize
@@ -320,7 +320,7 @@ class PerceiverDecoder(nnx.Module):
         gaussian_width = fields.anchor_width if fields.anchors and latents_have_places else None
         self.anchors = Anchors(num_queries) if fields.anchors else None
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
-        layer = dict(gaussian_width=gaussian_width, compute=compute)
+        layer: dict = dict(gaussian_width=gaussian_width, compute=compute)
         self.layers = LayerStack(
             lambda rngs: PerceiverDecoderLayer(dim, latent_dim, fields, rngs=rngs, **layer),
             fields.num_layers,

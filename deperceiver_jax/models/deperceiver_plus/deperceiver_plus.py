@@ -62,16 +62,16 @@ class DePerceiverPlus(Detector):
         self.denoising = build_part(Denoising, "config.model.denoising", denoising)
         self.rematerialize = compute.rematerialize
         dim, num_levels = fields.embed_dim, len(self.strides)
-        neck = dict(strides=self.strides, top_down=top_down, neck_blocks=neck_blocks)
+        neck: dict = dict(strides=self.strides, top_down=top_down, neck_blocks=neck_blocks)
         self.levels = FeaturePyramid(self.backbone.channels, dim, **neck, compute=compute, rngs=rngs)
         self.level_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_levels, dim)))
         if start == "learned":
-            self.start = LearnedStart(dim, fields.num_queries, rngs=rngs)
+            self.start: LearnedStart | ProposedStart = LearnedStart(dim, fields.num_queries, rngs=rngs)
         else:
             latents = (fields.num_queries, fields.num_logits)
             self.start = ProposedStart(dim, *latents, dtype=compute.dtype, rngs=rngs)
         decoder = build_part(LatentDecoderFields, "config.model.decoder", decoder)
-        layer = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute)
+        layer: dict = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute)
         self.decoder = LatentDecoder(dim, fields.num_logits, decoder, **layer, rngs=rngs)
 
     def __call__(self, image, pixel_valid, *, targets=None, dropout_key: jax.Array | None = None) -> Predictions:

@@ -102,7 +102,7 @@ class LatentLayer(QueryLayer):
             return MultiHeadAttention(dim, heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs)
 
         heads = fields.num_heads
-        layer = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
+        layer: dict = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
         super().__init__(dim, heads, cross_attention=cross_attention, **layer)
         self.refine = fields.refine
         self.gaussian = BoxGaussian(dim, heads, least_width=fields.least_width, rngs=rngs) if fields.gaussian else None
@@ -155,7 +155,7 @@ class LatentDecoder(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        layer = dict(num_levels=num_levels, dropout=dropout, compute=compute)
+        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute)
         self.num_logits = num_logits
         self.layers = LayerStack(
             lambda rngs: LatentLayer(dim, num_logits, fields, **layer, rngs=rngs),
@@ -174,6 +174,6 @@ class LatentDecoder(nnx.Module):
         dropout_key=None,
     ) -> Predictions:
         """`reference`: the boxes that the latents start from."""
-        start = Latents(content, reference, no_predictions(*content.shape[:2], self.num_logits))
+        start = Latents(content, reference, no_predictions(content.shape[0], content.shape[1], self.num_logits))
         keys = image.keys
         return self.layers(start, image, keys, attention_mask, dropout_key=dropout_key, collect=True).predictions

@@ -34,7 +34,8 @@ class LearnedStart(nnx.Module):
             raise UserError("config.model.denoising.copies needs config.model.start=proposals: they start from tokens.")
         batch, dtype = len(image.tokens), image.tokens.dtype
         content, boxes = self.content[...].astype(dtype), jax.nn.sigmoid(self.boxes[...])
-        return None, *(jnp.broadcast_to(x[None], (batch, *x.shape)) for x in (content, boxes))
+        content, boxes = (jnp.broadcast_to(x[None], (batch, *x.shape)) for x in (content, boxes))
+        return None, content, boxes
 
 
 class ProposedStart(nnx.Module):

@@ -67,7 +67,7 @@ class DecoderLayer(QueryLayer):
         def cross_attention():
             return MultiHeadAttention(dim, num_heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs)
 
-        layer = dict(mlp_dim=mlp_dim, dropout=dropout, pre_norm=pre_norm, compute=compute, rngs=rngs)
+        layer: dict = dict(mlp_dim=mlp_dim, dropout=dropout, pre_norm=pre_norm, compute=compute, rngs=rngs)
         super().__init__(dim, num_heads, cross_attention=cross_attention, **layer)
 
     def __call__(
@@ -120,7 +120,7 @@ class TransformerEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_at_least("config.model.encoder.num_layers", num_layers, 0)
-        layer = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
+        layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
         self.layers = _stack(lambda rngs: EncoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, compute, rngs)
         self.norm = LayerNorm(dim, dtype=compute.dtype) if pre_norm else None
 
@@ -161,7 +161,7 @@ class TransformerDecoder(nnx.Module):
     ):
         check_at_least("config.model.decoder.num_layers", num_layers, 1)
         check_choice("config.model.decoder.query_position", query_position, ("attention", "input"))
-        layer = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
+        layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
         self.position_at_attention = query_position == "attention"
         self.layers = _stack(lambda rngs: DecoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, compute, rngs)

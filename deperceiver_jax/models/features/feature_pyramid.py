@@ -57,7 +57,7 @@ class FeaturePyramid(nnx.Module):
         self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in self.sources])
         self.convolutions = nnx.List([_convolution(dim, dtype=dtype, rngs=rngs) for _ in self.strides if top_down])
         # A fine map of a large image has many times more cells than there are latents: a block keeps its input alone.
-        how = dict(unroll_on_cpu=True, keep_inputs=True, compute=compute, rngs=rngs)
+        how: dict = dict(unroll_on_cpu=True, keep_inputs=True, compute=compute, rngs=rngs)
         self.blocks = nnx.List(
             [
                 LayerStack(lambda rngs: NeckBlock(dim, dtype=dtype, rngs=rngs), neck_blocks, **how)

@@ -42,7 +42,7 @@ class ProjectedLevels(nnx.Module):
 
     def __call__(self, features: Sequence[Float[Array, "B h w C"]]) -> list[Float[Array, "B h w D"]]:
         """As in the published models, norms count padding too. Refuses a level below a map of a single cell."""
-        maps = []
+        maps: list[Array] = []
         for level, projection in enumerate(self.projections):
             if level < self.num_strides:
                 source = features[level]

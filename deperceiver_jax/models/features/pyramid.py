@@ -65,7 +65,7 @@ def make_level_tokens(
     maps: Sequence[Float[Array, "B h w D"]], map_valid: Sequence[Bool[Array, "B h w"]], extent: Float[Array, "B L 2"]
 ) -> LevelTokens:
     """From the maps of all levels, their masks, and the image's size in their cells, whole ones or not (tokens.py)."""
-    sizes = tuple(x.shape[1:3] for x in maps)
+    sizes = tuple((x.shape[1], x.shape[2]) for x in maps)
     return LevelTokens(
         tokens=concatenate_levels([flatten_map(x) for x in maps]),
         valid=concatenate_levels([valid.reshape(valid.shape[0], -1) for valid in map_valid]),

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,20 +45,20 @@ class LayerStack(nnx.Module):
 
         self.layers = make_layers(rngs)
 
-    def layer(self, index: int) -> nnx.Module:
+    def layer(self, index: int) -> Any:
         """One layer alone, with its own arrays."""
         graphdef, stacked = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(operator.itemgetter(index), stacked))
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Any,
         *args,
         start: int = 0,
         stop: int | None = None,
         dropout_key: jax.Array | None = None,
         collect: bool = False,
-    ) -> jax.Array:
+    ) -> Any:
         """Applies layers start..stop-1 in order; `collect` returns every layer's output, stacked on a leading axis."""
         graphdef, stacked = nnx.split(self.layers)
         stop = self.num_layers if stop is None else stop

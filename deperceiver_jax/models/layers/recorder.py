@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
+from deperceiver_jax.structures import Array
 
 
 @functools.partial(

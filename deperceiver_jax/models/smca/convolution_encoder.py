@@ -138,7 +138,7 @@ class ConvolutionEncoder(nnx.Module):
         for name, value in (("num_layers", num_layers), ("mlp_dim", mlp_dim)):
             check_at_least(f"config.model.encoder.{name}", value, 1)
         convolutions = dict(kernel_size=kernel_size, pointwise=pointwise, share_crossings=share_crossings)
-        layer = dict(num_levels=len(strides), mlp_dim=mlp_dim, dropout=dropout, compute=compute, **convolutions)
+        layer: dict = dict(num_levels=len(strides), mlp_dim=mlp_dim, dropout=dropout, compute=compute, **convolutions)
         self.layers = LayerStack(
             lambda rngs: ConvolutionLayer(dim, rngs=rngs, **layer),
             num_layers,

@@ -84,7 +84,7 @@ class SMCA(Detector):
         self.level_strides = (*self.strides, *extra)
         normal, shape = nnx.initializers.normal(1.0), (len(self.level_strides), dim)
         self.level_embedding = nnx.Param(normal(rngs.params(), shape)) if level_embedding else None
-        shared = dict(dropout=fields.dropout, compute=compute, rngs=rngs)
+        shared: dict = dict(dropout=fields.dropout, compute=compute, rngs=rngs)
         self.encoder = _build_encoder(encoder, dim, self.level_strides, shared)
         decoder = build_part(ModulationFields, "config.model.decoder", decoder)
         self.decoder = ModulatedDecoder(dim, fields.num_queries, decoder, strides=self.token_strides, **shared)

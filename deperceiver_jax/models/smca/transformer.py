@@ -121,7 +121,7 @@ class AttentionEncoder(nnx.Module):
         check_at_least("config.model.encoder.mlp_dim", mlp_dim, 1)
         self.layout = tuple(layout)
         sharing = dict(num_levels=num_levels, share_attention=share_attention, share_mlp=share_mlp)
-        layer = dict(mlp_dim=mlp_dim, dropout=dropout, compute=compute, **sharing)
+        layer: dict = dict(mlp_dim=mlp_dim, dropout=dropout, compute=compute, **sharing)
         self.layers = LayerStack(
             lambda rngs: LevelEncoderLayer(dim, num_heads, rngs=rngs, **layer), len(layout), compute=compute, rngs=rngs
         )
@@ -195,7 +195,7 @@ class ModulatedDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`strides`: pixels between the cells of each level of the memory."""
-        layer = dict(strides=strides, dropout=dropout, compute=compute)
+        layer: dict = dict(strides=strides, dropout=dropout, compute=compute)
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
         self.layers = LayerStack(
             lambda rngs: ModulatedDecoderLayer(dim, fields, rngs=rngs, **layer),

@@ -93,7 +93,8 @@ def draw(recipe: Recipe, split: str, index: int) -> Picture:
     rng = np.random.default_rng(stream)
     height, width = int(rng.integers(*recipe.heights, endpoint=True)), int(rng.integers(*recipe.widths, endpoint=True))
     canvas = _background(rng, height, width)
-    labels, masks = [], []
+    labels = []
+    masks: list[np.ndarray] = []
     for radius in _radii(rng, recipe, recipe.magnification * height * width):
         label = int(rng.integers(len(CLASSES)))
         outline = _outline(rng, label) * radius
