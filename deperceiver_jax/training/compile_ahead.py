@@ -31,8 +31,8 @@ def compile_sizes(
     """`train_step`, compiled for every size in `batches` (the TrainBatches); it takes batches of no other size.
 
     state: abstract (Plan.abstract) or real. batch_size: global. threads: sizes that are compiled at the same time, 0
-    for one on each processor. What can be kept goes into the compilation cache; JAX keeps no program that calls back
-    to the host, so not the one of the `scipy` matcher on any platform.
+    for one on each processor. What can be kept goes into the compilation cache; a program that calls back to the host,
+    as the `scipy` matcher's does, is kept from jax 0.11 on.
 
     Raises UserError when a step does not fit into a device's memory; any other error says for which size it came.
     """

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import convolution
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
 
 # depth: (blocks of each stage, whether they are bottlenecks)
@@ -44,15 +45,7 @@ class Conv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        padding = self.kernel.shape[0] // 2 * self.dilation
-        return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((padding, padding), (padding, padding)),
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.dilation)
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -212,7 +205,7 @@ class ResNet(nnx.Module):
         self.frozen_stages = frozen_stages
         self.stem_conv = Conv(3, width, 7, stride=2, frozen=frozen_stages > 0, dtype=dtype, rngs=rngs)
         self.stem_norm = make_norm(width)
-        self.stages = nnx.List()
+        self.stages: nnx.List[Stage] = nnx.List()
         self.strides = tuple(strides)
         self.stage_strides = stage_strides
         self.channels = {}
@@ -267,7 +260,7 @@ def _max_pool(x):
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def _check(depth, width, strides, norm, frozen_stages, dilation) -> tuple[int, ...]:
+def _check(depth, width, strides, norm, frozen_stages, dilation) -> tuple[int | None, ...]:
     """The stride of each stage that must exist; a UserError for settings that contradict each other."""
     check_choice("config.model.backbone.depth", depth, DEPTHS)
     check_choice("config.model.backbone.norm", norm, ("frozen_batch_norm", "group_norm"))

@@ -1,0 +1,99 @@
+"""Square convolutions, written for each platform as its compiler runs them best; the numbers are the same."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolution(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int, dilation: int
+) -> Float[Array, "B h w D"]:
+    """Pads (k - 1) / 2 * dilation on every side.
+
+    XLA's CPU code for a convolution of size 1 takes several times as long as for the same matrix product, above all for
+    the kernel's gradient. Other platforms get the convolution.
+    """
+    return _by_platform(functools.partial(_forward_on_cpu, stride, dilation), _plain(stride, dilation), x, kernel)
+
+
+def _forward(x, kernel, stride, dilation):
+    return convolution(x, kernel, stride, dilation), (x, kernel)
+
+
+def _backward(stride, dilation, kept, gradient):
+    def differentiate(x, kernel, gradient):
+        return jax.vjp(_plain(stride, dilation), x, kernel)[1](gradient)
+
+    return _by_platform(functools.partial(_backward_on_cpu, stride, dilation), differentiate, *kept, gradient)
+
+
+convolution.defvjp(_forward, _backward)
+
+
+def _by_platform(on_cpu, default, *arrays):
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=default)
+
+
+def _plain(stride: int, dilation: int):
+    def convolve(x, kernel):
+        padding = kernel.shape[0] // 2 * dilation
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride),
+            padding=((padding, padding), (padding, padding)),
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    return convolve
+
+
+def _forward_on_cpu(stride, dilation, x, kernel):
+    if len(kernel) > 1:
+        return _plain(stride, dilation)(x, kernel)
+    return jnp.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
+
+
+def _backward_on_cpu(stride, dilation, x, kernel, gradient):
+    if len(kernel) > 1:
+        of_x, of_kernel = jax.vjp(_plain(stride, dilation), x, kernel)[1](gradient)
+        if (len(kernel), stride, dilation) == (3, 2, 1):
+            of_x = _gradient_of_halved(x.shape, kernel, gradient)
+        return of_x, of_kernel
+    seen = x[:, ::stride, ::stride]
+    # XLA transposes the first factor, and often computes it anew to do so: the narrower one costs less.
+    if kernel.shape[2] <= kernel.shape[3]:
+        of_kernel = jnp.einsum("bhwc,bhwd->cd", seen, gradient)
+    else:
+        of_kernel = jnp.einsum("bhwd,bhwc->dc", gradient, seen).T
+    of_seen = jnp.einsum("bhwd,cd->bhwc", gradient, kernel[0, 0])
+    if stride == 1:
+        return of_seen, of_kernel[None, None]
+    lengths = zip(x.shape[1:3], of_seen.shape[1:3], strict=True)
+    edges = [(0, length - (stride * (count - 1) + 1), stride - 1) for length, count in lengths]
+    of_x = jax.lax.pad(of_seen, jnp.zeros((), of_seen.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    return of_x, of_kernel[None, None]
+
+
+def _gradient_of_halved(shape, kernel, gradient):
+    """Of the input of a convolution of size 3 and stride 2, without the holes that XLA's own would multiply.
+
+    An even row 2 m reaches row m of the result through tap 1, an odd one rows m and m + 1 through taps 2 and 0; so do
+    columns. The four kinds of cells are the channels of one convolution of size 2, in which seven taps of sixteen are
+    empty.
+    """
+    batch, height, width, channels = shape
+    taps = jnp.pad(kernel, [(0, 1), (0, 1), (0, 0), (0, 0)])  # the fourth is empty
+    rows = jnp.asarray([[1, 3], [2, 0]])  # [even or odd, row m or m + 1]
+    taps = taps[rows][:, :, rows]  # [kind of row, row, kind of column, column, C, D]
+    taps = taps.transpose(1, 3, 5, 0, 2, 4).reshape(2, 2, kernel.shape[3], 4 * channels)
+    gradient = jnp.pad(gradient, [(0, 0), (0, 1), (0, 1), (0, 0)])
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    cells = jax.lax.conv_general_dilated(gradient, taps, (1, 1), "VALID", dimension_numbers=dimensions)
+    _, rows, columns, _ = cells.shape
+    cells = cells.reshape(batch, rows, columns, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return cells.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width]

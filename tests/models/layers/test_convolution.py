@@ -1,0 +1,51 @@
+"""A convolution as each platform computes it: the same values and gradients, whatever size, stride and dilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deperceiver_jax.models.layers.convolution import convolution
+
+
+def plain(x, kernel, stride, dilation):
+    edge = kernel.shape[0] // 2 * dilation
+    how = dict(rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((edge, edge), (edge, edge)), **how)
+
+
+@pytest.mark.parametrize(
+    "frame, channels, size, stride, dilation",
+    [
+        ((7, 9), (3, 5), 1, 1, 1),
+        ((7, 10), (3, 5), 1, 2, 1),
+        ((8, 9), (6, 4), 1, 2, 1),  # narrower behind than before
+        ((7, 10), (3, 5), 3, 2, 1),
+        ((8, 9), (3, 5), 3, 2, 1),
+        ((8, 9), (3, 5), 3, 1, 2),
+        ((9, 8), (3, 4), 7, 2, 1),
+    ],
+)
+def test_values_and_gradients_are_those_of_a_convolution(frame, channels, size, stride, dilation):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, *frame, channels[0])), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((size, size, *channels)), jnp.float32)
+
+    def value_and_gradients(function):
+        y, backward = jax.vjp(lambda x, kernel: function(x, kernel, stride, dilation), x, kernel)
+        return y, *backward(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    for ours, expected in zip(value_and_gradients(convolution), value_and_gradients(plain), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_only_a_cpu_gets_products():
+    """A TPU's program has the convolution and its own gradients."""
+    x, kernel = jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32), jax.ShapeDtypeStruct((1, 1, 16, 4), jnp.float32)
+
+    def operations(platform):
+        gradient = jax.jit(jax.grad(lambda x, kernel: jnp.sum(convolution(x, kernel, 1, 1) ** 2), argnums=(0, 1)))
+        text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
+
+    assert operations("tpu") == (3, 0) and operations("cpu") == (0, 3)
