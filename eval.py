@@ -17,6 +17,7 @@ from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.evaluation.coco_metric import metric_table
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
+from deperceiver_jax.files import require_writable
 from deperceiver_jax.program import processes
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.program.compilation_cache import keep_compiled
@@ -37,13 +38,18 @@ def main(argv: list[str]) -> None:
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     config = loaded.config
     split = values.split or config.data.eval_split
+    output = (
+        Path(values.output).expanduser() if values.output else default_output(stored, split, config.data.eval_split)
+    )
+    first = jax.process_index() == 0
+    if first:
+        require_writable("--output", output)
     source = open_source(config.data, split)
     require_same_classes(loaded.classes, str(stored.items), source.classes, f"the data set's split {split}")
 
     keep_compiled(config.train.compilation_cache)
     mesh = make_mesh(config.mesh.model)
     detect_step = make_detect_step(loaded.skeleton.merge, config, mesh)
-    first = jax.process_index() == 0
     if first:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
         print(f"Evaluating {stored.items} on {len(source)} images of {config.data.name}, {split}, on {devices}.")
@@ -51,7 +57,6 @@ def main(argv: list[str]) -> None:
     metrics, results = evaluate(detect_step, arrays, source, config, mesh)
 
     if first:
-        output = Path(values.output) if values.output else default_output(stored, split, config.data.eval_split)
         write_results(output, metrics, results)
         print(metric_table(metrics, config.eval.max_detections_per_class))
         print(f"Wrote {output}/metrics.json and {len(results)} detections to {output}/detections.json.")

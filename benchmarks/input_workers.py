@@ -40,6 +40,9 @@ class Memory:
     def image_bytes(self, position: int) -> bytes:
         return self.data[position % len(self.data)]
 
+    def orientation(self, position: int) -> int:
+        return 1
+
     def targets(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.sizes[position].tolist()
         boxes = np.float32([[0, 0, width / 2, height / 2], [width / 4, height / 4, width, height]] * 4)

@@ -27,6 +27,12 @@ def base() -> ConfigDict:
     config.data.eval_split = "validation"
     config.data.prepared_directory = "~/.cache/deperceiver_jax"  # where TFDS keeps what it prepared, once
     config.data.skip_corrupt = False  # True: leave out images that cannot be read, and count them
+    # A phone stores its pictures as the sensor lies and notes how to turn them (EXIF). Most annotation tools show them
+    # turned, some do not, and the annotated width and height say which. annotated: turned, except where that size fits
+    # the stored picture alone; where it does not tell (half turns, mirrors, squares, no size), turned with a warning.
+    # apply: all are turned. ignore: none. predict.py turns all, as viewers do.
+    config.data.exif_orientation = "annotated"  # annotated | apply | ignore
+    config.data.allow_changed = False  # True: a run goes on although its training split is not what it was
     config.data.batch_size = 16  # global: over all devices of all hosts
     config.data.num_workers = 4  # loader processes per host; 0 loads in the training process
     config.data.max_boxes = 0  # box slots per image; 0 takes as many as the fullest image needs
@@ -53,7 +59,7 @@ def base() -> ConfigDict:
     config.loss.auxiliary = True  # every decoder layer is trained, not only the last
 
     config.matcher = ConfigDict()
-    config.matcher.backend = "scipy"  # scipy (on each host) | device (then the compilation cache keeps the step)
+    config.matcher.backend = "scipy"  # scipy (on each host) | device (all that jax 0.10 caches)
     config.matcher.cost_class = 1.0
     config.matcher.cost_bbox = 5.0
     config.matcher.cost_giou = 2.0

@@ -10,12 +10,6 @@ def box_cxcywh_to_xyxy(boxes: Float[Array, "*axes 4"]) -> Float[Array, "*axes 4"
     return jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
 
 
-def box_xyxy_to_cxcywh(boxes: Float[Array, "*axes 4"]) -> Float[Array, "*axes 4"]:
-    """(left, top, right, bottom) -> (centre x, centre y, width, height), in the same unit and frame."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
-
-
 def box_area(boxes: Float[Array, "*axes 4"]) -> Float[Array, "*axes"]:
     """Area of xyxy boxes."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

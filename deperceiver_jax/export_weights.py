@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import require_writable
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.runs.load_detector import load_for_command
 from deperceiver_jax.weights.name_rules import to_torch, with_copies
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output: {output} is to end in {' or '.join(ENDINGS)}.")
     if output.exists():
         raise UserError(f"--output: {output} exists already.")
+    require_writable("--output", output)
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     config, name = loaded.config, loaded.config.model.name
     if name not in LAYOUTS[values.layout]:

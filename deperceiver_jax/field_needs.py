@@ -42,9 +42,10 @@ def _classification(name: str) -> Need:
 
 
 _CROPS = Need(lambda config: config.data.crop_probability > 0, "config.data.crop_probability above 0")
+_FILES = Need(lambda config: not config.data.name.startswith("shapes"), "config.data.name=coco_directory")
 _COCO = equal("data.name", "coco_directory")
 GENERAL: Mapping[str, Need] = {
-    "data.directory": Need(lambda config: not config.data.name.startswith("shapes"), "config.data.name=coco_directory"),
+    **dict.fromkeys(("data.directory", "data.exif_orientation"), _FILES),
     **{f"data.{split}_{part}": _COCO for split in ("train", "val") for part in ("annotations", "images")},
     **{f"data.crop_{part}": _CROPS for part in ("scales", "min", "max")},
     "loss.no_object_weight": _classification("softmax_no_object"),

@@ -23,13 +23,14 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import require_writable
 from deperceiver_jax.models import field_needs
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 from deperceiver_jax.runs.stored_detector import save_params
 from deperceiver_jax.runs.workdir import config_text, read_classes
-from deperceiver_jax.weights import read_state_dict
 from deperceiver_jax.weights.backbone import is_only_a_backbone
 from deperceiver_jax.weights.importing import import_backbone, import_detector, without_wrapper
+from deperceiver_jax.weights.torch_checkpoint import read_state_dict
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
     source, output = Path(values.torch).expanduser(), Path(values.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists already.")
+    require_writable("--output", output)
     config = parse_config(config_arguments, needs=field_needs)
     classes = choose_classes(values.classes, values.num_classes)
     other_classes = values.classes is not None or values.num_classes is not None
@@ -99,8 +101,8 @@ def write_directory(output: Path, arrays: Mapping[str, np.ndarray], config: Conf
     """Makes `output` whole or not at all. Raises UserError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
-            whole = Path(partial) / output.name
+        with tempfile.TemporaryDirectory(prefix=".import.", dir=output.parent) as partial:
+            whole = Path(partial) / "whole"
             save_params(whole, arrays, config_text(config), classes.to_json())
             whole.rename(output)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The config of the run in golden/stored_run_0_1_0: a narrow SMCA of three scales on the `rectangles` fixture."""
+"""The config of the run in golden/stored_0_1_0: a narrow SMCA of three scales on the `rectangles` fixture."""
 
 from ml_collections import ConfigDict
 

@@ -129,6 +129,11 @@ def nothing(workdir):
             "config.eval.batch_size is 3, which does not divide",
         ),
         (nothing, ["--workdir={0}", "--config.model.num_queries=6"], "{0}/checkpoints/7 holds another model: "),
+        (
+            nothing,
+            ["--workdir={0}", "--output={0}/config.json/x"],
+            "--output: {0}/config.json/x cannot be written: {0}/",
+        ),
         (nothing, ["--workdir={0}", "--weights={0}"], "Either --workdir or --weights is needed"),
         (nothing, [], "Either --workdir or --weights is needed"),
         (without_classes, ["--workdir={0}"], "{0}/classes.json does not exist."),

@@ -12,8 +12,8 @@ from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.runs.workdir import config_text
-from deperceiver_jax.weights import read_state_dict
 from deperceiver_jax.weights.importing import abstract_arrays
+from deperceiver_jax.weights.torch_checkpoint import read_state_dict
 from deperceiver_jax.weights.torch_writer import write_state_dict
 
 SMALL = {

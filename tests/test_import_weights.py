@@ -25,14 +25,14 @@ from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import flat_fields
-from deperceiver_jax.weights import to_torch_state, torch_shapes
 from deperceiver_jax.weights.importing import abstract_arrays
-from deperceiver_jax.weights.name_rules import NameRules, copies_of, with_copies
+from deperceiver_jax.weights.name_rules import NameRules, copies_of, torch_shapes, with_copies
 from deperceiver_jax.weights.tables import LAYOUTS
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.torch_writer import write_state_dict
 from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_state_dict
+from tests.torch_state import to_torch_state
 
 DETR = {
     "model.backbone.depth": 18,

@@ -1,14 +1,18 @@
 """predict.py as a person runs it: files of any kind and size, pictures and detections.json, and what goes wrong."""
 
+import errno
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, features
 
 import predict as program
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize.draw_boxes import READABLE_SIDE
+from predict import find_images, output_files
 
 SIZES = {"a.jpg": (60, 90), "b.PNG": (700, 500), "deep/c.jpeg": (33, 20), "d.bmp": (64, 64)}
 
@@ -65,6 +69,57 @@ def test_the_threshold_leaves_out(tiny_run, photos, tmp_path):
     assert np.abs(plain.astype(int) - drawn).max() > 100
 
 
+def test_a_folder_of_other_kinds(tiny_run, tmp_path):
+    """Everything that can be read is taken; what Pillow only recognises by name, or other files, is not."""
+    (tmp_path / "photos").mkdir()
+    kinds = ["gif", "webp", "jp2", "ppm", "tga", "pcx"] + ["avif"] * features.check("avif")
+    for name in kinds:
+        Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "photos" / f"x.{name}")
+    for name in ("x.h5", "x.mpg", "x.eps", "x.txt"):
+        (tmp_path / "photos" / name).write_text("no picture")
+    assert predict(f"--workdir={tiny_run}", f"--images={tmp_path}/photos", f"--output={tmp_path}/out") == 0
+    expected = {f"x.{name}" if name == "webp" else f"x.{name}.png" for name in kinds}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected | {"detections.json"}
+
+
+def test_names_with_letters_of_patterns(photos):
+    """A file or folder by this very name comes before what the name would match as a pattern."""
+    (photos / "a.jpg").rename(photos / "cup [1].jpg")
+    (photos / "cup 1.jpg").write_bytes(b"another")
+    (photos / "deep").rename(photos / "day [2]*")
+    assert find_images(f"{photos}/cup [1].jpg") == [photos / "cup [1].jpg"]
+    assert find_images(f"{photos}/day [2]*") == [photos / "day [2]*" / "c.jpeg"]
+    assert find_images(f"{photos}/cup [12].jpg") == [photos / "cup 1.jpg"]
+
+
+def test_every_picture_has_a_name_of_its_own():
+    names = ["a.gif", "a.gif-2.png", "a.gif.png", "b.avif", "b.avif.PNG", "deep/a.gif"]
+    targets = output_files([Path("photos") / name for name in names], Path("/tmp"))
+    found = [str(target.relative_to("/tmp")) for target in targets]
+    assert found == ["a.gif-3.png", "a.gif-2.png", "a.gif.png", "b.avif.png", "b.avif.PNG", "deep/a.gif.png"]
+
+
+def test_a_phones_picture_is_drawn_upright(tiny_run, tmp_path):
+    """And its boxes, which no longer fit the picture as it is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.full((600, 800, 3), 200, np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    arguments = [f"--images={tmp_path}/a.jpg", f"--output={tmp_path}/out", "--score_threshold=0"]
+    assert predict(f"--workdir={tiny_run}", *arguments) == 0
+    with Image.open(tmp_path / "out" / "a.jpg") as picture:
+        assert picture.size == (600, 800) and picture.getexif().get(0x0112) is None
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tiny_run, photos, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert predict(f"--workdir={tiny_run}", f"--images={photos}/a.jpg", f"--output={tmp_path}/out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: --output: {tmp_path}/out cannot be written: No space left on device."
+
+
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n and no more", b"", "half"])
 def test_a_broken_image_is_named_before_anything_is_written(tiny_run, photos, tmp_path, capsys, content):
     whole = (photos / "b.PNG").read_bytes()
@@ -84,6 +139,10 @@ def test_a_broken_image_is_named_before_anything_is_written(tiny_run, photos, tm
         (["--images={0}/none*", "--output={0}/out"], "--images: there is no image at {0}/none*."),
         (["--images={0}/deep", "--output={0}/deep"], "--output: {0}/deep is where the images are"),
         (["--images={0}", "--output={0}/notes.txt"], "--output: {0}/notes.txt is not a folder."),
+        (
+            ["--images={0}", "--output={0}/notes.txt/out"],
+            "--output: {0}/notes.txt/out cannot be written: {0}/notes.txt is",
+        ),
         (["--images={0}", "--output={0}/out", "--weights={0}"], "Either --workdir or --weights is needed"),
     ],
 )

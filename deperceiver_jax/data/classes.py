@@ -67,12 +67,6 @@ class ClassMap:
         order = np.searchsorted(self.category_ids, category_ids)
         return np.asarray(self.slots, np.int32)[order]
 
-    def slot_to_category(self, slots: Int[np.ndarray, "*axes"]) -> Int[np.ndarray, "*axes"]:
-        """Class slots -> category ids. A slot that COCO never used is its own id, which no annotation has."""
-        table = np.arange(self.num_slots)
-        table[list(self.slots)] = self.category_ids
-        return table[np.asarray(slots)]
-
     def name(self, slot: int) -> str:
         """The class's name; an unused slot of COCO is called by its number."""
         return self.names[self.slots.index(slot)] if slot in self.slots else f"unused {slot}"

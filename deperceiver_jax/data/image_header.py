@@ -1,22 +1,52 @@
-"""The size of an encoded image, and whether its file is whole, without decoding a pixel."""
+"""The size and orientation of an encoded image, and whether its file is whole, without decoding a pixel."""
 
 import io
+import struct
+from collections.abc import Iterator
 
+import numpy as np
 import simplejpeg
+from jaxtyping import Bool, Int
 from PIL import Image, UnidentifiedImageError
 
-_JPEG_START, _JPEG_END, _START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_JPEG_START, _JPEG_END, _START_OF_SCAN, _APP1 = b"\xff\xd8", b"\xff\xd9", 0xDA, 0xE1
+_ORIENTATION, _LONG = 0x0112, 4  # EXIF's tag, and the kind of a number of 32 bits; others have 16
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_MOST_PIXELS = 178_956_970  # Pillow's own bound between a large picture and a bomb
 
 
 class CorruptImage(ValueError):
     """The bytes are not a whole image; the message says what is wrong with them."""
 
 
-def image_size(image: bytes) -> tuple[int, int]:
-    """(height, width) of the stored pixels; an orientation in EXIF is ignored, as Pillow's open does.
+def is_swapped(orientation: Int[np.ndarray, "*n"] | int) -> Bool[np.ndarray, "*n"]:
+    """Whether an EXIF orientation, 1 to 8, exchanges height and width."""
+    return np.asarray(orientation) >= 5
 
-    A JPEG or PNG must also have its end marker, which a truncated file lacks. Raises CorruptImage.
+
+def exif_orientation(image: bytes) -> int:
+    """How a viewer turns the stored pixels of a whole image: 1 (as they are) to 8, as EXIF's tag says; 1 without one.
+
+    A TIFF has none, since Pillow turns it while decoding. Raises CorruptImage for what is no image.
+    """
+    if image.startswith(_JPEG_START):
+        payloads = (image[start:end] for marker, start, end in _jpeg_segments(image) if marker == _APP1)
+        return next((_tiff_orientation(data[6:]) for data in payloads if data.startswith(b"Exif\0\0")), 1)
+    if image.startswith(_PNG_START):
+        return next(
+            (_tiff_orientation(image[start:end]) for kind, start, end in _png_chunks(image) if kind == b"eXIf"), 1
+        )
+    with _open(image) as opened:
+        return (
+            1 if opened.format == "TIFF" else _tiff_orientation(opened.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+        )
+
+
+def image_size(image: bytes) -> tuple[int, int]:
+    """(height, width) of the stored pixels; see exif_orientation for how they are turned.
+
+    A JPEG or PNG must also have its end marker, which a truncated file lacks; what follows it does not matter. Raises
+    CorruptImage, also for a picture of so many pixels that Pillow takes it for a bomb.
     """
     if not image:
         raise CorruptImage("it is empty")
@@ -24,27 +54,75 @@ def image_size(image: bytes) -> tuple[int, int]:
         if image.find(_JPEG_END, _first_scan(image)) < 0:
             raise CorruptImage("it is a truncated JPEG")
         try:
-            return simplejpeg.decode_jpeg_header(image)[:2]
+            height, width = simplejpeg.decode_jpeg_header(image)[:2]
         except ValueError as error:
             raise CorruptImage(f"its JPEG header cannot be read ({error})") from error
-    if image.startswith(_PNG_START) and _PNG_END not in image[-64:]:
+        if height * width > _MOST_PIXELS:
+            raise CorruptImage(f"its {width} x {height} pixels are more than the {_MOST_PIXELS} that are decoded")
+        return height, width
+    if image.startswith(_PNG_START) and all(kind != b"IEND" for kind, _, _ in _png_chunks(image)):
         raise CorruptImage("it is a truncated PNG")
+    with _open(image) as opened:
+        return opened.height, opened.width
+
+
+def _open(image: bytes) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.height, opened.width
+        return Image.open(io.BytesIO(image))
+    except Image.DecompressionBombError as error:
+        raise CorruptImage(f"its pixels are more than the {_MOST_PIXELS} that are decoded") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise CorruptImage("it is not an image that Pillow knows") from error
 
 
 def _first_scan(image: bytes) -> int:
     """Where a JPEG's pixels begin. Segments before it may hold a thumbnail with an end marker of its own."""
+    *_, (_, position, _) = _jpeg_segments(image)
+    return position
+
+
+def _jpeg_segments(image: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of what each segment holds, up to and with the start of a scan. Raises CorruptImage."""
     position = 2
     while position + 4 <= len(image):
         if image[position] != 0xFF:
             raise CorruptImage("its JPEG header is broken")
         marker = image[position + 1]
+        if marker == 0xFF:  # fill bytes may stand before a marker
+            position += 1
+            continue
+        end = position + 2 + int.from_bytes(image[position + 2 : position + 4])
+        yield marker, position + 4, end
         if marker == _START_OF_SCAN:
-            return position
-        padded = marker == 0xFF  # fill bytes may stand before a marker
-        position += 1 if padded else 2 + int.from_bytes(image[position + 2 : position + 4])
+            return
+        position = end
     raise CorruptImage("it is a truncated JPEG")
+
+
+def _png_chunks(image: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start, end) of what each chunk holds, as far as the file goes."""
+    position = len(_PNG_START)
+    while position + 12 <= len(image):
+        start = position + 8
+        end = start + int.from_bytes(image[position : position + 4])
+        yield image[position + 4 : start], start, end
+        position = end + 4  # its check sum
+
+
+def _tiff_orientation(exif: bytes) -> int:
+    """The orientation in a block of EXIF, which is a TIFF without pixels; 1 where it has none or is broken."""
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, directory)
+        for entry in range(count):
+            place = directory + 2 + 12 * entry
+            tag, kind = struct.unpack_from(order + "HH", exif, place)
+            if tag == _ORIENTATION:
+                (value,) = struct.unpack_from(order + ("I" if kind == _LONG else "H"), exif, place + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # it ends too early, and no viewer makes anything of it either
+        return 1
+    return 1

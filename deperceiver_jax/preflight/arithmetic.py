@@ -9,10 +9,20 @@ import math
 
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str) -> int:
-    """2 x multiplications of a program for `platform`, over all devices; of a while loop, once."""
+    """2 x multiplications of a program for `platform`, over all devices; of a while loop, once.
+
+    What no result depends on is left out, as compilers do.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(jaxpr, platform)
+
+
+def _count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str) -> int:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     chosen = {}  # branches that are taken on this platform
     total = 0
@@ -31,13 +41,13 @@ def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str) -> int:
             branches = parameters["branches"]
             index = equation.invars[0]
             taken = chosen.get(index) if isinstance(index, core.Var) else int(index.val)
-            counts = [count_flops(b, platform) for b in (branches if taken is None else [branches[taken]])]
+            counts = [_count(b, platform) for b in (branches if taken is None else [branches[taken]])]
             total += max(counts)
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":
                 times = parameters["mesh"].size
-            total += times * sum(count_flops(inner, platform) for inner in _inside(parameters))
+            total += times * sum(_count(inner, platform) for inner in _inside(parameters))
     return total
 
 

@@ -13,7 +13,6 @@ from deperceiver_jax import __version__
 from deperceiver_jax.errors import UserError
 
 
-
 class Migration(NamedTuple):
     """What changed between a version and the one before it."""
 

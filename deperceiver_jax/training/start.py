@@ -12,7 +12,7 @@ from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import CLASSES, read_classes
 from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
-from deperceiver_jax.weights import load_backbone
+from deperceiver_jax.weights.backbone import load_backbone
 
 
 def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState:

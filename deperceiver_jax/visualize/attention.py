@@ -30,6 +30,7 @@ from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.attention_maps import Frame, Panel, View, dense_view, latent_view, point_view
 from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.draw_boxes import draw_detections
+from deperceiver_jax.visualize.fonts import readable
 from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
 from deperceiver_jax.visualize.output import check_output, need
 
@@ -86,9 +87,9 @@ def choose_queries(
 
 
 def make_view(
-    look: Look, layer: int, answer: tuple[int, int, float], image: UInt8[np.ndarray, "h w 3"], frame: Frame, classes
+    look: Look, layer: int, answer: tuple[int, int, float], image: UInt8[np.ndarray, "h w 3"], frame: Frame, name_of
 ) -> View:
-    """The row of one query; `answer` is its (query, class slot, score)."""
+    """The row of one query; `answer` is its (query, class slot, score), name_of: class slot -> what to draw."""
     query, label, score = answer
     record = look.decoder[layer]
     if isinstance(record, PointRecord):
@@ -102,10 +103,10 @@ def make_view(
 
     def draw(size):
         found = np.array([label]), np.array([score])
-        picture = draw_detections(image, box[None], *found, classes.name, long_side=max(size))
+        picture = draw_detections(image, box[None], *found, name_of, long_side=max(size))
         return picture[: size[0], : size[1]]
 
-    return View([Panel(f"query {query}: {classes.name(label)} {score:.2f}", draw), *view.large], view.lines)
+    return View([Panel(f"query {query}: {name_of(label)} {score:.2f}", draw), *view.large], view.lines)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -149,7 +150,8 @@ def main(argv: list[str]) -> None:
     scores = np.asarray(build_classification(config.loss).scores(found.predictions.logits[-1]))[0]
     strides = () if isinstance(found.decoder[0], PointRecord) else loaded.skeleton.merge(loaded.arrays).token_strides
     answers = choose_queries(scores, found.predictions.boxes[-1, 0], classes, chosen, values.best)
-    views = [make_view(found, layer, answer, image, Frame(frame, strides), classes) for answer in answers]
+    name_of = readable(classes)
+    views = [make_view(found, layer, answer, image, Frame(frame, strides), name_of) for answer in answers]
     title = f"Attention of {config.model.name} in {Path(name).name}"
     number = range(len(found.decoder))[layer]
     save_sheet(values.output, views, frame.shape[1] / frame.shape[0], title=title, note=note(found, number))

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.visualize.attention_maps import Size, View
-from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, wrap
+from deperceiver_jax.visualize.fonts import font_for
+from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, save_picture, wrap
 
 SMALL = 168  # long side of a small panel in pixels; a large one is as high as two of them with what is between
 GAP, CAPTION, MARGIN = 8, 20, 20
@@ -46,9 +47,7 @@ def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title:
         for j, line in enumerate(view.lines):
             for k, panel in enumerate(line):
                 _put(sheet, panel, (beside + k * (small[1] + GAP), y + j * step), small)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    jpeg: dict = dict(quality=72, optimize=True, progressive=True)
-    sheet.save(path, **(jpeg if str(path).lower().endswith(".jpg") else {}))
+    save_picture(sheet, path, quality=72, optimize=True, progressive=True)
 
 
 def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None:
@@ -60,5 +59,5 @@ def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None
 
 def _fitting(text: str, size: int, width: int):
     """The font at `size`, or as much smaller as the text needs."""
-    length = ImageFont.load_default(size).getlength(text)
-    return ImageFont.load_default(size if length <= width else max(8, size * width / length))
+    length = font_for(text, size).getlength(text)
+    return font_for(text, size if length <= width else max(8, size * width / length))

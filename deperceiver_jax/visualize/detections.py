@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -22,7 +22,8 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.program.command_line import parse_config, parse_flags
 from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.visualize.draw_boxes import draw_detections
-from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, check_output, need
+from deperceiver_jax.visualize.fonts import font_for, readable
+from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, check_output, need, save_picture
 
 
 class Comparison(NamedTuple):
@@ -62,8 +63,8 @@ def save_comparison(
     width = 2 * foot + pairs * pair_width + (pairs - 1) * gutter
     sheet = Image.new("RGB", (width, head + sum(heights) + (lines - 1) * gutter // 2 + foot), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((foot, 18), title, fill=INK, font=ImageFont.load_default(26))
-    draw.text((foot, 52), note, fill=FAINT, font=ImageFont.load_default(16))
+    draw.text((foot, 18), title, fill=INK, font=font_for(title, 26))
+    draw.text((foot, 52), note, fill=FAINT, font=font_for(note, 16))
     for pair in range(pairs):
         x = foot + pair * (pair_width + gutter)
         for text, start in (("ground truth", x), ("detections", x + cell + gap)):
@@ -77,8 +78,7 @@ def save_comparison(
                 spare = cell - picture.shape[1], height - picture.shape[0]
                 sheet.paste(Image.fromarray(picture), (start + spare[0] // 2, y + spare[1] // 2))
         y += height + gutter // 2
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def newest_evaluation(workdir: Path) -> Path:
@@ -87,6 +87,16 @@ def newest_evaluation(workdir: Path) -> Path:
     if not done:
         raise UserError(f"{workdir} has no evaluation; make one with: python eval.py --workdir={workdir}.")
     return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
+
+
+def read_json(file: Path) -> Any:
+    """What an evaluation wrote. Raises UserError for a file that is not there, or was cut or overwritten."""
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not what an evaluation wrote ({error}); run eval.py again.") from error
 
 
 def compare(source, results: list[dict], positions: Iterable[int], score_threshold: float) -> list[Comparison]:
@@ -98,7 +108,7 @@ def compare(source, results: list[dict], positions: Iterable[int], score_thresho
         boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         labels = np.array([slots[r["category_id"]] for r in found], int)
-        image = decode_image(source.image_bytes(i))
+        image = decode_image(source.image_bytes(i), source.orientation(i))
         targets, target_labels = source.targets(i)
         scores = np.array([r["score"] for r in found])
         rows.append(Comparison(image, targets, target_labels, boxes, labels, scores))
@@ -119,8 +129,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir).expanduser()
     config = parse_config(config_arguments, read_config(workdir / CONFIG))
     evaluation = newest_evaluation(workdir)
-    metrics = json.loads((evaluation / "metrics.json").read_text())
-    results = json.loads((evaluation / "detections.json").read_text())
+    metrics, results = (read_json(evaluation / name) for name in ("metrics.json", "detections.json"))
 
     source = open_source(config.data, config.data.eval_split)
     positions = np.linspace(0, len(source) - 1, min(values.images, len(source))).round().astype(int)
@@ -128,5 +137,5 @@ def main(argv: list[str]) -> None:
     title = f"{config.model.name} on {config.data.name}, {config.data.eval_split} images"
     note = f"step {evaluation.name}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, APs {metrics['APs']:.3f} on "
     note += f"{len(source)} images; drawn are detections with a score of at least {values.score_threshold:g}"
-    save_comparison(values.output, rows, source.classes.name, title=title, note=note)
+    save_comparison(values.output, rows, readable(source.classes), title=title, note=note)
     print(f"Wrote {values.output}.")

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from deperceiver_jax.visualize.fonts import font_for
 
 READABLE_SIDE = 512  # an image with a shorter long side is enlarged to it before anything is drawn
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly however many there are
@@ -42,23 +44,25 @@ def draw_detections(
     picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     line = max(2, round(target / 320))
-    font = ImageFont.load_default(max(12, round(target / 56)))
+    font_size = max(12, round(target / 56))
 
     order = range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable")
     limit = np.array([size[0] - 1, size[1] - 1] * 2)
-    placed: list[tuple] = []  # (label's rectangle, text, colour), best first
+    placed: list[tuple] = []  # (label's rectangle, its text and font, box, colour), best first
     for k in order:
         box = np.clip(np.asarray(boxes[k]) * scale, 0, limit).round().astype(int).tolist()
         name = name_of(int(labels[k]))
         text = name if scores is None else f"{name} {scores[k]:.2f}"
+        font = font_for(text, font_size)
         text, extent = _fit(text, font, size[0])
-        placed.append((_place(box, extent, size, line, [p[0] for p in placed]), text, box, class_color(int(labels[k]))))
+        rectangle = _place(box, extent, size, line, [p[0] for p in placed])
+        placed.append((rectangle, (text, font), box, class_color(int(labels[k]))))
     for _, _, (left, top, right, bottom), color in reversed(placed):
         draw.rectangle(
             (left - 1, top - 1, right + 1, bottom + 1), outline=(255, 255, 255)
         )  # so it is seen on any ground
         draw.rectangle((left, top, right, bottom), outline=color, width=line)
-    for rectangle, text, _, color in reversed(placed):
+    for rectangle, (text, font), _, color in reversed(placed):
         draw.rectangle(rectangle, fill=color, outline=tuple(c * 7 // 10 for c in color))
         luminance = np.dot(color, (0.299, 0.587, 0.114))
         ink = (0, 0, 0) if luminance > 120 else (255, 255, 255)

@@ -8,7 +8,6 @@ any. Every dot is the centre of the box that a latent (a query, in other detecto
 where it was a layer before: coloured with its box where the last layer is sure of an object, dark where it is not.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,8 +26,9 @@ from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.draw_boxes import class_color
+from deperceiver_jax.visualize.fonts import font_for
 from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
-from deperceiver_jax.visualize.output import FAINT, INK, PAPER, check_output, need
+from deperceiver_jax.visualize.output import FAINT, INK, PAPER, check_output, need, save_picture
 
 CELL = 420  # longest side of each picture, in pixels
 COLUMNS = 4
@@ -88,15 +88,14 @@ def save_movement(path: str, image: UInt8[np.ndarray, "H W 3"], movement: Moveme
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (gap + columns * (width + gap), head + rows * (height + line + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 10), title, fill=INK, font=ImageFont.load_default(22))
+    draw.text((gap, 10), title, fill=INK, font=font_for(title, 22))
     found = f"{int(np.sum(movement.scores >= threshold))} of {len(movement.scores)} answer for an object with a score"
     draw.text((gap, 38), f"{found} of at least {threshold:g}", fill=FAINT, font=ImageFont.load_default(14))
     for i, (name, picture) in enumerate(zip(movement.names, pictures, strict=True)):
         x, y = gap + i % columns * (width + gap), head + i // columns * (height + line + gap)
         draw.text((x, y + 18), name, fill=INK, font=ImageFont.load_default(15), anchor="ls")
         sheet.paste(Image.fromarray(picture), (x, y + line))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def predict(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"]) -> Predictions:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.batches.geometry import check_augmentation, evaluation_geometry
 from deperceiver_jax.data.batches.pixels import decode_image, place_image
-from deperceiver_jax.data.image_header import CorruptImage
+from deperceiver_jax.data.image_header import CorruptImage, exif_orientation
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.runs.load_detector import define_detector_flags
 
@@ -38,15 +38,15 @@ def read_image(values: flags.FlagValues, config: ConfigDict) -> tuple[UInt8[np.n
                 f"not {values.example}."
             )
         name = f"{config.data.name}, {config.data.eval_split} image {values.example}"
-        data = source.image_bytes(values.example)
+        data, orientation = source.image_bytes(values.example), source.orientation(values.example)
     else:
         name = values.image
         try:
-            data = Path(name).expanduser().read_bytes()
+            data, orientation = Path(name).expanduser().read_bytes(), None
         except OSError as error:
             raise UserError(f"--image: {name} cannot be read: {error.strerror}.") from None
     try:
-        return decode_image(data), name
+        return decode_image(data, exif_orientation(data) if orientation is None else orientation), name
     except CorruptImage as error:
         raise UserError(f"{name} is not an image that can be read: {error}.") from None
 

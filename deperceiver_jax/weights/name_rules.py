@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -150,26 +149,8 @@ def with_copies(state: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, 
     return {**state, **{copy: state[name] for copy, name in copies_of(state, rules).items()}}
 
 
-def load_torch_state(
-    module: nnx.Module, state: Mapping[str, np.ndarray], rules: NameRules, *, source: str | Path = "the state dict"
-) -> LoadReport:
-    """Puts a whole state dict into `module`, in the types of its parameters; a UserError leaves it as it was."""
-    variables = _variables(module)
-    shapes = {path: variable.get_value().shape for path, variable in variables.items()}
-    arrays, report = from_torch(state, shapes, rules, source=source)
-    for path, variable in variables.items():
-        variable.set_value(jnp.asarray(arrays[path], variable.get_value().dtype))
-    return report
-
-
-def to_torch_state(module: nnx.Module, rules: NameRules) -> dict[str, np.ndarray]:
-    """The official state dict of `module`, copies and all: what `load_torch_state` would load to get it."""
-    arrays = {path: np.asarray(variable.get_value()) for path, variable in _variables(module).items()}
-    return with_copies(to_torch(arrays, rules), rules)
-
-
 def torch_shapes(module: nnx.Module, rules: NameRules) -> dict[str, tuple[int, ...]]:
-    """{official name: shape} of what `load_torch_state` needs; `module` may be abstract (`nnx.eval_shape`)."""
+    """{official name: shape} of the state dict that fits `module`, which may be abstract (`nnx.eval_shape`)."""
     zeros = {path: np.broadcast_to(np.float32(0), v.get_value().shape) for path, v in _variables(module).items()}
     return {name: array.shape for name, array in to_torch(zeros, rules).items()}
 

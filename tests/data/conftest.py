@@ -27,7 +27,7 @@ class CocoFolder:
         """sizes: {image id: (height, width)}, each stored as <id>.jpg. images: {file name: bytes} to store instead."""
         file, folder = FILES[split]
         sizes = {7: (40, 60), 3: (30, 50)} if sizes is None else sizes
-        stored = {f"{id}.jpg": _jpeg(*size, seed=id) for id, size in sizes.items()} | (images or {})
+        stored = {f"{id}.jpg": _jpeg(*size, seed=id % 2**32) for id, size in sizes.items()} | (images or {})
         (self.root / folder).mkdir(parents=True, exist_ok=True)
         for name, content in stored.items():
             (self.root / folder / name).write_bytes(content)

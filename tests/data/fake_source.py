@@ -33,6 +33,9 @@ class FakeSource:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.broken.get(position, self._images[position])
 
+    def orientation(self, position: int) -> int:
+        return 1
+
     def targets(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         count = position % (self.max_boxes + 1)
         corners = np.random.default_rng(position).random((count, 2, 2)) * 0.5 + [[[0.0], [0.5]]]

@@ -120,6 +120,24 @@ def test_area_scale_moves_the_bounds(source, results):
     assert coco_metric(truth, quarter)["APs"] != pytest.approx(whole["APs"], abs=1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_of_any_size_and_sign(source, results, backend):
+    """Hashes that are one and the same as doubles, and negative ids, give what small ids give."""
+    expected = coco_metric(ground_truth(source), results, backend=backend)
+    hashes = {id: 2**62 + id for id in source.image_ids.tolist()}
+    categories = {3: -(2**60), 7: -(2**60) + 1, 8: 0, 40: 2**60}
+    assert len({float(id) for id in hashes.values()}) == 1
+    truth = ground_truth(source)
+    for image in truth["images"]:
+        image["id"] = hashes[image["id"]]
+    for category in truth["categories"]:
+        category["id"] = categories[category["id"]]
+    for entry in [*truth["annotations"], *results]:
+        entry["image_id"], entry["category_id"] = hashes[entry["image_id"]], categories[entry["category_id"]]
+    stranger = {"image_id": 5, "category_id": 0, "bbox": [0, 0, 9, 9], "score": 1.0}  # of no image: counts nowhere
+    assert coco_metric(truth, [stranger, *results], backend=backend) == pytest.approx(expected, abs=1e-12)
+
+
 def test_results_have_category_ids_and_xywh(source):
     detections = Detections(
         scores=np.array([[0.75, 0.5, 0.25]], np.float32),

@@ -154,7 +154,7 @@ def test_every_family_is_drawn(family, random_arrays, tmp_path):
     assert frame.shape == (89, 64, 3)
     found = look(loaded, frame)
     strides = () if family == "deformable_detr" else skeleton.merge(loaded.arrays).token_strides
-    views = [make_view(found, -1, (q, 0, 0.5), image, Frame(frame, strides), CLASSES) for q in (0, 5)]
+    views = [make_view(found, -1, (q, 0, 0.5), image, Frame(frame, strides), CLASSES.name) for q in (0, 5)]
     save_sheet(tmp_path / "a.png", views, 64 / 89, title=family, note="how to read it")
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width > 500 and sheet.height > 400

@@ -1,13 +1,19 @@
 """Sheets of ground truth beside detections, and what a person can type wrongly."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from deperceiver_jax.data import open_source
+from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import coco_metric, ground_truth
 from deperceiver_jax.evaluation.evaluate import write_results
 from deperceiver_jax.program.command_line import run
@@ -15,6 +21,7 @@ from deperceiver_jax.runs.workdir import read_config
 from deperceiver_jax.visualize import __main__ as visualize
 from deperceiver_jax.visualize.detections import Comparison, compare, newest_evaluation, save_comparison
 from deperceiver_jax.visualize.draw_boxes import class_color
+from deperceiver_jax.visualize.output import save_picture
 
 NAMES = {0: "a rather long class name", 1: "cat", 5: "x"}.__getitem__
 
@@ -77,6 +84,46 @@ def test_what_a_run_found_is_compared_with_what_is_there(evaluated):
         np.testing.assert_array_equal(row.labels, row.true_labels)
 
 
+@pytest.mark.parametrize("file", ["metrics.json", "detections.json"])
+def test_an_evaluation_that_was_cut_is_named(evaluated, capsys, file):
+    path = evaluated / "eval" / "20" / file
+    path.write_text(path.read_text()[:-3])
+    assert draw("detections", f"--workdir={evaluated}", f"--output={evaluated}/a.png") == 1
+    assert f"error: {path} is not what an evaluation wrote" in capsys.readouterr().err
+    path.unlink()
+    path.mkdir()
+    assert draw("detections", f"--workdir={evaluated}", f"--output={evaluated}/a.png") == 1
+    assert f"error: {path} cannot be read: Is a directory." in capsys.readouterr().err
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, file, *args, **kwargs):
+        Path(file).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match="--output: .*/a.png cannot be written: No space left on device."):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "deep" / "a.png")
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_ids_of_64_bits_are_told_apart():
+    """Neighbours above 2^53, which are equal as doubles: each image gets its own detections."""
+    ids = np.array([2**62, 2**62 + 1])
+    png = cv2.imencode(".png", gray(8, 8))[1].tobytes()
+    nothing = np.zeros((0, 4)), np.zeros(0, int)
+    source = SimpleNamespace(
+        image_ids=ids,
+        classes=ClassMap.from_categories([(2**61, "a"), (2**61 + 1, "b")]),
+        image_bytes=lambda i: png,
+        orientation=lambda i: 1,
+        targets=lambda i: nothing,
+    )
+    results = [{"image_id": id, "category_id": 2**61 + k, "bbox": [k, 0, 1, 1]} for k, id in enumerate(ids.tolist())]
+    rows = compare(source, json.loads(json.dumps([r | {"score": 0.9} for r in results])), range(2), 0.5)
+    assert [(row.labels.tolist(), row.boxes[:, 0].tolist()) for row in rows] == [([0], [0]), ([1], [1])]
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -85,6 +132,12 @@ def test_what_a_run_found_is_compared_with_what_is_there(evaluated):
         (["detections", "--output=a.png"], "--workdir is needed"),
         (["detections", "--workdir={0}"], "--output is needed"),
         (["detections", "--workdir={0}", "--output=a.gif"], "--output: a.gif must end in .png or .jpg."),
+        (
+            ["detections", "--workdir={0}", "--output={0}/config.json/a.png"],
+            "--output: {0}/config.json/a.png cannot be",
+        ),
+        (["latents", "--workdir={0}", "--output={0}/config.json/a.png"], "--output: {0}/config.json/a.png cannot be"),
+        (["attention", "--workdir={0}", "--output={0}/config.json/a.png"], "--output: {0}/config.json/a.png cannot be"),
         (["detections", "--workdir={0}/none", "--output=a.png"], "{0}/none/config.json does not exist."),
         (["detections", "--workdir={0}", "--output=a.png"], "{0} has no evaluation; make one with: python eval.py"),
     ],

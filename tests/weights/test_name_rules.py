@@ -9,11 +9,13 @@ from flax import nnx
 from configs import deperceiver
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.resnet import ResNet
-from deperceiver_jax.weights import FAMILIES, load_backbone, load_torch_state, to_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import NameRules, Rule
+from deperceiver_jax.weights.backbone import load_backbone
+from deperceiver_jax.weights.name_rules import NameRules, Rule, torch_shapes
+from deperceiver_jax.weights.tables import FAMILIES
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from tests.drawn_arrays import FLOAT32, abstract_detector
 from tests.seeded import seeded_array, seeded_state_dict
+from tests.torch_state import load_torch_state, to_torch_state
 
 AUXILIARY = {"num_layers": 3, "self_attention": True, "final_norm": True}
 

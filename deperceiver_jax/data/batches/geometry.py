@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32
 from ml_collections import ConfigDict
 
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_at_least, check_between
 
+LARGEST_SIDE = 100_000  # pixels that a field may ask for
 GEOMETRY, ORDER, BATCH_ORDER = range(3)  # what a stream of random numbers is for
 
 
@@ -99,15 +100,14 @@ def check_augmentation(config: ConfigDict) -> None:
     """Raises UserError for fields of config.data from which no image could be drawn."""
     if len(config.scales) == 0 or (config.crop_probability > 0 and len(config.crop_scales) == 0):
         raise UserError("config.data.scales and config.data.crop_scales need at least one short side each.")
-    sides = (*config.scales, *config.crop_scales, config.max_size, config.crop_min, config.eval_scale)
-    if min(*sides, config.eval_max_size) < 1 or config.crop_min > config.crop_max:
-        raise UserError(
-            "config.data: every scale and size must be at least 1 pixel, and crop_min at most crop_max; "
-            f"crop_min is {config.crop_min}, crop_max is {config.crop_max}."
-        )
+    for name in ("scales", "crop_scales", "max_size", "crop_min", "crop_max", "eval_scale", "eval_max_size"):
+        for side in np.atleast_1d(config[name]).tolist():
+            check_between(f"config.data.{name}", side, 1, LARGEST_SIDE)
+    if config.crop_min > config.crop_max:
+        raise UserError(f"config.data.crop_min is {config.crop_min}, more than crop_max, {config.crop_max}.")
     for name in ("flip_probability", "crop_probability"):
-        if not 0 <= config[name] <= 1:
-            raise UserError(f"config.data.{name} is {config[name]}; it must be between 0 and 1.")
+        check_between(f"config.data.{name}", config[name], 0, 1)
+    check_at_least("config.data.num_workers", config.num_workers, 0)
 
 
 def transform_boxes(

@@ -30,7 +30,7 @@ from deperceiver_jax.data.batches.plan import (
     training_plan,
 )
 from deperceiver_jax.data.batches.workers import Empty, Stream
-from deperceiver_jax.data.image_header import CorruptImage, image_size
+from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size, is_swapped
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.structures import Batch
 
@@ -39,12 +39,13 @@ class Images(Protocol):
     """What the loader needs of a data set's split; data/datasets/source.py has the real one."""
 
     @property
-    def sizes(self) -> Int32[np.ndarray, "N 2"]: ...  # (height, width) of the stored images
+    def sizes(self) -> Int32[np.ndarray, "N 2"]: ...  # (height, width) of the images, turned by `orientation`
     @property
     def max_boxes(self) -> int: ...
     def __len__(self) -> int: ...
     def filename(self, position: int) -> str: ...
     def image_bytes(self, position: int) -> bytes: ...
+    def orientation(self, position: int) -> int: ...  # EXIF's, which the stored image is turned by; 1: not at all
     def targets(self, position: int) -> tuple[Float32[np.ndarray, "K 4"], Int32[np.ndarray, " K"]]: ...
 
 
@@ -71,6 +72,12 @@ class TrainBatches:
             raise UserError(
                 f"The training split has {len(source)} images, fewer than one batch of {config.batch_size} "
                 "(config.data.batch_size)."
+            )
+        if source.max_boxes == 0:
+            place = f"{config.directory or config.name}, split {config.train_split}"
+            raise UserError(
+                f"None of the {len(source)} images in {place}, has a box to learn; an annotation with iscrowd=1, and a "
+                "box that is empty inside its image, is none."
             )
         if seed < 0 or config.buckets < 1:
             raise UserError(f"config.seed is {seed} and config.data.buckets {config.buckets}; 0 and 1 are the least.")
@@ -125,7 +132,7 @@ class EvaluationBatches:
 
 
 def image_batches(paths: Sequence[Path | str], config: ConfigDict, batch_size: int) -> EvaluationBatches:
-    """Any image files in evaluation batches; `example` is the position in `paths`.
+    """Any image files, upright as a viewer shows them, in evaluation batches; `example` is the position in `paths`.
 
     Raises UserError that names the file for one that cannot be read.
     """
@@ -142,7 +149,8 @@ class _ImageFiles:
         if not paths:
             raise UserError("There are no images to read.")
         self._paths = paths
-        self.sizes = np.array([self._size(position) for position in range(len(paths))], np.int32)
+        sizes, self._orientation = zip(*(self._header(position) for position in range(len(paths))), strict=True)
+        self.sizes = np.array(sizes, np.int32)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -156,12 +164,18 @@ class _ImageFiles:
         except OSError as error:
             raise UserError(f"{self._paths[position]} cannot be read: {error.strerror}.") from error
 
+    def orientation(self, position: int) -> int:
+        return self._orientation[position]
+
     def targets(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
 
-    def _size(self, position):
+    def _header(self, position):
+        """((height, width), orientation) as a viewer shows the file."""
+        image = self.image_bytes(position)
         try:
-            return image_size(self.image_bytes(position))
+            size, orientation = image_size(image), exif_orientation(image)
+            return size[::-1] if is_swapped(orientation) else size, orientation
         except CorruptImage as error:
             raise UserError(f"{self._paths[position]} is not a whole image: {error}.") from error
 
@@ -244,7 +258,7 @@ def load_batch(
 
 def _decode(source, example):
     try:
-        image = decode_image(source.image_bytes(example))
+        image = decode_image(source.image_bytes(example), source.orientation(example))
     except CorruptImage as error:
         raise UserError(f"Image {source.filename(example)} is corrupt: {error}.") from error
     if image.shape[:2] != tuple(source.sizes[example]):

@@ -15,6 +15,7 @@ import simplejpeg
 from jaxtyping import Float64, Int32, UInt8
 from PIL import Image
 
+from deperceiver_jax.data.batches.bit_depth import deep_pixels, to_8_bits
 from deperceiver_jax.data.image_header import CorruptImage
 
 cv2.setNumThreads(1)  # images are loaded side by side; threads inside one would only get in each other's way
@@ -22,11 +23,23 @@ cv2.setNumThreads(1)  # images are loaded side by side; threads inside one would
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
-def decode_image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Any image that Pillow reads -> RGB, as its convert("RGB") gives it; an orientation in EXIF is not applied.
+def decode_image(data: bytes, orientation: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+    """Any image that Pillow reads -> RGB, as its convert("RGB") gives it, turned by an EXIF orientation of 1 to 8.
 
-    Raises CorruptImage. JPEGs of three colours or grey take a faster way to the same pixels.
+    Pictures of more than 8 bits are brought to 8 as bit_depth.py says. JPEGs of three colours or grey take a faster way
+    to the same pixels. Raises CorruptImage.
     """
+    image = _decode(data)
+    if orientation >= 5:
+        image = cv2.transpose(image)
+    if orientation in (2, 3, 6, 7):
+        image = cv2.flip(image, 1)  # left to right
+    if orientation in (3, 4, 7, 8):
+        image = cv2.flip(image, 0)  # top to bottom
+    return image
+
+
+def _decode(data):
     if data.startswith(b"\xff\xd8"):
         try:
             if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray"):
@@ -35,7 +48,11 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
             pass  # damage; Pillow knows which damage can be overlooked
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
+            deep = deep_pixels(data, image)
+            if deep is None:
+                return np.array(image.convert("RGB"))
+            levels = to_8_bits(deep)
+            return np.ascontiguousarray(levels) if levels.ndim == 3 else cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
     except _UNREADABLE as error:
         raise CorruptImage(f"it cannot be decoded ({error})") from error
 

@@ -1,11 +1,13 @@
 """What is known of a prepared split without reading a pixel: sizes, ids and annotations, kept in one .npz file."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,14 +15,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from google.protobuf.message import DecodeError
-from jaxtyping import Bool, Float64, Int32, Int64
+from jaxtyping import Bool, Float64, Int8, Int32, Int64
 from tqdm import tqdm
 
 from deperceiver_jax.data.datasets.record import read_record
-from deperceiver_jax.data.image_header import CorruptImage, image_size
+from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 from deperceiver_jax.errors import UserError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,14 @@ class Index:
     """Flat arrays over N images, ascending by id, and their M annotations: image i has offsets[i] to offsets[i + 1]."""
 
     sizes: Int32[np.ndarray, "N 2"]  # (height, width) of the stored image
+    stated_sizes: Int32[np.ndarray, "N 2"]  # (height, width) as annotated; zeros where nothing is stated
+    orientation: Int8[np.ndarray, " N"]  # EXIF's, 1 to 8
     image_ids: Int64[np.ndarray, " N"]
     record: Int64[np.ndarray, " N"]  # position of the image in the prepared files
     filenames: np.ndarray  # unicode [N]
     offsets: Int64[np.ndarray, " N_1"]
-    boxes: Float64[np.ndarray, "M 4"]  # xywh in pixels, as annotated
+    boxes: Float64[np.ndarray, "M 4"]  # xywh as annotated: in pixels or
+    boxes_are_shares: np.ndarray  # bool: in shares of the annotated picture's width and height
     category_id: Int64[np.ndarray, " M"]
     is_crowd: Bool[np.ndarray, " M"]
     area: Float64[np.ndarray, " M"]
@@ -52,7 +57,8 @@ def load_or_build(
     """The split's Index: from the file beside the prepared data, or made by one pass over all records.
 
     The file carries a fingerprint of the prepared data and of the settings, so a stale one is made anew. It lies in
-    `fallback_directory` when the prepared directory cannot be written. label_ids: see read_record.
+    `fallback_directory` when the prepared directory cannot be written, and nowhere when that cannot be written either.
+    label_ids: see read_record.
     """
     fingerprint = _fingerprint(prepared, split, label_ids, skip_corrupt)
     place = hashlib.sha256(os.fspath(prepared).encode()).hexdigest()[:16]
@@ -62,25 +68,47 @@ def load_or_build(
         if stored is not None:
             return stored
     index = build(prepared, split, label_ids=label_ids, skip_corrupt=skip_corrupt)
-    _save(files[0] if os.access(prepared, os.W_OK) else files[1], index, fingerprint)
+    for file in files if os.access(prepared, os.W_OK) else files[1:]:
+        try:
+            _save(file, index, fingerprint)
+            break
+        except OSError as error:
+            logging.warning("%s cannot be written (%s), so it is made at every start.", file, error.strerror)
     return index
 
 
-def open_records(prepared: Path, split: str):
-    """Random access to the stored examples, their images left encoded."""
-    builder = tfds.builder_from_directory(os.fspath(prepared))
-    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+def open_records(prepared: Path, split: str) -> Sequence[dict]:
+    """Random access to the stored examples, their images left encoded. Raises UserError where that fails."""
+    with _named(prepared, split):
+        builder = tfds.builder_from_directory(os.fspath(prepared))
+        return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def read_stored(records: Sequence[dict], position: int, prepared: Path) -> dict:
+    """One of `open_records`. Raises UserError where that fails."""
+    with _named(prepared, f"record {position}"):
+        return records[position]
+
+
+@contextlib.contextmanager
+def _named(prepared, what):
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, DecodeError) as error:  # of array_record, TFDS and tf.Example
+        raise UserError(
+            f"{prepared} is damaged: {what} cannot be read ({error}); delete this folder and prepare it anew."
+        ) from error
 
 
 def build(prepared: Path, split: str, *, label_ids: Int64[np.ndarray, " labels"], skip_corrupt: bool) -> Index:
     """Reads every record once. Refuses a corrupt image unless skip_corrupt, and a repeated image id."""
     records = open_records(prepared, split)
-    kept, skipped = [], []
+    kept, skipped, boxes_are_shares = [], [], False
     print(f"Indexing {len(records)} images of {prepared}, split {split} (once).", file=sys.stderr, flush=True)
     for position in tqdm(range(len(records)), desc=f"Indexing {split}", unit=" images", disable=None):
-        record = read_record(_read(records, position, prepared), label_ids)
+        record = read_record(read_stored(records, position, prepared), label_ids)
         try:
-            size = image_size(record.image)
+            size, orientation = image_size(record.image), exif_orientation(record.image)
         except CorruptImage as error:
             if not skip_corrupt:
                 raise UserError(
@@ -89,20 +117,12 @@ def build(prepared: Path, split: str, *, label_ids: Int64[np.ndarray, " labels"]
                 ) from error
             skipped.append(record.filename)
             continue
-        annotations = record.annotations
-        if record.boxes_are_shares:
-            annotations = annotations._replace(boxes=annotations.boxes * (size[1], size[0], size[1], size[0]))
-        kept.append((record.image_id, position, size, record.filename, annotations))
+        header = size, record.stated_size, orientation
+        kept.append((record.image_id, position, header, record.filename, record.annotations))
+        boxes_are_shares = record.boxes_are_shares
     kept.sort(key=lambda row: row[0])
     _require_unique([row[0] for row in kept], prepared, split)
-    return _flatten(kept, skipped)
-
-
-def _read(records, position, prepared):
-    try:
-        return records[position]
-    except (RuntimeError, ValueError, DecodeError) as error:  # of array_record, TFDS and tf.Example
-        raise UserError(f"{prepared} is damaged: record {position} cannot be read ({error}).") from error
+    return _flatten(kept, skipped, boxes_are_shares)
 
 
 def _require_unique(image_ids, prepared, split):
@@ -113,7 +133,7 @@ def _require_unique(image_ids, prepared, split):
             raise UserError(f"{prepared}: image id {after} is there twice in split {split}.")
 
 
-def _flatten(kept, skipped):
+def _flatten(kept, skipped, boxes_are_shares):
     columns = [np.concatenate(column) for column in zip(*(row[4] for row in kept), strict=True)]
     counts = np.array([len(row[4].id) for row in kept])
     finite = np.isfinite(columns[0]).all(axis=1)
@@ -121,12 +141,15 @@ def _flatten(kept, skipped):
     offsets = np.concatenate([[0], np.cumsum(np.bincount(image_of, minlength=len(kept)))])
     boxes, category_id, is_crowd, area, id = (column[finite] for column in columns)
     return Index(
-        sizes=np.array([row[2] for row in kept], np.int32),
+        sizes=np.array([row[2][0] for row in kept], np.int32),
+        stated_sizes=np.array([row[2][1] for row in kept], np.int32),
+        orientation=np.array([row[2][2] for row in kept], np.int8),
         image_ids=np.array([row[0] for row in kept], np.int64),
         record=np.array([row[1] for row in kept], np.int64),
         filenames=np.array([row[3] for row in kept]),
         offsets=offsets.astype(np.int64),
         boxes=boxes,
+        boxes_are_shares=np.array(boxes_are_shares),
         category_id=category_id,
         is_crowd=is_crowd,
         area=area,

@@ -10,6 +10,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float64, Int64
 
+STATED_SIZE = "image/stated_size"  # a feature that only images from files have
+
 
 class Annotations(NamedTuple):
     """What is annotated in one image, in the stored order: nothing is dropped, clipped or rounded."""
@@ -29,6 +31,7 @@ class Record(NamedTuple):
     image_id: int
     annotations: Annotations
     boxes_are_shares: bool  # of (width, height, width, height)
+    stated_size: tuple[int, int]  # (height, width) as annotated, which may be of the turned image; zeros: not stated
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -84,10 +87,12 @@ def read_record(stored: dict[str, Any], label_ids: Int64[np.ndarray, " labels"])
         area=np.asarray(objects["area"], np.float64),
         id=np.asarray(objects["id"], np.int64),
     )
+    height, width = stored.get(STATED_SIZE, (0, 0))
     return Record(
         image=stored["image"],
         filename=stored["image/filename"].decode(),
         image_id=int(stored["image/id"]),
         annotations=annotations,
         boxes_are_shares=catalogue,
+        stated_size=(int(height), int(width)),
     )

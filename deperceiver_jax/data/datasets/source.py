@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -10,7 +11,8 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.data.datasets.coco.builder import CocoDirectory, coco_config
-from deperceiver_jax.data.datasets.index import Index, load_or_build, open_records
+from deperceiver_jax.data.datasets.index import Index, load_or_build, open_records, read_stored
+from deperceiver_jax.data.datasets.orientation import orient
 from deperceiver_jax.data.datasets.prepare import prepare
 from deperceiver_jax.data.datasets.record import Annotations
 from deperceiver_jax.data.datasets.shapes import drawing
@@ -19,6 +21,7 @@ from deperceiver_jax.data.datasets.tfds_directory import describe
 from deperceiver_jax.errors import UserError
 
 SPLIT_FIELDS = {"train": "train", "validation": "val"}  # split -> how config.data calls its files
+NORMALISED = 1.1  # the most that a number of a normalised box is, rounding and boxes beyond the border included
 CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their image are counted
 
 
@@ -29,7 +32,8 @@ class Source:
         self.classes = classes
         self.area_scale = area_scale  # of COCO's bounds between small, medium and large; 1 for photographs
         self._prepared, self._split, self._index = prepared, split, index
-        self._records, self._opened_by = None, None
+        self._records: Any = None
+        self._opened_by: int | None = None
         image, self._boxes, self._labels = _targets(index, classes)
         self._target_offsets = np.searchsorted(image, np.arange(len(self) + 1))
 
@@ -41,7 +45,7 @@ class Source:
 
     @property
     def sizes(self) -> Int32[np.ndarray, "N 2"]:
-        """(height, width) of every stored image in pixels."""
+        """(height, width) of every image in pixels, turned by its `orientation`."""
         return self._index.sizes
 
     @property
@@ -62,7 +66,11 @@ class Source:
         """The image as its file was: JPEG, PNG or another format that Pillow reads."""
         if self._opened_by != os.getpid():  # a forked process must not share its parent's reader
             self._records, self._opened_by = open_records(self._prepared, self._split), os.getpid()
-        return self._records[int(self._index.record[position])]["image"]
+        return read_stored(self._records, int(self._index.record[position]), self._prepared)["image"]
+
+    def orientation(self, position: int) -> int:
+        """The EXIF orientation by which the stored image is turned into the one that is annotated; 1: not at all."""
+        return int(self._index.orientation[position])
 
     def annotations(self, position: int) -> Annotations:
         """All annotations of an image as they were written: crowds, unclipped and empty boxes included."""
@@ -85,6 +93,13 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
     `shapes/small` is the built-in data set with many small shapes. Raises UserError, in one sentence that names the
     file and the item, for anything wrong with the data.
     """
+    try:
+        return _open_source(config_data, split)
+    except OSError as error:  # a file or folder that others may not read, somewhere on the way
+        raise UserError(f"{error.filename or config_data.directory} cannot be read: {error.strerror}.") from error
+
+
+def _open_source(config_data, split):
     name, _, variant = config_data.name.partition("/")
     if name == "shapes":
         prepared = _prepare_shapes(config_data, split, variant or "standard")
@@ -102,9 +117,12 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
         skip_corrupt=config_data.skip_corrupt,
         fallback_directory=_prepared_directory(config_data),
     )
-    found = notes + _oddities(index)
+    what = f"{config_data.directory or config_data.name}, split {split}"
+    index, turned = orient(index, config_data.exif_orientation)
+    _require_pixels(index, what)
+    found = notes + turned + _oddities(index)
     if found:
-        logging.warning("%s, split %s: %s.", config_data.directory or config_data.name, split, "; ".join(found))
+        logging.warning("%s: %s.", what, "; ".join(found))
     return Source(prepared, split, classes, index, area_scale=drawing.AREA_SCALE if name == "shapes" else 1.0)
 
 
@@ -144,7 +162,8 @@ def _prepare_coco(config_data, split):
     if not image_directory.is_dir():
         raise UserError(f"Split {split} needs {image_directory} (config.data.{field}_images), which is not there.")
     config = coco_config(annotation_file, image_directory, split, config_data.skip_corrupt)
-    return prepare(CocoDirectory, _prepared_directory(config_data), config, f"split {split} of {root}")
+    what = f"split {split} of {root}"
+    return prepare(CocoDirectory, _prepared_directory(config_data), config, what, config.image_bytes)
 
 
 def _targets(index, classes):
@@ -161,6 +180,18 @@ def _targets(index, classes):
     return image[keep], boxes[keep], classes.category_to_slot(index.category_id[keep]).astype(np.int32)
 
 
+def _require_pixels(index, what):
+    """Refuses boxes that are not in pixels, from which nothing could be learned or counted."""
+    boxes = index.boxes[(index.boxes[:, 2:] > 0).all(axis=1)]
+    if len(boxes) == 0 or (boxes[:, 2:] >= 1).any():
+        return
+    looks = "they look normalised, as YOLO's are" if (np.abs(boxes) <= NORMALISED).all() else "sizes look normalised"
+    raise UserError(
+        f"{what}: all {len(boxes)} boxes are smaller than a pixel; {looks}, but a bbox is [left, top, width, height] "
+        "in pixels."
+    )
+
+
 def _oddities(index):
     """What is odd in the annotations, counted, in words."""
     image = np.repeat(np.arange(len(index.image_ids)), np.diff(index.offsets))
@@ -172,6 +203,7 @@ def _oddities(index):
     counts = {
         "boxes reach outside their image and are clipped": outside.sum(),
         "boxes are empty inside their image and are left out": empty.sum(),
+        "boxes are smaller than a pixel": ((size > 0) & (size < 1)).all(axis=1).sum(),
         "boxes are not finite and are left out": index.non_finite,
     }
     found = [f"{count} {what}" for what, count in counts.items() if count]

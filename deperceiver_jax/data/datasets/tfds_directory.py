@@ -1,10 +1,12 @@
 """What a directory says of itself that TFDS prepared: by this package's builders or by the catalogue's `coco/2017`."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.json_format import ParseError
 from jaxtyping import Int64
 
@@ -15,6 +17,33 @@ CATALOGUE_FEATURES = {
     "": ("image", "image/filename", "image/id", "objects"),
     "objects": ("area", "bbox", "id", "is_crowd", "label"),
 }
+
+
+def damage(prepared: Path) -> str | None:
+    """What is missing or broken, in words, in a directory that this package prepared; None when it is whole."""
+    for name, key in {"dataset_info.json": "splits", "features.json": "featuresDict", "metadata.json": "notes"}.items():
+        if not (prepared / name).is_file():
+            return f"{name} is missing"
+        try:
+            described = key in json.loads((prepared / name).read_text())
+        except ValueError:
+            described = False
+        if not described:
+            return f"{name} is cut or overwritten"
+    info = tfds.builder_from_directory(os.fspath(prepared)).info
+    return next(filter(None, map(_damaged_shard, info.splits.values())), None)
+
+
+def _damaged_shard(split):
+    """In words, the first file of a split that is missing or cut, which its last bytes tell."""
+    for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+        name = os.path.basename(path)
+        if not os.path.isfile(path):
+            return f"{name} is missing"
+        reader = ArrayRecordReader(os.fspath(path))
+        if not reader.ok() or reader.num_records() != length:
+            return f"{name} is cut or overwritten"
+    return None
 
 
 def describe(prepared: Path, split: str) -> tuple[ClassMap, Int64[np.ndarray, " labels"], list[str]]:
@@ -38,9 +67,8 @@ def describe(prepared: Path, split: str) -> tuple[ClassMap, Int64[np.ndarray, " 
             f"{prepared} is stored as {info.file_format.value}, which has no random access; "
             "prepare it with --file_format=array_record."
         )
-    for shard in info.splits[split].filepaths:
-        if not os.path.isfile(shard):
-            raise UserError(f"{prepared} is not complete: {os.path.basename(shard)} is missing.")
+    if found := _damaged_shard(info.splits[split]):
+        raise UserError(f"{prepared} is not whole: {found}.")
     if info.metadata and "categories" in info.metadata:  # one that this package prepared
         return ClassMap.from_categories(info.metadata["categories"]), np.zeros(0, np.int64), info.metadata["notes"]
     features = info.features.np_dtype

@@ -24,10 +24,8 @@ def _forward(x, kernel, stride, dilation):
 
 
 def _backward(stride, dilation, kept, gradient):
-    def differentiate(x, kernel, gradient):
-        return jax.vjp(_plain(stride, dilation), x, kernel)[1](gradient)
-
-    return _by_platform(functools.partial(_backward_on_cpu, stride, dilation), differentiate, *kept, gradient)
+    on_cpu, default = (functools.partial(how, stride, dilation) for how in (_backward_on_cpu, _transposed))
+    return _by_platform(on_cpu, default, *kept, gradient)
 
 
 convolution.defvjp(_forward, _backward)
@@ -52,6 +50,14 @@ def _plain(stride: int, dilation: int):
     return convolve
 
 
+def _transposed(stride, dilation, x, kernel, gradient):
+    """The gradients of the convolution, which is linear in either of its factors."""
+    convolve = _plain(stride, dilation)
+    (of_x,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
+    (of_kernel,) = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(gradient)
+    return of_x, of_kernel
+
+
 def _forward_on_cpu(stride, dilation, x, kernel):
     if len(kernel) > 1:
         return _plain(stride, dilation)(x, kernel)
@@ -60,7 +66,7 @@ def _forward_on_cpu(stride, dilation, x, kernel):
 
 def _backward_on_cpu(stride, dilation, x, kernel, gradient):
     if len(kernel) > 1:
-        of_x, of_kernel = jax.vjp(_plain(stride, dilation), x, kernel)[1](gradient)
+        of_x, of_kernel = _transposed(stride, dilation, x, kernel, gradient)
         if (len(kernel), stride, dilation) == (3, 2, 1):
             of_x = _gradient_of_halved(x.shape, kernel, gradient)
         return of_x, of_kernel

@@ -161,7 +161,13 @@ def test_box_slots():
     assert _first(TrainBatches(source, _config(max_boxes=9), seed=0), 1)[0].labels.shape == (4, 9)
     with pytest.raises(UserError, match=r"005\.jpg has 5 boxes, more than config\.data\.max_boxes \(4\)"):
         TrainBatches(source, _config(max_boxes=4), seed=0)
-    assert _first(TrainBatches(FakeSource(SHAPES, max_boxes=0), _config(), seed=0), 1)[0].labels.shape == (4, 1)
+    evaluated = EvaluationBatches(FakeSource(SHAPES, max_boxes=0), _config(), batch_size=4)
+    assert _first(evaluated, 1)[0].labels.shape == (4, 1)
+
+
+def test_nothing_to_learn_is_refused():
+    with pytest.raises(UserError, match="None of the 25 images in /x, split train, has a box to learn; an annotation"):
+        TrainBatches(FakeSource(SHAPES, max_boxes=0), _config(directory="/x"), seed=0)
 
 
 @pytest.mark.parametrize(

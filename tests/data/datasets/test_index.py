@@ -1,4 +1,6 @@
+import errno
 import os
+import tempfile
 from dataclasses import fields
 
 import numpy as np
@@ -74,14 +76,42 @@ def test_a_read_only_directory_is_left_alone(coco_folder, built, monkeypatch, tm
     assert _index_file(tmp_path / "elsewhere").is_file()
 
 
-def test_damaged_records_are_named(coco_folder):
+def test_an_index_that_nobody_lets_us_write_is_kept_in_memory(coco_folder, built, monkeypatch, caplog):
+    """A cache of another user's: it can be read, and that is enough."""
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     coco_folder.write()
     open_source(coco_folder.config(), "train")
     _index_file(coco_folder.prepared).unlink()
+    before = coco_folder.leftovers()
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", denied)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for _ in range(2):
+        assert len(open_source(coco_folder.config(), "train")) == 2
+    assert built == ["train"] * 3
+    assert coco_folder.leftovers() == before
+    assert "index_train.npz cannot be written (Permission denied)" in caplog.text
+
+
+def test_damaged_records_are_named(coco_folder):
+    """Of a directory that somebody else prepared, and of one that is damaged in the middle, which no look tells."""
+    coco_folder.write()
+    config = coco_folder.config()
+    open_source(config, "train")
     shard = next(coco_folder.prepared.rglob("*array_record*"))
+    source, content = open_source(config, "train"), shard.read_bytes()
+    start = content.index(source.image_bytes(0)[-40:])
+    shard.write_bytes(content[:start] + b"\0" * 40 + content[start + 40 :])
+    with pytest.raises(
+        UserError, match=r"is damaged: record 0 cannot be read .* delete this folder and prepare it anew"
+    ):
+        open_source(config, "train").image_bytes(0)
+    config.update(name="tfds", directory=str(shard.parent))
     os.truncate(shard, shard.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"is damaged: record \d cannot be read"):
-        open_source(coco_folder.config(), "train")
+    with pytest.raises(UserError, match=f"is not whole: {shard.name} is cut"):
+        open_source(config, "train")
     shard.unlink()
-    with pytest.raises(UserError, match=f"is not complete: {shard.name} is missing"):
-        open_source(coco_folder.config(), "train")
+    with pytest.raises(UserError, match=f"is not whole: {shard.name} is missing"):
+        open_source(config, "train")

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
+from deperceiver_jax.data.batches.loader import TrainBatches
 from deperceiver_jax.data.datasets.source import open_source
 from deperceiver_jax.errors import UserError
 
@@ -77,6 +78,33 @@ def test_odd_boxes_are_counted_in_one_line(coco_folder, caplog):
     assert len(source.annotations(0).id) == 8  # a box that is not finite cannot be evaluated either
 
 
+@pytest.mark.parametrize("boxes", [[], [{"bbox": [1, 2, 3, 4], "iscrowd": 1}], [{"bbox": [60, 2, 3, 4]}]])
+def test_a_split_without_a_target_can_be_evaluated_and_not_trained_on(coco_folder, boxes):
+    source = _open(coco_folder, boxes)
+    with pytest.raises(UserError, match="None of the 2 images in .*coco, split train, has a box to learn"):
+        TrainBatches(source, coco_folder.config(batch_size=1), seed=0)
+
+
+@pytest.mark.parametrize(
+    "boxes, words",
+    [
+        ([[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], "they look normalised, as YOLO's are,"),
+        ([[1.02, 0.2, 0.3, 0.4], [-0.03, 0.5, 0.5, 0.5]], "they look normalised"),  # the centre or the border
+        ([[10, 2, 0.3, 0.4], [20, 3, 0.9, 0.1]], "sizes look normalised,"),
+    ],
+)
+def test_boxes_that_are_not_in_pixels_are_refused(coco_folder, boxes, words):
+    with pytest.raises(UserError, match=f"coco, split train: all 2 boxes are smaller than a pixel; {words}"):
+        _open(coco_folder, [{"bbox": box} for box in [*boxes, [0, 0, 0, 0]]])
+
+
+def test_some_boxes_smaller_than_a_pixel_are_counted(coco_folder, caplog):
+    """COCO has such boxes; they are learned."""
+    source = _open(coco_folder, [{"bbox": [1, 2, 3, 4]}, {"bbox": [10, 20, 0.5, 0.25]}])
+    assert "1 boxes are smaller than a pixel" in caplog.text
+    assert len(source.targets(0)[0]) == 2
+
+
 def test_a_clean_data_set_warns_of_nothing(coco_folder, caplog):
     _open(coco_folder, [{"bbox": [0, 0, 50, 30]}])
     assert caplog.records == []
@@ -120,3 +148,20 @@ def test_a_wrong_setting_is_named(coco_folder, fields, split, words):
         open_source(coco_folder.config(**fields), split)
     assert words in str(refusal.value)
     assert coco_folder.leftovers() == []
+
+
+def test_ids_of_64_bits_come_back_as_they_are(coco_folder):
+    """Of images, categories and annotations, negative ones and such as no double tells apart: through TFDS and back."""
+    images = {2**62 + 1: (30, 50), 2**62: (40, 60), -5: (20, 20)}
+    categories = [{"id": 2**61 + 1, "name": "cat"}, {"id": 2**61, "name": "dog"}, {"id": -(2**61), "name": "owl"}]
+    boxes = [coco_folder.annotation(2**63 - 1 - k, 2**62 + k, [1, 2, 3, 4], category_id=2**61 + k) for k in range(2)]
+    coco_folder.write(
+        [*boxes, coco_folder.annotation(-9, -5, [1, 2, 3, 4], -(2**61))], sizes=images, categories=categories
+    )
+    source = open_source(coco_folder.config(), "train")
+    assert source.image_ids.tolist() == [-5, 2**62, 2**62 + 1]
+    assert source.classes.category_ids == (-(2**61), 2**61, 2**61 + 1)
+    for k, (id, category) in enumerate([(-9, -(2**61)), (2**63 - 1, 2**61), (2**63 - 2, 2**61 + 1)]):
+        assert source.annotations(k).id.tolist() == [id]
+        assert source.annotations(k).category_id.tolist() == [category]
+        assert source.targets(k)[1].tolist() == [k]

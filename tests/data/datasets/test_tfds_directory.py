@@ -1,9 +1,12 @@
 """A directory like the one TFDS's catalogue prepares for coco/2017, written here without TensorFlow."""
 
+import io
+
 import numpy as np
 import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from configs.base import base
 from deperceiver_jax.data.classes import COCO_CATEGORIES
@@ -94,6 +97,19 @@ def test_normalised_boxes_become_pixels_and_labels_coco_ids(prepare):
     np.testing.assert_array_equal(labels, [1, 90])
     assert source.targets(0)[0].shape == (0, 4)
     assert source.image_bytes(1) == CatalogueCoco.images[42]
+
+
+def test_shares_are_of_the_turned_picture(prepare):
+    """A phone's picture, stored as 50 x 30 pixels (height x width) and annotated upright: boxes as if it were."""
+    pixels, exif, file = np.zeros((50, 30, 3), np.uint8), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(file, "JPEG", exif=exif)
+    data = prepare(images=CatalogueCoco.images | {42: file.getvalue()})
+    source = open_source(data, "validation")
+    np.testing.assert_array_equal(source.sizes, [[40, 60], [30, 50]])
+    np.testing.assert_allclose(source.annotations(1).boxes[0], [10, 3, 40, 12], atol=1e-5)
+    data.exif_orientation = "ignore"
+    np.testing.assert_allclose(open_source(data, "validation").annotations(1).boxes[0], [6, 5, 24, 20], atol=1e-5)
 
 
 def test_other_classes_than_cocos_get_contiguous_slots(prepare):

@@ -15,8 +15,8 @@ from deperceiver_jax.models.features.resnet import Frozen
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.training.check_sizes import check_sizes
 from deperceiver_jax.training.optimizer import group_multipliers
-from deperceiver_jax.weights import FAMILIES, load_torch_state, to_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import with_copies
+from deperceiver_jax.weights.name_rules import torch_shapes, with_copies
+from deperceiver_jax.weights.tables import FAMILIES
 from tests.drawn_arrays import (
     FLOAT32,
     Patches,
@@ -26,6 +26,7 @@ from tests.drawn_arrays import (
     start_beside_backbone,
 )
 from tests.seeded import seeded_state_dict
+from tests.torch_state import load_torch_state, to_torch_state
 
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}

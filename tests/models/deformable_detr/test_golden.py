@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from configs.deformable_detr import VARIANTS, get_config
-from deperceiver_jax.weights import FAMILIES, load_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import with_copies
+from deperceiver_jax.weights.name_rules import torch_shapes, with_copies
+from deperceiver_jax.weights.tables import FAMILIES
 from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_array
+from tests.torch_state import load_torch_state
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deformable_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from configs.deperceiver import get_config
-from deperceiver_jax.weights import load_torch_state, torch_shapes
+from deperceiver_jax.weights.name_rules import torch_shapes
 from deperceiver_jax.weights.tables import FAMILIES
 from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_state_dict
+from tests.torch_state import load_torch_state
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deperceiver_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame

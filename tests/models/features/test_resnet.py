@@ -12,11 +12,11 @@ from jax.interpreters import partial_eval
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.resnet import Block, Conv, Frozen, FrozenBatchNorm, GroupNorm, ResNet, _max_pool
 from deperceiver_jax.models.layers.compute import Compute
-from deperceiver_jax.weights import load_torch_state, torch_shapes
-from deperceiver_jax.weights.name_rules import NameRules
+from deperceiver_jax.weights.name_rules import NameRules, torch_shapes
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from tests.drawn_arrays import FLOAT32
 from tests.seeded import seeded_state_dict
+from tests.torch_state import load_torch_state
 
 
 def resnet(depth=18, *, width=4, strides=(32,), norm="frozen_batch_norm", frozen_stages=2, dilation=False, **kwargs):
@@ -191,9 +191,7 @@ def gradient_program(network):
         return sum(jnp.sum(x**2) for x in nnx.merge(graphdef, trained, rest)(image).values())
 
     program = jax.make_jaxpr(jax.value_and_grad(loss))(trained).jaxpr
-    program, _ = partial_eval.dce_jaxpr(
-        program, [True] * len(program.outvars)
-    )  # as compilers do
+    program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))  # as compilers do
     return program, len(jax.tree.leaves(trained))
 
 

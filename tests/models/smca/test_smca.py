@@ -12,7 +12,8 @@ from flax import nnx
 from configs import demo, smca
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.resnet import ResNet
-from deperceiver_jax.weights import FAMILIES, torch_shapes
+from deperceiver_jax.weights.name_rules import torch_shapes
+from deperceiver_jax.weights.tables import FAMILIES
 from tests.drawn_arrays import Patches, abstract_detector, new_detector
 
 FIELDS = {

@@ -47,7 +47,7 @@ def read_coco(path: Path) -> CocoFile:
 
 def _load(path):
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error

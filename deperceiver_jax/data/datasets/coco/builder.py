@@ -3,37 +3,52 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from deperceiver_jax.data.datasets.coco.annotations import read_coco
+from deperceiver_jax.data.datasets.coco.near_name import near_name
 from deperceiver_jax.data.datasets.ordered_builder import OrderedBuilder
-from deperceiver_jax.data.datasets.record import example, record_features
-from deperceiver_jax.data.image_header import CorruptImage, image_size
+from deperceiver_jax.data.datasets.record import STATED_SIZE, example, record_features
+from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size, is_swapped
 from deperceiver_jax.errors import UserError
+
+_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 @dataclass(eq=False)
 class CocoConfig(tfds.core.BuilderConfig):
-    """Which files make the split. The name, made of what they are, tells prepared data sets apart."""
+    """Which files make the split. The name, made of what they are, tells prepared data sets apart.
+
+    image_bytes: what the images take on the disk, and will take again when they are prepared.
+    """
 
     annotation_file: str = ""
     image_directory: str = ""
     split: str = ""
     skip_corrupt: bool = False
+    image_bytes: int = 0
 
 
 def coco_config(annotation_file: Path, image_directory: Path, split: str, skip_corrupt: bool) -> CocoConfig:
-    """The config of a split, named after the content of its annotation file and the place of its images.
+    """The config of a split, named after its annotation file's content and its images' place, sizes and times.
 
-    The images themselves are taken to stay as they are: 118 000 of them are not read anew at every start.
+    So a picture that is changed, turned, added or deleted makes another data set. Names are picked out of the file's
+    bytes and looked up, without parsing or reading more: two seconds for COCO's 118 000 on a disk of this machine.
+    Raises UserError for a file that cannot be read.
     """
-    with open(annotation_file, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    identity = json.dumps([content, os.fspath(image_directory.resolve()), split, bool(skip_corrupt)])
+    try:
+        content = annotation_file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{annotation_file} cannot be read: {error.strerror}.") from error
+    states = [_state(image_directory, name) for name in _FILE_NAME.findall(content)]
+    place = os.fspath(image_directory.resolve())
+    identity = json.dumps([hashlib.sha256(content).hexdigest(), place, split, bool(skip_corrupt), states])
     return CocoConfig(
         name=f"{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
         description=f"{annotation_file} with {image_directory}",
@@ -41,7 +56,17 @@ def coco_config(annotation_file: Path, image_directory: Path, split: str, skip_c
         image_directory=os.fspath(image_directory),
         split=split,
         skip_corrupt=skip_corrupt,
+        image_bytes=sum(state[0] for state in states if state),
     )
+
+
+def _state(directory, quoted_name):
+    """(size, time of the last change in nanoseconds) of a file, None where there is none of this name."""
+    try:
+        found = os.stat(os.path.join(directory, json.loads(quoted_name)))
+    except (OSError, ValueError):  # nothing there, or nothing that could be a name, which preparing will say
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 class CocoDirectory(OrderedBuilder):
@@ -50,13 +75,15 @@ class CocoDirectory(OrderedBuilder):
     The metadata keeps `categories`, a list of [id, name], and `notes`, what is odd in the files, in words.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1.0 keeps stated sizes
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.builder_config.description,
-            features=record_features(),
+            features=tfds.features.FeaturesDict(
+                {**record_features(), STATED_SIZE: tfds.features.Tensor(shape=(2,), dtype=np.int32)}
+            ),
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
         )
@@ -83,9 +110,10 @@ class CocoDirectory(OrderedBuilder):
                     ) from error
                 unreadable.append(filename)
                 continue
-            if stated is not None and stated != size:
+            if stated is not None and stated not in (size, size[::-1] if is_swapped(exif_orientation(image)) else size):
                 resized.append(filename)
-            yield position, example(image, filename, image_id, coco.annotations[position])
+            made = example(image, filename, image_id, coco.annotations[position])
+            yield position, made | {STATED_SIZE: np.array(stated or (0, 0), np.int32)}
         if len(unreadable) == len(coco.image_ids):
             raise UserError(f"None of the {len(unreadable)} images in {config.annotation_file} can be read.")
         self.info.metadata["categories"] = coco.categories
@@ -96,9 +124,11 @@ def _require_present(coco, config):
     """A wrong directory is told at once, not after an hour of reading."""
     missing = [name for name in coco.filenames if not os.path.exists(os.path.join(config.image_directory, name))]
     if missing:
+        near = near_name(config.image_directory, missing[0])
         raise UserError(
             f"{len(missing)} of the {len(coco.filenames)} images that {config.annotation_file} lists are not in "
-            f"{config.image_directory}, the first is {missing[0]}; config.data.skip_corrupt=True passes over them."
+            f"{config.image_directory}, the first is {missing[0]}{near}; "
+            "config.data.skip_corrupt=True passes over them."
         )
 
 
@@ -109,6 +139,8 @@ def _read_image(path):
             image = file.read()
     except OSError as error:
         raise CorruptImage(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a name that no file can have
+        raise CorruptImage(f"it cannot be read ({error})") from error
     return image, image_size(image)
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from deperceiver_jax.data.datasets.coco.annotations import read_coco
+from deperceiver_jax.data.datasets.source import open_source
 from deperceiver_jax.errors import UserError
 
 
@@ -82,6 +83,9 @@ def test_an_empty_list_is_refused(coco_folder, key):
         (_first("images", id="7"), "id of images[0] is '7', not an integer"),
         (_first("categories", name=None), "categories[0] has no 'name'"),
         (_first("categories", id=2**70), f"id of categories[0] is {2**70}, not an integer"),
+        (_first("categories", id="1"), "id of categories[0] is '1', not an integer"),
+        (_first("annotations", image_id="7"), "image_id of annotations[0] is '7', not an integer"),
+        (_first("annotations", category_id=1.0), "category_id of annotations[0] is 1.0, not an integer"),
         (_first("annotations", bbox=None), "annotation 1 has no 'bbox'"),
         (_first("annotations", bbox=[1, 2, 3]), "bbox of annotation 1 is [1, 2, 3], not four numbers"),
         (_first("annotations", bbox=[1, 2, 3, "4"]), "bbox of annotation 1 is [1, 2, 3, '4'], not four numbers"),
@@ -109,6 +113,14 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, content, words):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"instances.json is not COCO: it .*{words}"):
         read_coco(path)
+
+
+def test_a_byte_order_mark_is_read_over(coco_folder):
+    coco_folder.write([coco_folder.annotation(1, 3, [1, 2, 3, 4])])
+    file = coco_folder.annotation_file()
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_coco(file).image_ids == [3, 7]
+    assert len(open_source(coco_folder.config(), "train").targets(0)[0]) == 1
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

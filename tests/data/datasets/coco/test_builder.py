@@ -1,12 +1,18 @@
+import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from deperceiver_jax.data.datasets.coco.builder import coco_config
 from deperceiver_jax.data.datasets.source import open_source
@@ -18,6 +24,8 @@ SHARED = ROOT.parent / "shared" / "data" / "coco_tiny"
 
 def _name(coco_folder, split="train", skip_corrupt=False):
     folder = coco_folder.image_file("", split)
+    for image in folder.iterdir():
+        os.utime(image, (1, 1))  # as if it had never been written again
     return coco_config(coco_folder.annotation_file(split), folder, split, skip_corrupt).name
 
 
@@ -43,7 +51,6 @@ def test_a_data_set_is_prepared_once(coco_folder, capsys):
     open_source(coco_folder.config(), "train")
     assert "Preparing split train of" in capsys.readouterr().err
     before = coco_folder.leftovers()
-    coco_folder.image_file("3.jpg").unlink()  # nothing is read again
     assert len(open_source(coco_folder.config(), "train")) == 2
     assert capsys.readouterr().err == ""
     assert coco_folder.leftovers() == before
@@ -72,6 +79,79 @@ def test_a_changed_annotation_file_is_prepared_anew(coco_folder):
     assert open_source(coco_folder.config(), "train").annotations(0).boxes.tolist() == [[9, 2, 3, 4]]
 
 
+def test_changed_pictures_are_prepared_anew(coco_folder):
+    """Of another size on the disk, or of the same but written later; one that is deleted is missed."""
+    coco_folder.write(sizes={3: (30, 50), 7: (40, 60)})
+    file = coco_folder.image_file("7.jpg")
+    assert open_source(coco_folder.config(), "train").image_bytes(1) == file.read_bytes()
+    file.write_bytes(coco_folder.image_file("3.jpg").read_bytes())
+    source = open_source(coco_folder.config(), "train")
+    assert (source.image_bytes(1), source.sizes.tolist()) == (file.read_bytes(), [[30, 50], [30, 50]])
+    other = file.read_bytes()[:-3] + b"?" + file.read_bytes()[-2:]
+    file.write_bytes(other)
+    os.utime(file, (1, 1))
+    assert open_source(coco_folder.config(), "train").image_bytes(1) == other
+    file.unlink()
+    with pytest.raises(UserError, match="1 of the 2 images that .* the first is 7.jpg"):
+        open_source(coco_folder.config(), "train")
+
+
+@pytest.mark.parametrize("deleted", ["metadata.json", "dataset_info.json", "features.json", "*array_record*", "*"])
+def test_what_a_purger_deleted_is_prepared_anew(coco_folder, capsys, deleted):
+    coco_folder.write([coco_folder.annotation(1, 3, [1, 2, 3, 4])])
+    open_source(coco_folder.config(), "train")
+    prepared = next(coco_folder.prepared.rglob("dataset_info.json")).parent
+    for file in prepared.glob(deleted):
+        file.unlink()
+    capsys.readouterr()
+    assert len(open_source(coco_folder.config(), "train").targets(0)[0]) == 1
+    assert f"{prepared} is not whole: " in capsys.readouterr().err
+    assert len(open_source(coco_folder.config(), "train")) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("size", [0, 3000, 65536, 131071])
+def test_records_that_were_cut_are_prepared_anew(coco_folder, capsys, size):
+    """With and without an index that still speaks of all of them."""
+    coco_folder.write()
+    whole = open_source(coco_folder.config(), "train").image_bytes(1)
+    shard = next(coco_folder.prepared.rglob("*array_record*"))
+    os.truncate(shard, size)
+    assert open_source(coco_folder.config(), "train").image_bytes(1) == whole
+    assert f"{shard.name} is cut" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_description_that_was_overwritten_is_prepared_anew(coco_folder, content):
+    coco_folder.write()
+    for name in ("metadata.json", "dataset_info.json", "features.json"):
+        open_source(coco_folder.config(), "train")
+        next(coco_folder.prepared.rglob(name)).write_text(content)
+        assert len(open_source(coco_folder.config(), "train")) == 2
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(coco_folder, monkeypatch):
+    coco_folder.write()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "it takes 0.0 MB, and 0.0 MB are free; config.data.prepared_directory can be another" in _refusal(
+        coco_folder
+    )
+
+
+@pytest.mark.timeout(120)
+def test_a_disk_that_becomes_full_is_told(coco_folder):
+    """A limit on the size of files stands for the end of the disk."""
+    coco_folder.write()
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    process = _start(coco_folder, limit + "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, -1))\n")
+    _, errors = process.communicate(timeout=60)
+    sentence = (
+        "UserError: Cannot prepare split train of .*: File too large; config.data.prepared_directory can be another"
+    )
+    assert re.search(sentence, errors), errors
+    assert coco_folder.leftovers() == []
+
+
 def test_one_split_is_enough_for_itself(coco_folder):
     coco_folder.write(split="validation")
     assert len(open_source(coco_folder.config(), "validation")) == 2
@@ -96,6 +176,55 @@ def test_a_missing_image_is_named(coco_folder):
     coco_folder.image_file("7.jpg").unlink()
     assert "1 of the 2 images that" in _refusal(coco_folder)
     assert "the first is 7.jpg" in _refusal(coco_folder)
+
+
+@pytest.mark.parametrize(
+    "listed, stored, difference",
+    [
+        ("Photo 1.JPG", "photo 1.jpg", "upper and lower case"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg", "the Unicode form of its letters"),
+        ("day 1\\a.jpg", "day 1/a.jpg", "its slashes"),
+        ("train2017/a.jpg", "a.jpg", "its folder"),
+        ("C:\\photos\\A.jpg", "a.jpg", "its spelling"),
+    ],
+)
+def test_a_name_that_is_nearly_there_is_named(coco_folder, listed, stored, difference):
+    def change(content):
+        content["images"][0]["file_name"] = listed
+
+    coco_folder.image_file(stored).parent.mkdir(parents=True)
+    coco_folder.write(images={stored: b"x"}, change=change)
+    expected = f"the first is {listed} (there is {stored}, which differs in {difference}); config.data.skip_corrupt"
+    assert expected in _refusal(coco_folder)
+
+
+def test_a_name_that_no_file_can_have(coco_folder):
+    def change(content):
+        content["images"][0]["file_name"] = "a\0b.jpg"
+
+    coco_folder.write(change=change)
+    assert "a\0b.jpg" in _refusal(coco_folder)
+    assert len(open_source(coco_folder.config(skip_corrupt=True), "train")) == 1
+
+
+def test_a_bomb_is_named_or_passed_over(coco_folder, monkeypatch):
+    """A small picture under a smaller limit stands for one that would take gigabytes."""
+    coco_folder.write(images={"7.jpg": cv2.imencode(".png", np.zeros((60, 50), np.uint8))[1].tobytes()})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "7.jpg (id 7): its pixels are more than the" in _refusal(coco_folder)
+    assert open_source(coco_folder.config(skip_corrupt=True), "train").image_ids.tolist() == [3]
+
+
+@pytest.mark.parametrize("reader", ["read_bytes", "is_file"])
+def test_files_that_others_may_not_read_are_named(coco_folder, monkeypatch, reader):
+    """An annotation file without the right to read it, and a folder without the right to enter it."""
+    coco_folder.write()
+
+    def denied(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, reader, denied)
+    assert "instances_train2017.json cannot be read: Permission denied." in _refusal(coco_folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", "truncated"])
@@ -156,8 +285,8 @@ def test_a_place_that_cannot_be_written_is_named(coco_folder):
         open_source(coco_folder.config(), "train")
 
 
-def _start(coco_folder):
-    code = (
+def _start(coco_folder, first=""):
+    code = first + (
         "import sys; from configs.base import base; from deperceiver_jax.data.datasets.source import open_source\n"
         "data = base().data; data.directory, data.prepared_directory = sys.argv[1:]\n"
         "print(len(open_source(data, 'train')))"
