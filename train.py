@@ -23,7 +23,7 @@ from deperceiver_jax.program import processes
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.program.shutdown import Shutdown
-from deperceiver_jax.runs.workdir import check_workdir, write_workdir
+from deperceiver_jax.runs.workdir import check_data, check_workdir, data_fingerprint, keep_others_out, write_workdir
 from deperceiver_jax.sharding import make_mesh, shard_batch
 from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.check_sizes import check_sizes
@@ -42,7 +42,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    # Chapter 1: the config. Nothing is written before chapter 6.
+    with contextlib.ExitStack() as until_end:
+        train(argv, until_end)
+
+
+def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
+    """The whole program; what `until_end` has entered is left however it ends."""
+    # Chapter 1: the config. Nothing is written before chapter 6, but for the lock of a workdir that is there.
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     config = parse_config(config_arguments, needs=field_needs)
     if not values.workdir:
@@ -60,6 +66,13 @@ def main(argv: list[str]) -> None:
     require_same_classes(source.classes, config.data.train_split, eval_source.classes, config.data.eval_split)
     config.model.num_classes = source.classes.num_slots
     check_workdir(workdir, config, source.classes)
+    first, new = jax.process_index() == 0, not workdir.exists()
+    if first:
+        data = data_fingerprint(source)
+        if not config.data.allow_changed:
+            check_data(workdir, data)
+        if not new:
+            until_end.enter_context(keep_others_out(workdir))
     start, damaged = newest_whole(workdir)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = TrainBatches(source, config.data, seed=config.seed, start_step=start, **hosts)
@@ -84,9 +97,10 @@ def main(argv: list[str]) -> None:
     steps = range(start + 1, num_steps + 1)
 
     # Chapter 6: the workdir, what will happen, and the step of every size, compiled.
-    first = jax.process_index() == 0
     if first:
-        write_workdir(workdir, config, source.classes)
+        if new:
+            until_end.enter_context(keep_others_out(workdir, new=True))
+        write_workdir(workdir, config, source.classes, data)
         print(describe_run(config, state, len(source), batches, steps), flush=True)
     if steps:
         train_step = compile_sizes(train_step, plan.abstract, batches, config.data.batch_size, mesh)

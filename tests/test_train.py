@@ -14,7 +14,7 @@ from deperceiver_jax.evaluation.coco_metric import STATISTICS
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.checkpoint_files import all_steps
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
-from deperceiver_jax.runs.workdir import read_config
+from deperceiver_jax.runs.workdir import keep_others_out, read_config
 from tests.train_process import Run
 
 CONFIG = "--config=tests/tiny_training.py"
@@ -113,6 +113,49 @@ def test_a_run_can_be_made_longer_but_not_another_one(workdir, shared, capsys):
     assert rows_of(workdir)[-1]["step"] == 7
 
 
+def test_a_run_goes_on_under_any_name(finished, shared, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "lr[1e-4] #1 50% what? ü*")
+    assert train(CONFIG, f"--workdir={workdir}/", *shared, "--config.train.num_steps=7") == 0
+    assert all_steps(workdir) == [6, 7]
+    assert run(evaluation_program.main, ["eval.py", f"--workdir={workdir}", "--config.eval.batch_size=8"]) == 0
+    assert (workdir / "eval" / "7" / "metrics.json").exists()
+
+
+def test_one_run_in_a_workdir(workdir, shared, capsys):
+    """Another one leaves everything as it was."""
+    with keep_others_out(workdir):
+        before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        assert train(CONFIG, f"--workdir={workdir}", *shared, "--config.train.num_steps=7") == 1
+    assert capsys.readouterr().err == f"error: --workdir: another run is at work in {workdir}; take another one.\n"
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_annotations_that_changed(workdir, shared, rectangles, tmp_path, capsys):
+    """Refused, unless a field allows it; then the run belongs to the new ones."""
+    data = shutil.copytree(rectangles.directory, tmp_path / "data", ignore=shutil.ignore_patterns("prepared"))
+    file = data / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"annotations": content["annotations"][:-1]}))
+    longer = [*shared, f"--config.data.directory={data}", "--config.train.num_steps=7"]
+    assert train(CONFIG, f"--workdir={workdir}", *longer) == 1
+    sentence = f"The training split is not what {workdir} was trained on: 10 images with 9 boxes then, 10 images with 8"
+    assert sentence in capsys.readouterr().err
+    assert train(CONFIG, f"--workdir={workdir}", *longer, "--config.data.allow_changed=True") == 0
+    assert all_steps(workdir) == [6, 7] and json.loads((workdir / "data.json").read_text())["boxes"] == 8
+    assert train(CONFIG, f"--workdir={workdir}", *longer) == 0  # nothing left to do
+
+
+def test_a_log_with_garbage_is_mended(workdir, shared, capsys):
+    """As after a crash of the machine: zeros at the end. eval.py finds the best step all the same."""
+    with open(workdir / "metrics.jsonl", "ab") as file:
+        file.write(b"\0" * 200 + b"\n")
+    arguments = [f"--workdir={workdir}", "--checkpoint=best", "--config.eval.batch_size=8"]
+    assert run(evaluation_program.main, ["eval.py", *arguments]) == 0
+    assert train(CONFIG, f"--workdir={workdir}", *shared) == 0
+    assert "warning: line 4 of " in capsys.readouterr().err
+    assert len(rows_of(workdir)) == 3
+
+
 def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, shared, tmp_path, capsys):
     """The first step learns nothing, so it keeps the parameters; with the second epoch the rate explodes."""
     workdir = tmp_path / "second"
@@ -151,6 +194,7 @@ def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, share
             ["--config.model.position.encoding=learned", "--config.model.position.learned_size=2"],
             "pixels, padding included, will come, but: A feature map of ",
         ),
+        (["--workdir=gs://bucket/run"], "--workdir is gs://bucket/run: addresses with :// are not read or written"),
         (["--config.mesh.model=3"], "config.mesh.model is 3, which does not divide the 8 devices"),
         (["--config.train.keep_checkpoints=0"], "config.train.keep_checkpoints is 0"),
         (["--steps=3"], "There is no flag --steps"),

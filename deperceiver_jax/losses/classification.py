@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_at_least, check_between, check_choice
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class SoftmaxNoObject:
     no_object_weight: float  # of an unmatched query in the loss; a matched one weighs 1
     name = "ce"
     has_no_object = True
+
+    def __post_init__(self):
+        check_at_least("config.loss.no_object_weight", self.no_object_weight, 0)
 
     def check_width(self, num_logits: int, num_classes: int) -> None:
         """The last logit must stand behind all classes, else it would take one of them for no object."""
@@ -87,6 +90,10 @@ class SigmoidFocal:
     gamma: float  # how fast the loss of easy logits fades
     name = "focal"
     has_no_object = False
+
+    def __post_init__(self):
+        check_between("config.loss.focal_alpha", self.alpha, 0, 1)
+        check_at_least("config.loss.focal_gamma", self.gamma, 0)
 
     def check_width(self, num_logits: int, num_classes: int) -> None:
         """Every class needs a logit."""

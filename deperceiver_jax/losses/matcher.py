@@ -28,6 +28,7 @@ from deperceiver_jax.structures import Assignment, Batch, Predictions
 # No assignment needs costs beyond this: with the published weights they stay below 100. Small enough for float32 to
 # tell ordinary costs apart next to it.
 LARGEST_COST = 1e5
+BACKENDS = ("scipy", "device")
 MANY_QUERIES = 1000  # from which on a problem is taken apart first
 GROUP = 32  # queries looked at together
 
@@ -66,7 +67,7 @@ def match(cost: Float[Array, "L B Q N"], box_valid: Bool[Array, "B N"], *, backe
     stopping at a non-finite loss is the training loop's part. Where several assignments cost the same, either
     solver may return any of them. More boxes than queries are legal: those whose cost is least are matched.
     """
-    check_choice("config.matcher.backend", backend, ("scipy", "device"))
+    check_choice("config.matcher.backend", backend, BACKENDS)
     on_host = partial(_match_on_host, platform=mesh.devices.flat[0].platform)
     solve = on_host if backend == "scipy" else assign_on_device
     if not cost.shape[3]:

@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from deperceiver_jax.boxes import box_area, box_cxcywh_to_xyxy, generalized_box_iou
+from deperceiver_jax.errors import check_at_least, check_choice
 from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
-from deperceiver_jax.losses.matcher import match, matching_cost
+from deperceiver_jax.losses.matcher import BACKENDS, match, matching_cost
 from deperceiver_jax.structures import Assignment, Batch, Predictions
 
 
@@ -67,6 +68,16 @@ def set_loss(
     terms["num_boxes"] = _num_boxes(whole_valid)
     terms["surplus_boxes"] = jnp.sum(batch.box_valid & ~assignment.matched[-1], dtype=jnp.float32)
     return total, jax.lax.stop_gradient(terms)
+
+
+def check_loss(config) -> None:
+    """Raises UserError for weights from which no loss or no matching can be made. `config` is the whole config."""
+    weights = [f"loss.weight_{part}" for part in ("class", "bbox", "giou")]
+    weights += [f"matcher.cost_{part}" for part in ("class", "bbox", "giou")]
+    for field in weights:
+        section, name = field.split(".")
+        check_at_least(f"config.{field}", config[section][name], 0)
+    check_choice("config.matcher.backend", config.matcher.backend, BACKENDS)
 
 
 def _num_boxes(whole_valid):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_between, check_choice
 from deperceiver_jax.field_needs import GENERAL, Need
 from deperceiver_jax.models.attention.choice import IMPLEMENTATIONS
 from deperceiver_jax.models.config_section import build_part
@@ -25,6 +25,7 @@ DETECTORS: dict[str, type[Detector]] = {
     "deformable_detr": DeformableDETR,
     "smca": SMCA,
 }
+LARGEST_SIZE = 100_000  # of anything in a detector
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -32,6 +33,15 @@ def field_needs(config: ConfigDict) -> dict[str, Need]:
     """Which fields of `config` have an effect only with some values of others; see field_needs.py."""
     detector = DETECTORS.get(config.model.name, Detector)  # a name that does not exist is refused later
     return {**GENERAL, **detector.needs}
+
+
+def _check_sizes(section: ConfigDict, prefix: str = "config.model.") -> None:
+    """Raises UserError for a number of layers, channels or heads from which no array could be made."""
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            _check_sizes(value, f"{prefix}{name}.")
+        elif isinstance(value, int):
+            check_between(f"{prefix}{name}", value, -LARGEST_SIZE, LARGEST_SIZE)
 
 
 def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> Detector:
@@ -43,6 +53,7 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> Detector:
     for field in ("precision", "attention", "rematerialize"):
         if field not in config:
             raise UserError(f"The config has no field {field}: an earlier version wrote it, or an incomplete file.")
+    _check_sizes(config.model)
     model = config.model.to_dict()
     name = model.pop("name")
     check_choice("config.model.name", name, DETECTORS)

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from deperceiver_jax.errors import UserError, check_at_least, check_fraction
 from deperceiver_jax.field_needs import Need
 from deperceiver_jax.models.config_section import build_part
 from deperceiver_jax.models.features.resnet import ResNet
@@ -26,6 +27,13 @@ class DetectorFields:
     dropout: float
     strides: Sequence[int]  # of the backbone's features that are looked at
     backbone: Mapping[str, object]
+
+    def __post_init__(self):
+        for name in ("num_classes", "num_queries", "embed_dim"):
+            check_at_least(f"config.model.{name}", getattr(self, name), 1)
+        check_fraction("config.model.dropout", self.dropout)
+        if not self.strides:
+            raise UserError("config.model.strides is (); it must name at least one.")
 
     @property
     def num_logits(self) -> int:

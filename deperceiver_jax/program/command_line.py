@@ -9,11 +9,15 @@ Every mistake a person can make here becomes a `UserError`; `run` prints its sen
 import copy
 import difflib
 import importlib.util
+import math
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -23,6 +27,8 @@ from deperceiver_jax.program import processes
 
 _CONFIG_FILE = re.compile(r"^--?config(=.*)?$")
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+LARGEST_WHOLE = 2**31 - 1  # of any field: what 32 bits hold
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -31,14 +37,43 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
     One of several processes that an error ends leaves from here at once, so that the others end too.
     """
     try:
+        find_home()
         main(list(sys.argv if argv is None else argv))
     except (Exception, KeyboardInterrupt) as error:
         processes.leave(error)
-        if not isinstance(error, UserError):
+        sentence = str(error) if isinstance(error, UserError) else _lacking_platform(error)
+        if not sentence:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def find_home() -> None:
+    """Gives a user without a home directory (docker --user, for example) one among temporary files, and says so."""
+    try:
+        Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir(), f"deperceiver_jax_{os.getuid()}")
+        home.mkdir(mode=0o700, exist_ok=True)
+        if home.stat().st_uid != os.getuid():
+            raise UserError(f"There is no home directory, and {home} is another user's: set HOME.") from None
+        os.environ["HOME"] = str(home)
+        print(f"warning: there is no home directory (HOME is not set); ~ is {home} now.", file=sys.stderr, flush=True)
+
+
+def _lacking_platform(error: BaseException) -> str:
+    """What to say when `error` is JAX's for a platform that it cannot use here; else nothing."""
+    if not isinstance(error, (RuntimeError, AssertionError)) or not os.environ.get("JAX_PLATFORMS"):
+        return ""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return (
+            f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']}, which JAX cannot use here: no such device, or its part "
+            "of JAX is not installed (pip install '.[cuda]' or '.[tpu]'). Without JAX_PLATFORMS it takes what there is."
+        )
+    return ""
 
 
 def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage: str):
@@ -61,7 +96,24 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
             raise UserError(f"There is no flag {argument.split('=')[0]}{_nearest(argument.split('=')[0], names)}.")
         if "=" not in argument and not argument.lstrip("-").startswith("noconfig."):
             raise UserError(f"{argument} needs a value: {argument}=VALUE.")
+    for name in values:
+        _check_text(f"--{name}", values[name].value)
     return values, rest
+
+
+def _check_text(name: str, value: object) -> None:
+    """Raises UserError for a text, most likely a path, that no file of this machine can have or that has no home."""
+    if not isinstance(value, str):
+        return
+    if _ADDRESS.match(value):
+        raise UserError(
+            f"{name} is {value}: addresses with :// are not read or written, only paths of this machine, on which a "
+            "bucket can be mounted."
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{name} is {value!r}: its bytes are no UTF-8.")
+    if value.startswith("~") and os.path.expanduser(value).startswith("~"):
+        raise UserError(f"{name} is {value}: there is no such home directory.")
 
 
 def has_config_file(rest: Sequence[str]) -> bool:
@@ -84,18 +136,39 @@ def parse_config(
     base = _config_file(rest) if has_config_file(rest) else stored
     if base is None:
         raise UserError("--config is missing: a file and its variant, as in --config=configs/deperceiver.py:r50_16.")
-    overrides = [argument for argument in rest[1:] if not _CONFIG_FILE.match(argument)]
-    fields = list(_fields(base))
-    for argument in overrides:
+    fields, overrides = list(_fields(base)), dict[str, str]()
+    for argument in (argument for argument in rest[1:] if not _CONFIG_FILE.match(argument)):
         field = _OVERRIDE.findall(argument)[0]
         if field not in fields:
             raise UserError(f"The config has no field {field}{_nearest(field, fields)}.")
-    arguments = [rest[0], *overrides]
+        overrides.pop(field, None)
+        overrides[field] = argument  # the last one of a field counts; of a tuple's, ml_collections would add them up
+    arguments = [rest[0], *overrides.values()]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", copy.deepcopy(base), flag_values=values, sys_argv=arguments)
     config = _parse(values, arguments).config
-    check_needs(config, (_OVERRIDE.findall(argument)[0] for argument in overrides), needs(config))
+    _check_fields(config, base)
+    check_needs(config, overrides, needs(config))
     return config
+
+
+def _check_fields(config: ConfigDict, base: ConfigDict) -> None:
+    """Raises UserError for what an override has left no value of its kind: texts, members of tuples, whole sections."""
+    before, now = dict(_values(base)), dict(_values(config))
+    for field, value in now.items():
+        _check_text(f"config.{field}", value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"config.{field} is {number}; only finite numbers are taken.")
+            if isinstance(number, int) and abs(number) > LARGEST_WHOLE:
+                raise UserError(f"config.{field} has {number}; a whole number is at most {LARGEST_WHOLE}.")
+        kinds = {type(member) for member in before.get(field, ())} if isinstance(value, tuple) else ()
+        kinds = {int, float} if kinds == {float} else kinds
+        if kinds and not all(type(member) in kinds for member in value):
+            raise UserError(f"config.{field} is {value!r}; it is to be like {before[field]!r}.")
+    for field in sorted(before.keys() - now.keys()):
+        if not field.startswith("optimizer.groups."):
+            raise UserError(f"The config lacks {field}.")
 
 
 def _config_file(rest: Sequence[str]) -> ConfigDict:
@@ -130,6 +203,15 @@ def _fields(config: ConfigDict, prefix: str = ""):
         yield prefix + name
         if isinstance(value, ConfigDict):
             yield from _fields(value, f"{prefix}{name}.")
+
+
+def _values(config: ConfigDict, prefix: str = ""):
+    """(full name, value) of all fields but sections."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

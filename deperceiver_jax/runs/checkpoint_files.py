@@ -1,9 +1,11 @@
 """What lies in the checkpoints of a run, read without Orbax's manager: steps, items, shapes, and what is damaged."""
 
+import atexit
 import contextlib
-import json
+import functools
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from etils import epath
 from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import CHECKPOINTS, METRICS
 
 WEIGHTS, EMA, TRAINING, PROGRESS = "weights", "ema", "training", "progress"
@@ -25,26 +28,40 @@ class DamagedCheckpoint(UserError):
 def all_steps(workdir: Path) -> list[int]:
     """The steps of a workdir's complete checkpoints, in ascending order."""
     directory = workdir / CHECKPOINTS
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal()) if directory.is_dir() else []
 
 
 def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
     """The one of `steps` with the highest AP that metrics.jsonl knows, the earliest among equals; None if none has."""
-    try:
-        text = (workdir / METRICS).read_text()
-    except FileNotFoundError:
-        return None
-    whole = text[: text.rfind("\n") + 1]  # a run may be writing the next line
-    lines = [json.loads(line) for line in whole.splitlines()]
-    scores = {line["step"]: line["AP"] for line in lines if "AP" in line and line["step"] in steps}
+    rows = [row for _, row in read_metrics(workdir / METRICS).rows if row["step"] in steps]
+    scores = {row["step"]: ap for row in rows if isinstance(ap := row.get("AP"), (int, float)) and ap == ap}
     return max(sorted(scores), key=scores.__getitem__, default=None)
+
+
+def plain_path(directory: Path) -> Path:
+    """The absolute path of `directory`, or of a link to it where Orbax or TensorStore would take it for another.
+
+    Orbax looks for files by patterns, to which [1] is a 1 and * any name; TensorStore takes a backslash for a slash.
+    """
+    absolute = directory.absolute()
+    return _linked(absolute) if re.search(r"[\[\]*?\\]", str(absolute)) else absolute
+
+
+@functools.cache
+def _linked(directory: Path) -> Path:
+    """A link to `directory`, which is gone when the program ends."""
+    links = tempfile.TemporaryDirectory(prefix="deperceiver_jax_")
+    atexit.register(links.cleanup)
+    link = Path(links.name) / "link"
+    link.symlink_to(directory, target_is_directory=True)
+    return link
 
 
 def read_shapes(item: Path) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the arrays in an item of a checkpoint, all of which can be read."""
     check_readable(item)
     with damage_is_a_user_error(item):
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item.absolute())).tree
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(plain_path(item))).tree
         return {path: tuple(array.shape) for path, array in tree.items()}
 
 
@@ -68,7 +85,8 @@ def check_readable(item: Path) -> None:
     """Reads every record of an item once, one after the other. Orbax reads them all at once, so that a broken file
     ends in as many tracebacks, from other threads, as there are arrays; it gets only what passes here."""
     with damage_is_a_user_error(item):
-        records = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item.absolute()}/"}).result()
+        base = {"driver": "file", "path": f"{plain_path(item)}/"}  # a URL would have to be quoted
+        records = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
         for key in records.list().result():
             records.read(key).result()
 

@@ -10,13 +10,13 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deperceiver_jax.program.command_line import has_config_file, parse_config
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import build_detector, field_needs
+from deperceiver_jax.models.skeleton import Skeleton, take_apart
+from deperceiver_jax.program.command_line import has_config_file, parse_config
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import StoredDetector, find_detector, load_params
-from deperceiver_jax.models.skeleton import Skeleton, take_apart
 from deperceiver_jax.runs.workdir import CLASSES, CONFIG, read_classes, read_config
 
 

@@ -3,6 +3,7 @@
 The output of import_weights is a directory with `weights`, config.json and classes.json.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,15 @@ from etils import epath
 from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.runs.checkpoint_files import EMA, WEIGHTS, all_steps, best_step, damage_is_a_user_error, read_shapes
+from deperceiver_jax.runs.checkpoint_files import (
+    EMA,
+    WEIGHTS,
+    all_steps,
+    best_step,
+    damage_is_a_user_error,
+    plain_path,
+    read_shapes,
+)
 from deperceiver_jax.runs.migrations import renamed_paths
 from deperceiver_jax.runs.workdir import CHECKPOINTS, CONFIG
 
@@ -29,12 +38,13 @@ class StoredDetector(NamedTuple):
 def find_detector(directory: Path, checkpoint: str = "latest") -> StoredDetector:
     """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
     (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
-    if (directory / WEIGHTS).is_dir():
-        if directory.parent.name == CHECKPOINTS:
-            return StoredDetector(directory, directory.parent.parent, int(directory.name))
-        return StoredDetector(directory, directory, None)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # Path.is_dir raises OSError for a name that is too long
         raise UserError(f"{directory} is not a directory.")
+    if (directory / WEIGHTS).is_dir():
+        step, parent = directory.absolute().name, directory.absolute().parent
+        if parent.name == CHECKPOINTS and step.isdecimal() and not (directory / CONFIG).exists():
+            return StoredDetector(directory, parent.parent, int(step))
+        return StoredDetector(directory, directory, None)  # import_weights may have been told to write anywhere
     steps = all_steps(directory)
     if not steps:
         raise UserError(f"{directory} has no checkpoint and no weights.")
@@ -44,7 +54,7 @@ def find_detector(directory: Path, checkpoint: str = "latest") -> StoredDetector
         step = best_step(directory, steps)
         if step is None:
             raise UserError(f"{directory} has no best checkpoint: none of steps {steps} was evaluated.")
-    elif checkpoint.isdigit() and int(checkpoint) in steps:
+    elif checkpoint.isdecimal() and int(checkpoint) in steps:
         step = int(checkpoint)
     else:
         raise UserError(f"{directory} has no checkpoint {checkpoint!r}; it has {steps}, latest and best.")
@@ -71,7 +81,7 @@ def save_params(directory: Path, arrays: Mapping[str, Array | np.ndarray], confi
         raise UserError(f"{directory} exists already.")
     directory.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((directory / WEIGHTS).absolute(), dict(arrays))
+        checkpointer.save(plain_path(directory) / WEIGHTS, dict(arrays))
     (directory / "classes.json").write_text(classes)
     (directory / CONFIG).write_text(config)
 
@@ -81,7 +91,7 @@ def _read_arrays(item: Path) -> dict[str, np.ndarray]:
     restore_args = dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray))
     with damage_is_a_user_error(item):
         arrays = ocp.PyTreeCheckpointHandler().restore(
-            epath.Path(item.absolute()), args=ocp.args.PyTreeRestore(restore_args=restore_args)
+            epath.Path(plain_path(item)), args=ocp.args.PyTreeRestore(restore_args=restore_args)
         )
     names = renamed_paths(arrays)
     return {names.get(path, path): array for path, array in arrays.items()}

@@ -1,11 +1,18 @@
-"""What a workdir says about its run: config.json and classes.json, and whether a command may continue it."""
+"""What a workdir says about its run: config.json, classes.json and data.json, and whether a command may continue it."""
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from deperceiver_jax import __version__
+from deperceiver_jax.data import Source
 from deperceiver_jax.data.classes import ClassMap, require_same_classes
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import write_whole
@@ -13,12 +20,15 @@ from deperceiver_jax.runs.migrations import migrate
 
 CONFIG = "config.json"
 CLASSES = "classes.json"
+DATA = "data.json"
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 
 # Fields, or whole sections, that may differ when a run is continued: they decide how long it goes on, where and how it
 # runs and what it reports, not what the next step computes.
 MAY_CHANGE = (
+    "data.allow_changed",
     "data.directory",
     "data.prepared_directory",
     "data.num_workers",
@@ -26,6 +36,31 @@ MAY_CHANGE = (
     "mesh",
     "train",
 )
+
+
+@contextlib.contextmanager
+def keep_others_out(workdir: Path, *, new: bool = False) -> Iterator[None]:
+    """Holds the workdir's lock, which the system releases when its process dies. Makes the workdir if need be.
+
+    Raises UserError when another run holds it, when it cannot be written, and when another run has begun in it although
+    it was to be `new`. Several processes of one run are one run: the first one takes the lock.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK, "a")
+    except OSError as error:
+        raise UserError(f"--workdir: {workdir} cannot be written: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--workdir: another run is at work in {workdir}; take another one.") from None
+        except OSError as error:
+            why = f"its file system has no locks ({error.strerror})"
+            print(f"warning: nothing keeps a second run out of {workdir}: {why}.", file=sys.stderr, flush=True)
+        if new and (workdir / CONFIG).exists():
+            raise UserError(f"--workdir: another run began in {workdir} at the same time; take another one.")
+        yield
 
 
 def flat_fields(config: ConfigDict) -> dict[str, object]:
@@ -41,6 +76,12 @@ def flat_fields(config: ConfigDict) -> dict[str, object]:
 
 def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
     """Raises UserError when `workdir` holds another run than that of `config` and `classes`. Writes nothing."""
+    try:
+        os.lstat(workdir / CHECKPOINTS / ("x" * 200))  # the longest name that may come to lie in it
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"--workdir: {workdir} cannot be used: {error.strerror}.") from None
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir: {workdir} is not a directory.")
     if not (workdir / CONFIG).exists():
@@ -61,11 +102,46 @@ def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
     require_same_classes(classes, "the data set", read_classes(workdir / CLASSES), str(workdir / CLASSES))
 
 
-def write_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
-    """Makes `workdir` with its config.json and classes.json; each file appears whole or not at all."""
+def data_fingerprint(source: Source) -> dict[str, int | str]:
+    """By which a data set is known again: counts, and a hash of names, sizes and targets of its images."""
+    hashed, boxes = hashlib.sha256(source.sizes.tobytes()), 0
+    for position in range(len(source)):
+        corners, labels = source.targets(position)
+        hashed.update(b"\0".join((source.filename(position).encode(), corners.tobytes(), labels.tobytes())))
+        boxes += len(labels)
+    return {"images": len(source), "boxes": boxes, "hash": hashed.hexdigest()}
+
+
+def check_data(workdir: Path, data: Mapping[str, int | str]) -> None:
+    """Raises UserError when the run in `workdir` was trained on other data than `data`, a fingerprint.
+
+    A run that noted none, one of 0.1.0, may have been trained on anything.
+    """
+    try:
+        stored = json.loads((workdir / DATA).read_text())
+        before = f"{stored['images']} images with {stored['boxes']} boxes"
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{workdir / DATA} cannot be read; without it the run goes on with any data.") from None
+    if stored != data:
+        now = f"{data['images']} images with {data['boxes']} boxes"
+        now = "as many, but other ones" if now == before else now
+        raise UserError(
+            f"The training split is not what {workdir} was trained on: {before} then, {now} now. Take another "
+            "--workdir, or go on all the same with --config.data.allow_changed=True."
+        )
+
+
+def write_workdir(
+    workdir: Path, config: ConfigDict, classes: ClassMap, data: Mapping[str, int | str] | None = None
+) -> None:
+    """Makes `workdir` with its config.json, classes.json and, of `data`, data.json; each file appears whole or not."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(workdir / CLASSES, classes.to_json())
+        if data is not None:
+            write_whole(workdir / DATA, json.dumps(data) + "\n")
         write_whole(workdir / CONFIG, config_text(config))
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written: {error.strerror}.") from None
@@ -85,6 +161,8 @@ def read_config(path: Path) -> ConfigDict:
         return ConfigDict(_tuples(migrate(json.loads(path.read_text()), path)))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a stored config: {error}.") from None
 
@@ -95,6 +173,8 @@ def read_classes(path: Path) -> ClassMap:
         return ClassMap.from_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a class map.") from None
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.losses.set_loss import set_loss
+from deperceiver_jax.losses.set_loss import check_loss, set_loss
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.train_state import Plan, plan_train_state
@@ -43,6 +43,7 @@ def build_training(
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     detector = detector or (lambda: build_detector(config, rngs=nnx.Rngs(config.seed)))
     plan = plan_train_state(detector, config.optimizer, schedule, mesh)
+    check_loss(config)
     classification = build_classification(config.loss)
     loss = loss or functools.partial(set_loss, classification=classification, config=config, mesh=mesh)
     return Training(plan, schedule, loss, make_train_step(plan, config, loss=loss, schedule=schedule, mesh=mesh))

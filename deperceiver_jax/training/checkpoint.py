@@ -39,6 +39,7 @@ from deperceiver_jax.runs.checkpoint_files import (
     best_step,
     check_readable,
     damage_is_a_user_error,
+    plain_path,
     read_shapes,
     reason,
     require_same_arrays,
@@ -84,7 +85,7 @@ class Checkpoints:
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's manager. It makes the directory, so it is made when a checkpoint is first read or written."""
         return ocp.CheckpointManager(
-            self.directory.absolute(),
+            plain_path(self.workdir) / CHECKPOINTS,
             item_handlers={
                 WEIGHTS: ocp.StandardCheckpointHandler(),
                 EMA: ocp.StandardCheckpointHandler(),
@@ -251,6 +252,6 @@ def check_whole(directory: Path) -> None:
     for item in (WEIGHTS, TRAINING, *([EMA] if (directory / EMA).is_dir() else [])):
         check_readable(directory / item)
         with damage_is_a_user_error(directory / item):
-            ocp.PyTreeCheckpointHandler().metadata(epath.Path((directory / item).absolute()))
+            ocp.PyTreeCheckpointHandler().metadata(epath.Path(plain_path(directory / item)))
     with damage_is_a_user_error(directory / PROGRESS):
-        ocp.JsonCheckpointHandler().restore(epath.Path((directory / PROGRESS).absolute()))
+        ocp.JsonCheckpointHandler().restore(epath.Path(plain_path(directory / PROGRESS)))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import write_whole
+from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import METRICS
 
 SHOWN = ("loss_ce", "loss_focal", "loss_bbox", "loss_giou")  # beside the total: the answer's own terms
@@ -157,19 +158,17 @@ def forget_after(path: Path, step: int) -> set[tuple[int, str]]:
     """Drops the lines of steps after `step`, and a last line that was cut off, so that a run that continues from there
     leaves the file of one that never stopped. Returns (step, split) of those that stay.
 
-    Raises UserError for a line that is not JSON.
+    Lines that are no metrics are dropped, too; the file with them is kept beside it, and a warning says so.
     """
     if not path.exists():
         return set()
-    text = path.read_text()
-    lines = text.splitlines()
-    if text and not text.endswith("\n"):
-        del lines[-1]
-    try:
-        rows = [json.loads(line) for line in lines]
-        kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
-        stay = {(row["step"], row["split"]) for row in rows if row["step"] <= step}
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{path} has a line that is not a JSON object with a step.") from None
-    write_whole(path, "".join(f"{line}\n" for line in kept))
-    return stay
+    lines = read_metrics(path)
+    if lines.garbage:
+        damaged = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, damaged)
+        more = f" (and {len(lines.garbage) - 1} more)" if lines.garbage[1:] else ""
+        what = f"warning: line {lines.garbage[0]} of {path}{more} is no line of metrics and is dropped"
+        print(f"{what}; {damaged} is the file as it was.", file=sys.stderr, flush=True)
+    kept = [(line, row) for line, row in lines.rows if row["step"] <= step]
+    write_whole(path, "".join(f"{line.decode()}\n" for line, _ in kept))
+    return {(row["step"], row["split"]) for _, row in kept}

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_at_least, check_choice, check_fraction
+
+LAST_STEP = 2**31 - 1  # that an int32 counts
 
 
 def group_multipliers(paths: Iterable[str], groups: ConfigDict) -> dict[str, float]:
@@ -20,6 +22,14 @@ def group_multipliers(paths: Iterable[str], groups: ConfigDict) -> dict[str, flo
 
     Raises UserError that names the first parameter which no group or more than one matches.
     """
+    for name, group in groups.items():
+        check_at_least(f"config.optimizer.groups.{name}.multiplier", group.multiplier, 0)
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise UserError(
+                f"config.optimizer.groups.{name}.pattern is {group.pattern!r}, which is no regular expression: {error}."
+            ) from None
     multipliers = {}
     for path in sorted(paths):
         names = [name for name, group in groups.items() if re.search(group.pattern, path)]
@@ -37,8 +47,12 @@ def learning_rate_schedule(config: ConfigDict, *, steps_per_epoch: int, num_step
     Either rises linearly over the first warmup_steps, of which the first already moves.
     """
     check_choice("config.optimizer.schedule", config.schedule, ("step", "cosine"))
+    for name in ("learning_rate", "drop_factor", "warmup_steps"):
+        check_at_least(f"config.optimizer.{name}", config[name], 0)
+    for epoch in config.drop_epochs:
+        check_at_least("config.optimizer.drop_epochs", epoch, 0)
     if config.schedule == "step":
-        drops = {epoch * steps_per_epoch: config.drop_factor for epoch in config.drop_epochs}
+        drops = {min(epoch * steps_per_epoch, LAST_STEP): config.drop_factor for epoch in config.drop_epochs}
         decayed = optax.piecewise_constant_schedule(config.learning_rate, drops)
     else:
         rise = config.warmup_steps
@@ -71,6 +85,10 @@ def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, multipliers: Mapping[str, float]
 ) -> optax.GradientTransformation:
     """clip -> Adam -> + weight_decay * parameter -> * multiplier -> * -schedule. `config` is `config.optimizer`."""
+    for name in ("weight_decay", "eps", "clip_norm"):
+        check_at_least(f"config.optimizer.{name}", config[name], 0)
+    for name in ("b1", "b2", "ema_decay"):
+        check_fraction(f"config.optimizer.{name}", config[name])
     return optax.chain(
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),

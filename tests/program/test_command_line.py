@@ -1,5 +1,10 @@
 """Flags, config files, stored configs and overrides; and the sentence that every mistake gets."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from absl import flags
 
@@ -75,6 +80,79 @@ def test_mistakes_are_one_sentence(arguments, sentence, stored, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("error: " + sentence)
     assert printed.count("\n") == 1 and "Traceback" not in printed
+
+
+def test_the_last_of_repeated_flags_counts():
+    """Of every kind of field: a tuple's values do not add up."""
+    _, config = parse(
+        CONFIG_FILE,
+        "--config.optimizer.drop_epochs=(40,)",
+        "--config.optimizer.drop_epochs=(50,)",
+        "--config.data.scales=(1,2)",
+        "--config.data.scales=()",
+        "--config.seed=1",
+        "--config.data.skip_corrupt=True",
+        "--config.seed=2",
+        "--noconfig.data.skip_corrupt",
+        "--config.optimizer.groups.rest.pattern=a",
+        "--config.optimizer.groups.rest.pattern=b",
+    )
+    assert config.optimizer.drop_epochs == (50,) and config.data.scales == () and config.seed == 2
+    assert config.data.skip_corrupt is False and config.optimizer.groups.rest.pattern == "b"
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--config.data.scales=480-800"], "config.data.scales is ('480-800',); it is to be like (480, 512, "),
+        (["--config.optimizer.drop_epochs=none"], "config.optimizer.drop_epochs is ('none',); it is to be like (33,)."),
+        (["--config.model.strides=(1.5,)"], "config.model.strides is (1.5,); it is to be like (16,)."),
+        (["--config.data={}"], "The config lacks data."),
+        (["--config.data.directory=s3://bucket/coco"], "config.data.directory is s3://bucket/coco: addresses with ://"),
+        (["--workdir=gs://bucket/run"], "--workdir is gs://bucket/run: addresses with :// are not read or written, "),
+        (["--workdir=file:///x"], "--workdir is file:///x: addresses with ://"),
+        (["--workdir=~nobody_is_called_so/x"], "--workdir is ~nobody_is_called_so/x: there is no such home directory."),
+        (["--config.init_from=~nobody_is_called_so"], "config.init_from is ~nobody_is_called_so: there is no such"),
+        (["--workdir=x\udcff"], r"--workdir is 'x\udcff': its bytes are no UTF-8."),
+    ],
+)
+def test_texts_that_no_path_or_tuple_can_be(arguments, sentence, capsys):
+    assert run(lambda argv: parse(*argv[1:]), ["program", CONFIG_FILE, *arguments]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: " + sentence) and printed.count("\n") == 1
+
+
+def test_without_a_home_directory_there_is_another(monkeypatch, tmp_path, capsys):
+    """As with docker --user and no entry in /etc/passwd. monkeypatch brings the old one back."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    seen = []
+    assert run(lambda argv: seen.append(Path("~/.cache").expanduser()), ["program"]) == 0
+    (home,) = tmp_path.iterdir()
+    assert seen == [home / ".cache"]
+    assert capsys.readouterr().err == f"warning: there is no home directory (HOME is not set); ~ is {home} now.\n"
+
+    monkeypatch.delenv("HOME")
+    other = os.getuid() + 1
+    monkeypatch.setattr("os.getuid", lambda: other)
+    home.rename(tmp_path / f"deperceiver_jax_{os.getuid()}")
+    assert run(lambda argv: None, ["program"]) == 1
+    assert "is another user's: set HOME." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_one_sentence(platform):
+    """A process of its own: JAX looks for its devices once."""
+    code = (
+        "import sys, jax; from deperceiver_jax.program.command_line import run; sys.exit(run(lambda _: jax.devices()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": platform}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: JAX_PLATFORMS is {platform}, which JAX cannot use here: no such device")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_config_is_needed():

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -93,6 +94,26 @@ def test_saving_a_step_twice_keeps_the_first(saved):
     checkpoints = Checkpoints(workdir, keep=2)
     assert checkpoints.restore(3, run.plan.abstract)[1]["window"]["count"] == 3
     checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["lr[1e-4]", "exp#1", "lr 50%", "what?", "a*", "50%20", r"a\b", "模型 ü", "a:b", "n" * 255]
+)
+def test_a_workdir_of_any_name(tiny, saved, name, same):
+    """Saved, found, restored and read, also in a folder whose name looks like a pattern."""
+    run, _, state = saved
+    workdir = saved[1] / "in [here]" / name
+    workdir.mkdir(parents=True)
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save(state, {"window": 1})
+    checkpoints.close()
+    assert os.listdir(workdir) == ["checkpoints"] and newest_whole(workdir) == (3, {})
+    checkpoints = Checkpoints(workdir, keep=2)
+    same(jax.device_get(checkpoints.restore(3, run.plan.abstract)[0]), jax.device_get(state))
+    checkpoints.close()
+    arrays = load_params(find_detector(workdir).items)
+    save_params(workdir / "weights of it", arrays, "", "")
+    assert load_params(find_detector(workdir / "weights of it").items).keys() == arrays.keys()
 
 
 def test_another_model_is_told_apart_by_its_parameters(tiny, saved):
@@ -194,8 +215,21 @@ def test_saved_params_are_found_and_loaded(tmp_path):
         save_params(target, arrays, "", "")
 
 
+@pytest.mark.parametrize("name", ["cups", "12", "²", "[7]"])
+def test_weights_lie_in_any_folder(tmp_path, monkeypatch, name):
+    """Also in one that is called as the folder of a run's checkpoints, and as a step there."""
+    target = tmp_path / "checkpoints" / name
+    save_params(target, {"bias": np.ones(3, np.float32)}, "{}", "{}")
+    assert find_detector(target) == (target, target, None)
+    assert load_params(target)["bias"].tolist() == [1, 1, 1]
+    monkeypatch.chdir(target)
+    assert find_detector(Path(".")).directory == Path(".")
+
+
 def test_a_directory_without_a_detector(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint and no weights"):
         find_detector(tmp_path)
     with pytest.raises(UserError, match="nowhere is not a directory"):
         find_detector(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nnn is not a directory"):
+        find_detector(tmp_path / ("n" * 300))

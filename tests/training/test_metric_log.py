@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.runs.checkpoint_files import best_step
 from deperceiver_jax.training.metric_log import MetricLog, forget_after
 
 
@@ -78,9 +79,41 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_foreign_file_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\0" * 200,
+        b"loss 3",
+        b'{"step": 2, "spl',
+        b"[1, 2]",
+        b"7",
+        b'{"split": "train"}',
+        b'{"step": "2", "split": "x"}',
+    ]
+    + [b"\xff\xfe{}", b"[" * 100_000],
+)
+def test_garbage_is_dropped_and_kept_beside(tmp_path, garbage, capsys):
+    """As a crash of the machine leaves it, or a person; also as the only line."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text("loss 3\nloss 2\n")
-    with pytest.raises(UserError, match="metrics.jsonl has a line that is not a JSON object with a step"):
-        forget_after(path, 3)
-    assert path.read_text() == "loss 3\nloss 2\n"
+    rows = [b'{"step": 1, "split": "train"}', b'{"step": 3, "split": "validation", "AP": 0.5}']
+    for lines in ([rows[0], garbage, garbage, rows[1]], [garbage]):
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        assert best_step(tmp_path, [1, 3]) == (3 if rows[1] in lines else None)
+        stay = forget_after(path, 3)
+        assert stay == ({(1, "train"), (3, "validation")} if rows[1] in lines else set())
+        assert path.read_bytes() == b"".join(line + b"\n" for line in lines if line != garbage)
+        assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\n".join(lines) + b"\n"
+        first, more = (2, " (and 1 more)") if rows[1] in lines else (1, "")
+        sentence = f"warning: line {first} of {path}{more} is no line of metrics and is dropped; {path}.damaged is "
+        assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_the_best_step_is_by_numbers(tmp_path):
+    aps = {1: 0.25, 2: "NaN", 3: "null", 4: '"0.9"', 5: 0.125}
+    lines = [f'{{"step": {step}, "split": "validation", "AP": {ap}}}\n' for step, ap in aps.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert best_step(tmp_path, list(aps)) == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read: Is a directory."):
+        best_step(tmp_path, [1])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deperceiver_jax.errors import UserError, check_at_least, check_choice
+from deperceiver_jax.errors import UserError, check_above_zero, check_at_least, check_choice, check_fraction
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.deperceiver.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.features.pyramid import LevelTokens
@@ -54,6 +54,8 @@ class EncoderFields:
                 f"config.model.encoder.num_cross_attentions is {self.num_cross_attentions}; with {self.num_blocks} "
                 f"blocks it can be 1 to {self.num_blocks}."
             )
+        for name in ("mlp_ratio", "anchor_width", "latent_scale"):
+            check_above_zero(f"config.model.encoder.{name}", getattr(self, name))
         check_choice("config.model.encoder.latent_init", self.latent_init, LATENT_INITS)
 
 
@@ -75,6 +77,9 @@ class DecoderFields:
 
     def __post_init__(self):
         check_at_least("config.model.decoder.num_layers", self.num_layers, 0)
+        for name in ("mlp_ratio", "anchor_width"):
+            check_above_zero(f"config.model.decoder.{name}", getattr(self, name))
+        check_fraction("config.model.decoder.dropout", self.dropout)
         check_choice("config.model.decoder.residual", self.residual, ("none", "content", "query"))
         check_choice("config.model.decoder.self_attention_value", self.self_attention_value, ("query", "content"))
 

@@ -8,7 +8,7 @@ their boxes. All of it is linear in the number of tokens.
 import jax
 from flax import nnx
 
-from deperceiver_jax.errors import check_choice
+from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.field_needs import Need, equal
 from deperceiver_jax.models.config_section import build_part
 from deperceiver_jax.models.deperceiver_plus.denoising import AttentionMask, Denoising, denoising_mask
@@ -17,6 +17,7 @@ from deperceiver_jax.models.deperceiver_plus.starts import LearnedStart, Propose
 from deperceiver_jax.models.detector import Detector, DetectorFields
 from deperceiver_jax.models.features.feature_pyramid import FeaturePyramid, sources
 from deperceiver_jax.models.features.pyramid import make_level_tokens, sine_positions
+from deperceiver_jax.models.features.resnet import STRIDES
 from deperceiver_jax.models.features.tokens import size_in_cells
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_stack import apply_rematerialized
@@ -57,11 +58,15 @@ class DePerceiverPlus(Detector):
         rngs: nnx.Rngs,
     ):
         check_choice("config.model.start", start, ("learned", "proposals"))
+        for stride in fields.strides:
+            check_choice("config.model.strides", stride, STRIDES)
+        dim, num_levels = fields.embed_dim, len(fields.strides)
+        if dim % 2:
+            raise UserError(f"config.model.embed_dim is {dim}; half of it encodes rows, so it must be even.")
         needed = sources(fields.strides, top_down=top_down)
         super().__init__(fields, backbone_strides=needed, compute=compute, rngs=rngs)
         self.denoising = build_part(Denoising, "config.model.denoising", denoising)
         self.rematerialize = compute.rematerialize
-        dim, num_levels = fields.embed_dim, len(self.strides)
         neck: dict = dict(strides=self.strides, top_down=top_down, neck_blocks=neck_blocks)
         self.levels = FeaturePyramid(self.backbone.channels, dim, **neck, compute=compute, rngs=rngs)
         self.level_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_levels, dim)))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deperceiver_jax.errors import check_at_least
+from deperceiver_jax.errors import check_above_zero, check_at_least
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.attention.query_layer import QueryLayer
 from deperceiver_jax.models.deperceiver_plus.denoising import AttentionMask
@@ -42,6 +42,8 @@ class LatentDecoderFields:
 
     def __post_init__(self):
         check_at_least("config.model.decoder.num_layers", self.num_layers, 1)
+        check_at_least("config.model.decoder.mlp_dim", self.mlp_dim, 0)
+        check_above_zero("config.model.decoder.least_width", self.least_width)
 
 
 class Latents(NamedTuple):

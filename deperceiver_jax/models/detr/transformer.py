@@ -120,6 +120,7 @@ class TransformerEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_at_least("config.model.encoder.num_layers", num_layers, 0)
+        check_at_least("config.model.encoder.mlp_dim", mlp_dim, 0)
         layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
         self.layers = _stack(lambda rngs: EncoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, compute, rngs)
         self.norm = LayerNorm(dim, dtype=compute.dtype) if pre_norm else None
@@ -160,6 +161,7 @@ class TransformerDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_at_least("config.model.decoder.num_layers", num_layers, 1)
+        check_at_least("config.model.decoder.mlp_dim", mlp_dim, 0)
         check_choice("config.model.decoder.query_position", query_position, ("attention", "input"))
         layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_at_least, check_choice
 from deperceiver_jax.models.layers.linear import linear
 
 
@@ -63,6 +63,10 @@ class PositionEncoding(nnx.Module):
 
     def __init__(self, dim: int, *, encoding: str, fourier_bands: int, learned_size: int, dtype, rngs: nnx.Rngs):
         check_choice("config.model.position.encoding", encoding, ("sine", "learned", "fourier"))
+        check_at_least("config.model.position.fourier_bands", fourier_bands, 1)
+        check_at_least("config.model.position.learned_size", learned_size, 1)
+        if dim % 2 and encoding != "fourier":
+            raise UserError(f"Half of a position's {dim} channels are for rows: config.model.embed_dim must be even.")
         self.encoding = encoding
         self.dim = dim
         self.fourier_bands = fourier_bands

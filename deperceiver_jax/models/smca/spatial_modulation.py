@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deperceiver_jax.errors import UserError, check_at_least, check_choice
+from deperceiver_jax.errors import check_above_zero, check_at_least, check_choice
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
@@ -44,8 +44,7 @@ class ModulationFields:
         check_choice("config.model.decoder.modulation", self.modulation, MODULATIONS)
         check_choice("config.model.decoder.gaussian_scale", self.gaussian_scale, SCALES)
         check_choice("config.model.decoder.scale_form", self.scale_form, SCALE_FORMS)
-        if not self.beta > 0:
-            raise UserError(f"config.model.decoder.beta is {self.beta}; it must be above 0.")
+        check_above_zero("config.model.decoder.beta", self.beta)
 
 
 class SpatialModulation(nnx.Module):
