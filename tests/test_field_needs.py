@@ -36,7 +36,7 @@ FAMILIES = {
     "smca multi-scale": (smca, "r50_multiscale"),
     "smca convolution": (smca, "r50_multiscale_conv"),
 }
-# Other values of fields for which twice the value, or the opposite, would not do.
+# Other values of fields for which twice the value, of a float half of it, or the opposite would not do.
 OTHERS = {
     "backbone.depth": 34,
     "backbone.norm": "group_norm",
@@ -98,7 +98,7 @@ def other_value(field: str, value):
         return OTHERS[field]
     if isinstance(value, bool):
         return not value
-    return 2 * value or type(value)(1)
+    return value / 2 or 0.25 if isinstance(value, float) else 2 * value or 1
 
 
 def program(config: ConfigDict, family: str) -> str:
