@@ -2,7 +2,8 @@
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
 # make lint   ruff and mypy, as CI does
-# make test LATEST=1  the same with the newest versions of everything, in an environment of its own
+# make test FAST=1    without processes, whole programs and full-size models: what a change needs first
+# make test LATEST=1  the whole suite with the newest versions of everything, in an environment of its own
 
 PYTHON ?= python3
 ifdef LATEST
@@ -10,6 +11,9 @@ VENV ?= .venv-latest
 else
 VENV ?= .venv
 PINS = --constraint constraints.txt
+endif
+ifdef FAST
+SELECTED = -m 'not slow'
 endif
 RUN = runs/demo
 BIN = $(VENV)/bin
@@ -28,7 +32,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png --score_threshold=0.4
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=logical --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=logical --dist=loadfile --no-loadscope-reorder $(SELECTED)
 
 parity: $(VENV)/installed
 	$(BIN)/python -m tests.parity

@@ -21,6 +21,8 @@ from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.runs.workdir import read_config
 
+pytestmark = pytest.mark.slow
+
 
 def evaluate(*arguments):
     return run(program.main, ["eval.py", *map(str, arguments)])

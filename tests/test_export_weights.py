@@ -16,6 +16,8 @@ from deperceiver_jax.weights.importing import abstract_arrays
 from deperceiver_jax.weights.torch_checkpoint import read_state_dict
 from deperceiver_jax.weights.torch_writer import write_state_dict
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "detr": {
         "model.backbone.width": 2,

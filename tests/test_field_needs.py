@@ -25,6 +25,8 @@ from deperceiver_jax.training.compile_ahead import abstract_batch
 from tests.drawn_arrays import Patches, new_detector
 from tests.training.conftest import TinyDetector
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "deperceiver": (deperceiver, "r50_16"),
     "deperceiver multi-scale": (deperceiver, "r50_multiscale"),
@@ -127,7 +129,6 @@ def program(config: ConfigDict, family: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "", text) + str([np.asarray(value).tolist() for _, value in kept])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_field_of_the_model_has_an_effect_or_is_refused(family):
     config = small(family)

@@ -34,6 +34,8 @@ from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_state_dict
 from tests.torch_state import to_torch_state
 
+pytestmark = pytest.mark.slow
+
 DETR = {
     "model.backbone.depth": 18,
     "model.backbone.width": 2,
@@ -349,7 +351,6 @@ def three_classes(tmp_path):
     return root
 
 
-@pytest.mark.slow
 def test_fine_tuning(tmp_path, three_classes, capsys):
     """COCO's weights, a folder of three classes: only the class head is new, and predict.py says the right names."""
     smaller = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 1}

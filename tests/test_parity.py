@@ -8,6 +8,8 @@ import pytest
 from tests.depthwise_convolution import convolution
 from tests.parity import compare
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def programs_are_let_go():
@@ -16,7 +18,6 @@ def programs_are_let_go():
     jax.clear_caches()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, parts",
     [

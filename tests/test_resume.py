@@ -9,6 +9,8 @@ import pytest
 
 from tests.train_process import Run, arrays_of, last_line, lines_of, names_of, newest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 
 
@@ -35,7 +37,6 @@ def kill_when(workdir: Path, shared: list[str], condition, what: str) -> None:
     pytest.fail(f"No kill came while there was {what}.")
 
 
-@pytest.mark.slow
 def test_kills_and_signals_leave_no_trace(shared, tmp_path):
     shared = [*shared, f"--config.train.num_steps={STEPS}", "--config.train.checkpoint_every=5"]
     whole = Run(tmp_path / "whole", shared)
@@ -86,7 +87,6 @@ def children(pid: int) -> dict[int, str]:
     return found
 
 
-@pytest.mark.slow
 def test_a_loader_process_that_dies_ends_a_run_with_a_sentence(shared, tmp_path):
     endless = [*shared, "--config.train.num_steps=100000", "--config.train.eval_every=-1"]
     endless += ["--config.train.checkpoint_every=20", "--config.train.log_every=100000"]
@@ -102,7 +102,6 @@ def test_a_loader_process_that_dies_ends_a_run_with_a_sentence(shared, tmp_path)
     assert err.splitlines()[-1].startswith("error: A loader process died (") and err.count("error: ") == 1, err
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_ends_a_run_with_a_sentence(shared, tmp_path):
     """From some moment on it takes no file beyond 16 kB, and so no checkpoint."""
     endless = [*shared, "--config.train.num_steps=100000", "--config.train.eval_every=-1"]

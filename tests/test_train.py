@@ -17,6 +17,8 @@ from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import keep_others_out, read_config
 from tests.train_process import Run
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "--config=tests/tiny_training.py"
 
 
@@ -251,7 +253,6 @@ def without_speed(row):
     return {name: value for name, value in row.items() if name not in ("images_per_second", "split")}
 
 
-@pytest.mark.slow
 def test_a_run_of_eight_devices_continues_on_four_and_on_one(workdir, finished, shared, tmp_path):
     """As real processes. On the four, parameters and optimiser state are split over two, which the next run undoes."""
     longer = ["--config.train.num_steps=8", "--config.train.log_every=1", "--config.train.eval_every=-1"]

@@ -26,6 +26,8 @@ from deperceiver_jax.training.timetable import due, last_step
 from tests.drawn_arrays import Patches, abstract_detector
 from tests.training.conftest import TinyDetector
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "smca convolution")
 BACKBONE = "detr"  # the family whose backbone's fields are tried; the others have the same one
 VALUES = {

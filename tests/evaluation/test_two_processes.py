@@ -11,6 +11,8 @@ import pytest
 
 from deperceiver_jax.data import open_source
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, pickle, sys
 import jax
@@ -53,7 +55,6 @@ def start(process, count, address, data, output, root):
     )
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_answer_of_one(rectangles, tmp_path, request):
     open_source(rectangles, "validation")  # prepared before two processes need it
     (tmp_path / "data").write_bytes(pickle.dumps(rectangles.to_dict()))

@@ -11,6 +11,8 @@ from deperceiver_jax.preflight.program import Cost, compile_step
 from deperceiver_jax.preflight.report import bound
 from deperceiver_jax.program.command_line import run
 
+pytestmark = pytest.mark.slow
+
 TINY = f"--config={Path(__file__).resolve().parent.parent / 'tiny_training.py'}"
 
 

@@ -6,6 +6,8 @@ import pytest
 from deperceiver_jax.sharding import make_mesh
 from tests.devices import FAMILIES, MESHES, PAIR, difference, one_step, steps_of_two_processes
 
+pytestmark = pytest.mark.slow
+
 ROWS = {  # every family, every number of devices, both matchers
     "deperceiver": (PAIR, "scipy"),
     "deperceiver_plus": ("2", "device"),
@@ -15,7 +17,6 @@ ROWS = {  # every family, every number of devices, both matchers
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_devices_do_as_one(name):
     devices, backend = ROWS[name]

@@ -17,6 +17,8 @@ from deperceiver_jax.training.checkpoint import Checkpoints
 from tests.quick_compile import quick_flags
 from tests.train_process import arrays_of
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
@@ -79,7 +81,6 @@ def ends_of_two(workdir: Path, last: int, signum: int = 0) -> list[tuple[int, st
     return [(process.returncode, text) for process, text in zip(pair, errors, strict=True)]
 
 
-@pytest.mark.slow
 def test_two_processes_train_save_and_leave_as_one(tiny, tmp_path):
     """A SIGTERM to one of them makes both leave after the same step, and save it once. After a SIGKILL of one the other
     ends with a sentence, and a run that continues from the checkpoint ends with the bits of the one before."""

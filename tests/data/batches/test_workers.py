@@ -17,6 +17,8 @@ from deperceiver_jax.errors import UserError
 from tests.data.batches.test_loader import SHAPES, _config
 from tests.data.fake_source import FakeSource
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
     import itertools, os, signal, sys

@@ -28,6 +28,8 @@ from tests.drawn_arrays import (
 from tests.seeded import seeded_state_dict
 from tests.torch_state import load_torch_state, to_torch_state
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
 REFINE = {"refine": True}

@@ -15,6 +15,8 @@ from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_array
 from tests.torch_state import load_torch_state
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deformable_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame
 NUM_KEYS = dict(zip(VARIANTS, (549, 549, 561, 597, 630), strict=True))  # of the official state dicts

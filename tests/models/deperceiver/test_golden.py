@@ -15,6 +15,8 @@ from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_state_dict
 from tests.torch_state import load_torch_state
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deperceiver_forward.npz")
 SIZES = ((97, 131), (113, 90))  # (height, width) of the two images; neither reaches both edges of the padded frame
 TOLERANCE = 2e-5  # the official code's float32 is up to 4e-6 from its own float64; what depends on the image is 1e-2

@@ -13,6 +13,8 @@ from deperceiver_jax.models.deperceiver_plus.denoising import Denoising, Denoisi
 from deperceiver_jax.structures import Targets
 from tests.drawn_arrays import abstract_detector, drawn_detector, extents_seen
 
+pytestmark = pytest.mark.slow
+
 
 def small(**changes):
     """A DePerceiver+ of two narrow layers; `changes` are fields of config.model, __ for dots."""
