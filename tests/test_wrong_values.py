@@ -107,8 +107,6 @@ LEGAL = {  # of values that are out of most fields' range
     "model.dropout": ("0",),
     "train.eval_every": ("-1",),
     "train.checkpoint_every": ("-1",),
-    "eval.score_threshold": ("-1", "1.5"),
-    "eval.max_detections_per_class": ("-1",),
 }
 
 

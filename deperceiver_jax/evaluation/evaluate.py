@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from deperceiver_jax.data.batches.loader import EvaluationBatches
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_at_least, check_between
 from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
 from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.files import write_whole
@@ -28,11 +28,13 @@ def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh) -> DetectS
     """`detect_step(arrays, batch) -> (example, detections)`: compiled once per size bucket, wherever it is called from.
 
     merge: arrays by path -> the detector that computes with them. The batch is split over all devices; the answer is
-    gathered, so every process holds all of it. Raises UserError when config.eval does not fit the mesh.
+    gathered, so every process holds all of it. Raises UserError when config.eval does not fit the mesh
+    or is out of range.
     """
     check_batch_size(config.eval.batch_size, mesh, field="config.eval.batch_size")
-    if config.eval.max_detections < 1:
-        raise UserError(f"config.eval.max_detections is {config.eval.max_detections}; it must be at least 1.")
+    for name in ("max_detections", "max_detections_per_class"):
+        check_at_least(f"config.eval.{name}", config.eval[name], 1)
+    check_between("config.eval.score_threshold", config.eval.score_threshold, 0, 1)
     classification = build_classification(config.loss)
 
     def detect_step(arrays, batch):
