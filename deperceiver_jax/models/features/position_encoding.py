@@ -16,7 +16,7 @@ def sine_waves(shares: Float[Array, "*S N"], dim: int) -> Float[Array, "*S N*dim
     For places, (y, x), and boxes in [0, 1] of the image. Source: Deformable DETR's transformer and position encoding.
     """
     channel = np.arange(dim).reshape(*[1] * shares.ndim, dim)
-    angle = 2 * jnp.pi * shares[..., None] / (10000.0 ** (2 * (channel // 2) / dim)).astype(np.float32)
+    angle = 2 * jnp.pi * shares[..., None] / (10000.0 ** (2 * (channel // 2) / dim)).astype(jnp.float32)
     waves = jnp.where(channel % 2 == 0, jnp.sin(angle), jnp.cos(angle))
     return waves.reshape(*shares.shape[:-1], -1)
 
