@@ -89,7 +89,9 @@ class Side:
         self.mesh = make_mesh(devices=jax.devices()[:1])
         training = build_training(config, self.mesh, steps_per_epoch=1, num_steps=cases.STEPS)
         self.plan, _, self.loss, self.train_step = training
-        self.batches = [Batch(**cases.batch(case, step)) for step in range(cases.STEPS)]
+        real = jnp.zeros((), jnp.float32).dtype
+        batches = [Batch(**cases.batch(case, step)) for step in range(cases.STEPS)]
+        self.batches = [batch._replace(boxes=batch.boxes.astype(real)) for batch in batches]
 
     def state(self) -> TrainState:
         """Before the first step, with the parameters that the official side drew from the same names."""
