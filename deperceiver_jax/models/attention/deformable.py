@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.models.attention.level_sampling import SAMPLINGS, sample_levels
-from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
+from deperceiver_jax.models.layers.linear import linear, xavier_start
 from deperceiver_jax.models.layers.recorder import record_points
 
 
@@ -37,9 +37,7 @@ class MultiScaleDeformableAttention(nnx.Module):
         self.sampling = sampling
         zeros = nnx.initializers.zeros
         points = num_heads * num_levels * num_points
-        xavier = dict(kernel_init=xavier_uniform_init(dim, dim), bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.value = linear(dim, dim, **xavier)
-        self.out = linear(dim, dim, **xavier)
+        self.value, self.out = (linear(dim, dim, **xavier_start(dim, dim), dtype=dtype, rngs=rngs) for _ in range(2))
         # Where to look and how much is decided in float32: a bfloat16 offset would be coarser than a cell.
         exact = dict(kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
         self.sampling_offsets = linear(dim, 2 * points, bias_init=self._star, **exact)

@@ -12,7 +12,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention.choice import attention
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_of_keys
 from deperceiver_jax.models.layers.compute import Compute
-from deperceiver_jax.models.layers.linear import linear, split_key, xavier_uniform_init
+from deperceiver_jax.models.layers.linear import linear, split_key, xavier_start
 from deperceiver_jax.models.layers.recorder import record_dense
 
 
@@ -36,8 +36,8 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def layer(in_dim, dim, parts=1):
-            init = dict(kernel_init=xavier_uniform_init(in_dim, parts * dim), bias_init=nnx.initializers.zeros)
-            return linear(in_dim, dim, **(init if xavier else {}), dtype=compute.dtype, rngs=rngs)
+            start = xavier_start(in_dim, parts * dim) if xavier else {}
+            return linear(in_dim, dim, **start, dtype=compute.dtype, rngs=rngs)
 
         if num_heads < 1 or query_dim % num_heads:
             raise UserError(f"{num_heads} heads do not divide an attention of width {query_dim}.")

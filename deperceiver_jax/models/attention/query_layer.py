@@ -1,7 +1,6 @@
 """What the decoder layers of all families share; they differ in how queries attend to the image."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from flax import nnx
@@ -19,24 +18,11 @@ class QueryLayer(TransformerLayer):
     A subclass makes `cross_attention` and says what it attends to.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        cross_attention: Callable[[], nnx.Module],
-        mlp_dim: int,
-        dropout: float,
-        pre_norm: bool = False,
-        compute: Compute,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(dim, mlp_dim=mlp_dim, dropout=dropout, pre_norm=pre_norm, compute=compute, rngs=rngs)
-        self.self_attention = MultiHeadAttention(
-            dim, num_heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs
-        )
+    def __init__(self, dim: int, num_heads: int, *, dropout: float, compute: Compute, rngs: nnx.Rngs, **layer):
+        shared: dict = dict(dropout=dropout, compute=compute, rngs=rngs)
+        super().__init__(dim, **shared, **layer)
+        self.self_attention = MultiHeadAttention(dim, num_heads, xavier=True, **shared)
         self.self_attention_norm = LayerNorm(dim, dtype=compute.dtype)
-        self.cross_attention: Any = cross_attention()
         self.cross_attention_norm = LayerNorm(dim, dtype=compute.dtype)
 
     def decode(

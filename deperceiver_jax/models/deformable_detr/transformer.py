@@ -118,12 +118,11 @@ class DeformableDecoderLayer(QueryLayer):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        def cross_attention():
-            levels = dict(num_levels=num_levels, dtype=compute.dtype)
-            return MultiScaleDeformableAttention(dim, **fields.attention, **levels, rngs=rngs)
-
         layer: dict = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
-        super().__init__(dim, fields.num_heads, cross_attention=cross_attention, **layer)
+        super().__init__(dim, fields.num_heads, **layer)
+        self.cross_attention = MultiScaleDeformableAttention(
+            dim, **fields.attention, num_levels=num_levels, dtype=compute.dtype, rngs=rngs
+        )
         self.heads = RelativeHeads(dim, num_logits, size_bias=0.0, rngs=rngs) if refine else None
 
     def __call__(
@@ -155,13 +154,8 @@ class DeformableEncoder(nnx.Module):
         self, dim: int, fields: EncoderFields, *, num_levels: int, dropout: float, compute: Compute, rngs: nnx.Rngs
     ):
         fields.check("config.model.encoder")
-        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute)
-        self.layers = LayerStack(
-            lambda rngs: DeformableEncoderLayer(dim, fields, **layer, rngs=rngs),
-            fields.num_layers,
-            compute=compute,
-            rngs=rngs,
-        )
+        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute, rngs=rngs)
+        self.layers = LayerStack(DeformableEncoderLayer, fields.num_layers, dim, fields, **layer)
         start_alike(self.layers.layers.mlp, kernels=False)
 
     def __call__(self, image: LevelTokens, *, dropout_key=None) -> LevelTokens:
@@ -189,13 +183,8 @@ class DeformableDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         fields.check("config.model.decoder")
-        layer: dict = dict(num_levels=num_levels, refine=refine, dropout=dropout, compute=compute)
-        self.layers = LayerStack(
-            lambda rngs: DeformableDecoderLayer(dim, num_logits, fields, **layer, rngs=rngs),
-            fields.num_layers,
-            compute=compute,
-            rngs=rngs,
-        )
+        layer: dict = dict(num_levels=num_levels, refine=refine, dropout=dropout, compute=compute, rngs=rngs)
+        self.layers = LayerStack(DeformableDecoderLayer, fields.num_layers, dim, num_logits, fields, **layer)
         start_alike(self.layers.layers.mlp, kernels=False)
         self.num_logits = num_logits
         if refine:

@@ -175,32 +175,23 @@ class PerceiverEncoder(nnx.Module):
     """
 
     def __init__(self, token_dim: int, fields: EncoderFields, *, dropout: float, compute: Compute, rngs: nnx.Rngs):
-        layer: dict = dict(mlp_ratio=fields.mlp_ratio, gated_mlp=fields.gated_mlp, dropout=dropout, compute=compute)
+        layer: dict = dict(mlp_ratio=fields.mlp_ratio, gated_mlp=fields.gated_mlp, dropout=dropout)
+        layer |= dict(compute=compute, rngs=rngs)
         self.fields = fields
         self.anchors = Anchors(fields.num_latents) if fields.anchors else None
         self.rematerialize = compute.rematerialize
         self.dtype = compute.dtype
         init, shape = LATENT_INITS[fields.latent_init](fields.latent_scale), (fields.num_latents, fields.latent_dim)
         self.latents = nnx.Param(init(rngs.params(), shape))
+        width, gaussian_width = fields.latent_dim, fields.anchor_width if fields.anchors else None
         self.cross_attentions = nnx.List(
             [
-                CrossAttentionLayer(
-                    fields.latent_dim,
-                    token_dim,
-                    fields.cross_heads,
-                    gaussian_width=fields.anchor_width if fields.anchors else None,
-                    rngs=rngs,
-                    **layer,
-                )
+                CrossAttentionLayer(width, token_dim, fields.cross_heads, gaussian_width=gaussian_width, **layer)
                 for _ in range(fields.num_cross_attentions)
             ]
         )
-        self.blocks = LayerStack(
-            lambda rngs: SelfAttentionLayer(fields.latent_dim, fields.self_heads, rngs=rngs, **layer),
-            fields.layers_per_block * (1 if fields.share_blocks else fields.num_blocks),
-            compute=compute,
-            rngs=rngs,
-        )
+        num_layers = fields.layers_per_block * (1 if fields.share_blocks else fields.num_blocks)
+        self.blocks = LayerStack(SelfAttentionLayer, num_layers, width, fields.self_heads, **layer)
 
     def __call__(self, image: LevelTokens, *, dropout_key=None) -> Float[Array, "B N D"]:
         """Latents after the last block; a norm is the decoder's matter."""
@@ -325,13 +316,8 @@ class PerceiverDecoder(nnx.Module):
         gaussian_width = fields.anchor_width if fields.anchors and latents_have_places else None
         self.anchors = Anchors(num_queries) if fields.anchors else None
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
-        layer: dict = dict(gaussian_width=gaussian_width, compute=compute)
-        self.layers = LayerStack(
-            lambda rngs: PerceiverDecoderLayer(dim, latent_dim, fields, rngs=rngs, **layer),
-            fields.num_layers,
-            compute=compute,
-            rngs=rngs,
-        )
+        layer: dict = dict(gaussian_width=gaussian_width, compute=compute, rngs=rngs)
+        self.layers = LayerStack(PerceiverDecoderLayer, fields.num_layers, dim, latent_dim, fields, **layer)
 
     def __call__(
         self, latents: Float[Array, "B N C"], latent_places: Float[Array, "N 2"] | None = None, *, dropout_key=None

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.field_needs import Need, equal
+from deperceiver_jax.field_needs import Need, at_least, equal
 from deperceiver_jax.models.config_section import build_part
 from deperceiver_jax.models.deperceiver_plus.denoising import AttentionMask, Denoising, denoising_mask
 from deperceiver_jax.models.deperceiver_plus.latent_decoder import LatentDecoder, LatentDecoderFields
@@ -36,9 +36,7 @@ class DePerceiverPlus(Detector):
         "model.decoder.separate_levels": Need(
             lambda config: len(config.model.strides) > 1, "two or more config.model.strides"
         ),
-        "model.denoising.noise": Need(
-            lambda config: config.model.denoising.copies > 0, "config.model.denoising.copies of at least 1"
-        ),
+        "model.denoising.noise": at_least("model.denoising.copies", 1),
         "loss.auxiliary": Need(
             lambda config: config.model.decoder.num_layers > 1 or config.model.start == "proposals",
             "config.model.decoder.num_layers of at least 2",

@@ -100,12 +100,10 @@ class LatentLayer(QueryLayer):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        def cross_attention():
-            return MultiHeadAttention(dim, heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs)
-
         heads = fields.num_heads
-        layer: dict = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
-        super().__init__(dim, heads, cross_attention=cross_attention, **layer)
+        shared: dict = dict(dropout=dropout, compute=compute, rngs=rngs)
+        super().__init__(dim, heads, mlp_dim=fields.mlp_dim, **shared)
+        self.cross_attention = MultiHeadAttention(dim, heads, xavier=True, **shared)
         self.refine = fields.refine
         self.gaussian = BoxGaussian(dim, heads, least_width=fields.least_width, rngs=rngs) if fields.gaussian else None
         separate = fields.separate_levels and num_levels > 1
@@ -157,14 +155,9 @@ class LatentDecoder(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute)
+        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute, rngs=rngs)
         self.num_logits = num_logits
-        self.layers = LayerStack(
-            lambda rngs: LatentLayer(dim, num_logits, fields, **layer, rngs=rngs),
-            fields.num_layers,
-            compute=compute,
-            rngs=rngs,
-        )
+        self.layers = LayerStack(LatentLayer, fields.num_layers, dim, num_logits, fields, **layer)
 
     def __call__(
         self,

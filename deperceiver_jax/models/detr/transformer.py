@@ -53,22 +53,10 @@ class EncoderLayer(TransformerLayer):
 class DecoderLayer(QueryLayer):
     """Self-attention among the object queries, cross-attention to the memory, then the MLP."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        mlp_dim: int,
-        dropout: float,
-        pre_norm: bool = False,
-        compute: Compute,
-        rngs: nnx.Rngs,
-    ):
-        def cross_attention():
-            return MultiHeadAttention(dim, num_heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs)
-
-        layer: dict = dict(mlp_dim=mlp_dim, dropout=dropout, pre_norm=pre_norm, compute=compute, rngs=rngs)
-        super().__init__(dim, num_heads, cross_attention=cross_attention, **layer)
+    def __init__(self, dim: int, num_heads: int, *, dropout: float, compute: Compute, rngs: nnx.Rngs, **layer):
+        shared: dict = dict(dropout=dropout, compute=compute, rngs=rngs)
+        super().__init__(dim, num_heads, **shared, **layer)
+        self.cross_attention = MultiHeadAttention(dim, num_heads, xavier=True, **shared)
 
     def __call__(
         self,
@@ -94,11 +82,11 @@ class DecoderLayer(QueryLayer):
         return self.decode(content, query_position, attend_memory, [key_queries, *keys])
 
 
-def _stack(make_layer, num_layers: int, compute: Compute, rngs: nnx.Rngs) -> LayerStack | None:
-    """Layers that start with the same biases in their MLPs, or None for none."""
+def _stack(layer: type[TransformerLayer], num_layers: int, *arguments, **options) -> LayerStack | None:
+    """LayerStack, whose layers start with the same biases in their MLPs; None for no layers."""
     if not num_layers:
         return None
-    stack = LayerStack(make_layer, num_layers, compute=compute, rngs=rngs)
+    stack = LayerStack(layer, num_layers, *arguments, **options)
     if stack.layers.has_mlp:
         start_alike(stack.layers.mlp, kernels=False)
     return stack
@@ -121,8 +109,8 @@ class TransformerEncoder(nnx.Module):
     ):
         check_at_least("config.model.encoder.num_layers", num_layers, 0)
         check_at_least("config.model.encoder.mlp_dim", mlp_dim, 0)
-        layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
-        self.layers = _stack(lambda rngs: EncoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, compute, rngs)
+        layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute, rngs=rngs)
+        self.layers = _stack(EncoderLayer, num_layers, dim, num_heads, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype) if pre_norm else None
 
     def __call__(
@@ -163,10 +151,10 @@ class TransformerDecoder(nnx.Module):
         check_at_least("config.model.decoder.num_layers", num_layers, 1)
         check_at_least("config.model.decoder.mlp_dim", mlp_dim, 0)
         check_choice("config.model.decoder.query_position", query_position, ("attention", "input"))
-        layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute)
+        layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute, rngs=rngs)
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
         self.position_at_attention = query_position == "attention"
-        self.layers = _stack(lambda rngs: DecoderLayer(dim, num_heads, rngs=rngs, **layer), num_layers, compute, rngs)
+        self.layers = _stack(DecoderLayer, num_layers, dim, num_heads, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype)
         self.dtype = compute.dtype
 

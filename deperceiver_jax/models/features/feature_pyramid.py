@@ -20,9 +20,9 @@ from deperceiver_jax.models.layers.linear import linear
 class NeckBlock(nnx.Module):
     """x + convolution(relu(convolution(norm(x)))), both 3x3: a cell learns what lies around it."""
 
-    def __init__(self, dim: int, *, dtype, rngs: nnx.Rngs):
-        self.norm = LayerNorm(dim, dtype=dtype)
-        self.inner, self.outer = (_convolution(dim, dtype=dtype, rngs=rngs) for _ in range(2))
+    def __init__(self, dim: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.norm = LayerNorm(dim, dtype=compute.dtype)
+        self.inner, self.outer = (_convolution(dim, dtype=compute.dtype, rngs=rngs) for _ in range(2))
 
     def __call__(self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"], *, dropout_key=None):
         """Padding is zero before the convolutions. There is no dropout; LayerStack passes the key to every layer."""
@@ -58,13 +58,7 @@ class FeaturePyramid(nnx.Module):
         self.convolutions = nnx.List([_convolution(dim, dtype=dtype, rngs=rngs) for _ in self.strides if top_down])
         # A fine map of a large image has many times more cells than there are latents: a block keeps its input alone.
         how: dict = dict(unroll_on_cpu=True, keep_inputs=True, compute=compute, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                LayerStack(lambda rngs: NeckBlock(dim, dtype=dtype, rngs=rngs), neck_blocks, **how)
-                for _ in self.strides
-                if neck_blocks
-            ]
-        )
+        self.blocks = nnx.List([LayerStack(NeckBlock, neck_blocks, dim, **how) for _ in self.strides if neck_blocks])
         self.norms = nnx.List([LayerNorm(dim, dtype=dtype) for _ in self.strides])
 
     def __call__(

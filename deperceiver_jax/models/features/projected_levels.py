@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deperceiver_jax.errors import UserError, check_at_least
-from deperceiver_jax.models.layers.linear import linear, torch_bias_init, torch_kernel_init, xavier_uniform_init
+from deperceiver_jax.models.layers.linear import linear, torch_start, xavier_start
 
 
 class ProjectedLevels(nnx.Module):
@@ -23,18 +23,14 @@ class ProjectedLevels(nnx.Module):
         if group_norm and dim % 32:
             raise UserError(f"config.model.embed_dim is {dim}; its 32 norm groups must be of equal width.")
 
-        def init(fan_in, fan_out):
-            if group_norm:
-                return dict(kernel_init=xavier_uniform_init(fan_in, fan_out), bias_init=nnx.initializers.zeros)
-            return dict(kernel_init=torch_kernel_init, bias_init=torch_bias_init(fan_in))
+        start = xavier_start if group_norm else torch_start
 
         def halving(width):
-            return nnx.Conv(
-                width, dim, (3, 3), strides=2, padding=1, **init(9 * width, 9 * dim), dtype=dtype, rngs=rngs
-            )
+            init = start(9 * width, 9 * dim)
+            return nnx.Conv(width, dim, (3, 3), strides=2, padding=1, **init, dtype=dtype, rngs=rngs)
 
         self.num_strides = len(channels)
-        self.projections = nnx.List([linear(c, dim, **init(c, dim), dtype=dtype, rngs=rngs) for c in channels])
+        self.projections = nnx.List([linear(c, dim, **start(c, dim), dtype=dtype, rngs=rngs) for c in channels])
         for width in [channels[-1], *[dim] * extra_levels][:extra_levels]:
             self.projections.append(halving(width))
         norm = dict(num_groups=32, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)

@@ -113,13 +113,13 @@ class Block(nnx.Module):
     Bottleneck: 1x1, 3x3 (stride, dilation), 1x1 with four times the channels. Basic: 3x3 (stride), 3x3.
     """
 
-    def __init__(self, in_dim, dim, *, bottleneck, stride=1, dilation=1, make_norm, frozen, dtype, rngs: nnx.Rngs):
+    def __init__(self, in_dim, dim, *, bottleneck, stride=1, dilation=1, make_norm, frozen, compute, rngs: nnx.Rngs):
         out_dim = 4 * dim if bottleneck else dim
         self.stride = stride
         self.bottleneck = bottleneck
 
         def conv(in_dim, out_dim, size, **kwargs):
-            return Conv(in_dim, out_dim, size, frozen=frozen, dtype=dtype, rngs=rngs, **kwargs)
+            return Conv(in_dim, out_dim, size, frozen=frozen, dtype=compute.dtype, rngs=rngs, **kwargs)
 
         if bottleneck:
             self.conv1, self.norm1 = conv(in_dim, dim, 1), make_norm(dim)
@@ -153,17 +153,11 @@ class Stage(nnx.Module):
     """Blocks of one resolution: the first changes stride and channels, the rest are alike and stacked."""
 
     def __init__(self, in_dim, dim, num_blocks, *, bottleneck, stride, dilation, make_norm, frozen, compute, rngs):
-        shared = dict(bottleneck=bottleneck, make_norm=make_norm, frozen=frozen, dtype=compute.dtype)
+        shared = dict(bottleneck=bottleneck, make_norm=make_norm, frozen=frozen, compute=compute, rngs=rngs)
         out_dim = 4 * dim if bottleneck else dim
         # torchvision's DC5: the block that would have had the stride keeps dilation 1, only the later ones have 2.
-        self.first = Block(in_dim, dim, stride=stride, rngs=rngs, **shared)
-        self.rest = LayerStack(
-            lambda rngs: Block(out_dim, dim, dilation=dilation, rngs=rngs, **shared),
-            num_blocks - 1,
-            unroll_on_cpu=True,
-            compute=compute,
-            rngs=rngs,
-        )
+        self.first = Block(in_dim, dim, stride=stride, **shared)
+        self.rest = LayerStack(Block, num_blocks - 1, out_dim, dim, dilation=dilation, unroll_on_cpu=True, **shared)
         self.rematerialize = compute.rematerialize
         self.stride = stride
 
@@ -210,23 +204,12 @@ class ResNet(nnx.Module):
         self.stage_strides = stage_strides
         self.channels = {}
         in_dim = width
+        shared = dict(bottleneck=bottleneck, make_norm=make_norm, compute=compute, rngs=rngs)
         for s, stride in enumerate(stage_strides):
             dim = width * 2**s
             dilated = dilation and s == 3
-            self.stages.append(
-                Stage(
-                    in_dim,
-                    dim,
-                    blocks[s],
-                    bottleneck=bottleneck,
-                    stride=1 if s == 0 or dilated else 2,
-                    dilation=2 if dilated else 1,
-                    make_norm=make_norm,
-                    frozen=frozen_stages > s + 1,
-                    compute=compute,
-                    rngs=rngs,
-                )
-            )
+            how = dict(stride=1 if s == 0 or dilated else 2, dilation=2 if dilated else 1, frozen=frozen_stages > s + 1)
+            self.stages.append(Stage(in_dim, dim, blocks[s], **how, **shared))
             in_dim = 4 * dim if bottleneck else dim
             if stride in self.strides:
                 self.channels[stride] = in_dim

@@ -15,7 +15,8 @@ from deperceiver_jax.models.layers.recorder import is_recording, name_layer
 class LayerStack(nnx.Module):
     """`num_layers` layers of one kind; every parameter has a leading axis [num_layers].
 
-    Each layer is called as `layer(x, *args, dropout_key=key)` and must return the next x, of the same shape.
+    Each layer is made as `make_layer(*arguments, compute=compute, rngs=rngs, **options)`, called as `layer(x, *args,
+    dropout_key=key)`, and must return the next x, of the same shape.
 
     `unroll_on_cpu` is for convolutions: XLA's CPU backend runs their gradients inside a loop on its slowest path
     (ResNet-50, forward and backward, 256 x 256 x 2 on two cores: 11 s in a loop, 0.4 s unrolled), while on a TPU the
@@ -26,13 +27,14 @@ class LayerStack(nnx.Module):
 
     def __init__(
         self,
-        make_layer: Callable[[nnx.Rngs], nnx.Module],
+        make_layer: Callable[..., nnx.Module],
         num_layers: int,
-        *,
+        *arguments,
         unroll_on_cpu: bool = False,
         keep_inputs: bool = False,
         compute: Compute,
         rngs: nnx.Rngs,
+        **options,
     ):
         self.num_layers = num_layers
         self.unroll_on_cpu = unroll_on_cpu
@@ -41,7 +43,7 @@ class LayerStack(nnx.Module):
         @nnx.split_rngs(splits=num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_layers(rngs):
-            return make_layer(rngs)
+            return make_layer(*arguments, compute=compute, rngs=rngs, **options)
 
         self.layers = make_layers(rngs)
 

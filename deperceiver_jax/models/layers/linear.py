@@ -10,19 +10,15 @@ torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"
 
 def torch_bias_init(fan_in: int):
     """The bias that goes with `torch_kernel_init`: the same uniform range."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return _uniform(fan_in**-0.5)
 
 
 def xavier_uniform_init(fan_in: int, fan_out: int):
     """U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), for matrices that are parts of a larger one of these fans."""
-    bound = (6 / (fan_in + fan_out)) ** 0.5
+    return _uniform((6 / (fan_in + fan_out)) ** 0.5)
 
+
+def _uniform(bound: float):
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -30,19 +26,24 @@ def xavier_uniform_init(fan_in: int, fan_out: int):
     return init
 
 
-def linear(in_dim: int, out_dim: int, *, kernel_init=None, bias_init=None, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def torch_start(fan_in: int, fan_out: int = 0) -> dict:
+    """Kernel and bias of a layer that starts as PyTorch's do, whatever its `fan_out`."""
+    del fan_out
+    return dict(kernel_init=torch_kernel_init, bias_init=torch_bias_init(fan_in))
+
+
+def xavier_start(fan_in: int, fan_out: int) -> dict:
+    """Kernel and bias of a layer that starts Xavier-uniformly, with a bias of zero."""
+    return dict(kernel_init=xavier_uniform_init(fan_in, fan_out), bias_init=nnx.initializers.zeros)
+
+
+def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs, **start) -> nnx.Linear:
     """A linear layer that starts as torch.nn.Linear does unless told; float32 parameters, computing in `dtype`.
 
     Applied to [B, H, W, C] features it is the 1x1 convolution of the published models, with the same start.
+    start: kernel_init, bias_init or both.
     """
-    return nnx.Linear(
-        in_dim,
-        out_dim,
-        kernel_init=kernel_init or torch_kernel_init,
-        bias_init=bias_init or torch_bias_init(in_dim),
-        dtype=dtype,
-        rngs=rngs,
-    )
+    return nnx.Linear(in_dim, out_dim, **{**torch_start(in_dim), **start}, dtype=dtype, rngs=rngs)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -35,8 +35,8 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def layer(a, b):
-            kernel_init = xavier_uniform_init(a, b) if xavier else None
-            return linear(a, b, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+            start = dict(kernel_init=xavier_uniform_init(a, b)) if xavier else {}
+            return linear(a, b, **start, dtype=dtype, rngs=rngs)
 
         outputs = [*(width * (2 if gated else 1) for width in dims[1:-1]), dims[-1]]
         self.layers = nnx.List([layer(a, b) for a, b in zip(dims[:-1], outputs, strict=True)])

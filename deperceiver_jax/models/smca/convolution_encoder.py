@@ -5,6 +5,7 @@ masked: as in the released code, an image's features depend a little on the padd
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +18,7 @@ from deperceiver_jax.models.features.tokens import flatten_map
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, start_alike
-from deperceiver_jax.models.layers.linear import (
-    linear,
-    split_key,
-    torch_bias_init,
-    torch_kernel_init,
-    xavier_uniform_init,
-)
+from deperceiver_jax.models.layers.linear import linear, split_key, torch_bias_init, torch_start, xavier_uniform_init
 from deperceiver_jax.models.layers.transformer_layer import TransformerLayer
 
 
@@ -41,28 +36,34 @@ def resize_align_corners(x: Float[Array, "B h w D"], height: int, width: int) ->
     return jnp.einsum("Ww,bHwd->bHWd", columns, jnp.einsum("Hh,bhwd->bHwd", rows, x))
 
 
+@dataclass(frozen=True)
+class ConvolutionFields:
+    """config.model.encoder"""
+
+    num_layers: int
+    kernel_size: int
+    mlp_dim: int
+    pointwise: bool  # a linear layer before and after the convolutions
+    share_crossings: bool  # one convolution downwards and one upwards for all pairs of levels, else one a pair
+
+    def __post_init__(self):
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError(f"config.model.encoder.kernel_size is {self.kernel_size}; it must be odd.")
+        for name in ("num_layers", "mlp_dim"):
+            check_at_least(f"config.model.encoder.{name}", getattr(self, name), 1)
+
+
 class ConvolutionLayer(TransformerLayer):
     """A depthwise convolution on each level, exchange with the next finer and coarser one, then the MLP.
 
-    With `pointwise`, a linear layer stands before and after; nothing bends in between. `share_crossings`: one
-    convolution downwards and one upwards for all pairs of levels, else one a pair.
+    Between its linear layers, if it has them, nothing bends.
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        num_levels: int,
-        kernel_size: int,
-        pointwise: bool,
-        share_crossings: bool,
-        mlp_dim: int,
-        dropout: float,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, dim: int, fields: ConvolutionFields, *, num_levels: int, dropout: float, compute: Compute, rngs: nnx.Rngs
     ):
-        super().__init__(dim, mlp_dim=mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
-        dtype = compute.dtype
+        super().__init__(dim, mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
+        dtype, kernel_size = compute.dtype, fields.kernel_size
 
         def depthwise(stride):
             return nnx.Conv(
@@ -81,12 +82,12 @@ class ConvolutionLayer(TransformerLayer):
         def mixture():
             return linear(dim, dim, kernel_init=xavier_uniform_init(dim, dim), dtype=dtype, rngs=rngs)
 
-        crossings = 1 if share_crossings else num_levels - 1
-        self.before = mixture() if pointwise else None
+        crossings = 1 if fields.share_crossings else num_levels - 1
+        self.before = mixture() if fields.pointwise else None
         self.within = nnx.List([depthwise(1) for _ in range(num_levels)])
         self.down = nnx.List([depthwise(2) for _ in range(crossings)])
         self.up = nnx.List([depthwise(1) for _ in range(crossings)])
-        self.after = mixture() if pointwise else None
+        self.after = mixture() if fields.pointwise else None
         self.convolution_norm = LayerNorm(dim, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B S D"], image: LevelTokens, *, dropout_key=None) -> Float[Array, "B S D"]:
@@ -117,13 +118,9 @@ class ConvolutionEncoder(nnx.Module):
     def __init__(
         self,
         dim: int,
+        fields: ConvolutionFields,
         *,
         strides: Sequence[int],
-        num_layers: int,
-        kernel_size: int,
-        pointwise: bool,
-        share_crossings: bool,
-        mlp_dim: int,
         dropout: float,
         compute: Compute,
         rngs: nnx.Rngs,
@@ -133,30 +130,11 @@ class ConvolutionEncoder(nnx.Module):
                 f"config.model.encoder.kind convolution needs two or more levels, each of half the size of the one "
                 f"before; config.model.strides and extra_levels make the strides {tuple(strides)}."
             )
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise UserError(f"config.model.encoder.kernel_size is {kernel_size}; it must be odd.")
-        for name, value in (("num_layers", num_layers), ("mlp_dim", mlp_dim)):
-            check_at_least(f"config.model.encoder.{name}", value, 1)
-        convolutions = dict(kernel_size=kernel_size, pointwise=pointwise, share_crossings=share_crossings)
-        layer: dict = dict(num_levels=len(strides), mlp_dim=mlp_dim, dropout=dropout, compute=compute, **convolutions)
-        self.layers = LayerStack(
-            lambda rngs: ConvolutionLayer(dim, rngs=rngs, **layer),
-            num_layers,
-            unroll_on_cpu=True,
-            compute=compute,
-            rngs=rngs,
-        )
+        layer: dict = dict(num_levels=len(strides), dropout=dropout, compute=compute, rngs=rngs)
+        self.layers = LayerStack(ConvolutionLayer, fields.num_layers, dim, fields, unroll_on_cpu=True, **layer)
         start_alike(self.layers.layers, kernels=False)
         self.reduce = nnx.Conv(
-            dim,
-            dim,
-            (3, 3),
-            strides=2,
-            padding=1,
-            kernel_init=torch_kernel_init,
-            bias_init=torch_bias_init(9 * dim),
-            dtype=compute.dtype,
-            rngs=rngs,
+            dim, dim, (3, 3), strides=2, padding=1, **torch_start(9 * dim), dtype=compute.dtype, rngs=rngs
         )
 
     def __call__(self, image: LevelTokens, *, dropout_key=None) -> LevelTokens:

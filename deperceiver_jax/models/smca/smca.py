@@ -6,7 +6,7 @@ Source: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attent
 from flax import nnx
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.field_needs import Need
+from deperceiver_jax.field_needs import Need, at_least
 from deperceiver_jax.models.config_section import build_part
 from deperceiver_jax.models.detector import Detector, DetectorFields
 from deperceiver_jax.models.features.position_encoding import sine_encoding
@@ -22,9 +22,9 @@ from deperceiver_jax.models.features.tokens import (
 from deperceiver_jax.models.heads.heads import PredictionHeads
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.linear import split_key
-from deperceiver_jax.models.smca.convolution_encoder import ConvolutionEncoder
+from deperceiver_jax.models.smca.convolution_encoder import ConvolutionEncoder, ConvolutionFields
 from deperceiver_jax.models.smca.spatial_modulation import ModulationFields
-from deperceiver_jax.models.smca.transformer import AttentionEncoder, ModulatedDecoder
+from deperceiver_jax.models.smca.transformer import AttentionEncoder, AttentionFields, ModulatedDecoder
 from deperceiver_jax.structures import Predictions
 
 _several_levels = Need(
@@ -57,9 +57,7 @@ class SMCA(Detector):
             ),
             "other config.model.strides than 32 alone",
         ),
-        "loss.auxiliary": Need(
-            lambda config: config.model.decoder.num_layers > 1, "config.model.decoder.num_layers of at least 2"
-        ),
+        "loss.auxiliary": at_least("model.decoder.num_layers", 2),
     }
 
     def __init__(
@@ -124,5 +122,8 @@ def _build_encoder(encoder: dict, dim: int, strides: tuple[int, ...], shared: di
     kind = encoder.pop("kind", None)
     check_choice("config.model.encoder.kind", kind, ("attention", "convolution"))
     if kind == "attention":
-        return build_part(AttentionEncoder, "config.model.encoder", encoder, dim, num_levels=len(strides), **shared)
-    return build_part(ConvolutionEncoder, "config.model.encoder", encoder, dim, strides=strides, **shared)
+        fields = build_part(AttentionFields, "config.model.encoder", encoder)
+        return AttentionEncoder(dim, fields, num_levels=len(strides), **shared)
+    return ConvolutionEncoder(
+        dim, build_part(ConvolutionFields, "config.model.encoder", encoder), strides=strides, **shared
+    )

@@ -6,6 +6,7 @@ its released code. A scale of the paper is a level here, because its Gaussians h
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,23 @@ from deperceiver_jax.models.layers.transformer_layer import TransformerLayer
 from deperceiver_jax.models.smca.spatial_modulation import ModulationFields, SpatialModulation
 
 
+@dataclass(frozen=True)
+class AttentionFields:
+    """config.model.encoder"""
+
+    layout: Sequence[str]  # what each layer attends to: "intra" or "multi"
+    num_heads: int
+    mlp_dim: int
+    share_attention: bool
+    share_mlp: bool
+
+    def __post_init__(self):
+        if not self.layout or not set(self.layout) <= {"intra", "multi"}:
+            layout = tuple(self.layout)
+            raise UserError(f"config.model.encoder.layout is {layout}; each of its layers is intra or multi.")
+        check_at_least("config.model.encoder.mlp_dim", self.mlp_dim, 1)
+
+
 class LevelEncoderLayer(TransformerLayer):
     """Self-attention among the tokens of each level (intra-scale) or of all levels (multi-scale), then the MLP.
 
@@ -33,27 +51,16 @@ class LevelEncoderLayer(TransformerLayer):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        num_levels: int,
-        share_attention: bool,
-        share_mlp: bool,
-        mlp_dim: int,
-        dropout: float,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, dim: int, fields: AttentionFields, *, num_levels: int, dropout: float, compute: Compute, rngs: nnx.Rngs
     ):
-        super().__init__(dim, mlp_dim=0, dropout=dropout, compute=compute, rngs=rngs)
+        shared: dict = dict(dropout=dropout, compute=compute, rngs=rngs)
+        super().__init__(dim, mlp_dim=0, **shared)
+        num_attentions, num_mlps = (1 if share else num_levels for share in (fields.share_attention, fields.share_mlp))
         mlp = dict(activation=jax.nn.relu, hidden_dropout=dropout, xavier=True, dtype=compute.dtype, rngs=rngs)
         self.attentions = nnx.List(
-            [
-                MultiHeadAttention(dim, num_heads, dropout=dropout, xavier=True, compute=compute, rngs=rngs)
-                for _ in range(1 if share_attention else num_levels)
-            ]
+            [MultiHeadAttention(dim, fields.num_heads, xavier=True, **shared) for _ in range(num_attentions)]
         )
-        self.mlps = nnx.List([MLP([dim, mlp_dim, dim], **mlp) for _ in range(1 if share_mlp else num_levels)])
+        self.mlps = nnx.List([MLP([dim, fields.mlp_dim, dim], **mlp) for _ in range(num_mlps)])
         self.attention_norm = LayerNorm(dim, dtype=compute.dtype)
         self.mlp_norm = LayerNorm(dim, dtype=compute.dtype)
 
@@ -97,34 +104,14 @@ def _of_each_level(modules: Sequence[nnx.Module], image: LevelTokens) -> list[nn
 
 
 class AttentionEncoder(nnx.Module):
-    """Intra-scale and multi-scale self-attention, section 3.3; with a single level it is DETR's encoder.
-
-    `layout`: what each layer does, "intra" or "multi".
-    """
+    """Intra-scale and multi-scale self-attention, section 3.3; with a single level it is DETR's encoder."""
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        num_levels: int,
-        layout: Sequence[str],
-        num_heads: int,
-        mlp_dim: int,
-        share_attention: bool,
-        share_mlp: bool,
-        dropout: float,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, dim: int, fields: AttentionFields, *, num_levels: int, dropout: float, compute: Compute, rngs: nnx.Rngs
     ):
-        if not layout or not set(layout) <= {"intra", "multi"}:
-            raise UserError(f"config.model.encoder.layout is {tuple(layout)}; each of its layers is intra or multi.")
-        check_at_least("config.model.encoder.mlp_dim", mlp_dim, 1)
-        self.layout = tuple(layout)
-        sharing = dict(num_levels=num_levels, share_attention=share_attention, share_mlp=share_mlp)
-        layer: dict = dict(mlp_dim=mlp_dim, dropout=dropout, compute=compute, **sharing)
-        self.layers = LayerStack(
-            lambda rngs: LevelEncoderLayer(dim, num_heads, rngs=rngs, **layer), len(layout), compute=compute, rngs=rngs
-        )
+        self.layout = tuple(fields.layout)
+        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute, rngs=rngs)
+        self.layers = LayerStack(LevelEncoderLayer, len(self.layout), dim, fields, **layer)
         start_alike(self.layers.layers, kernels=False)
 
     def __call__(self, image: LevelTokens, *, dropout_key=None) -> LevelTokens:
@@ -195,14 +182,9 @@ class ModulatedDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`strides`: pixels between the cells of each level of the memory."""
-        layer: dict = dict(strides=strides, dropout=dropout, compute=compute)
+        layer: dict = dict(strides=strides, dropout=dropout, compute=compute, rngs=rngs)
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
-        self.layers = LayerStack(
-            lambda rngs: ModulatedDecoderLayer(dim, fields, rngs=rngs, **layer),
-            fields.num_layers,
-            compute=compute,
-            rngs=rngs,
-        )
+        self.layers = LayerStack(ModulatedDecoderLayer, fields.num_layers, dim, fields, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype)
         center = dict(activation=jax.nn.relu, xavier=True, dtype=jnp.float32, rngs=rngs)
         modulates = fields.modulation != "none"

@@ -14,7 +14,8 @@ from tests.drawn_arrays import FLOAT32, abstract_detector
 class Layer(nnx.Module):
     """tanh(x W), many times wider inside than outside."""
 
-    def __init__(self, rngs):
+    def __init__(self, rngs, compute=FLOAT32):
+        del compute
         self.into = nnx.Linear(4, 256, rngs=rngs)
         self.out = nnx.Linear(256, 4, rngs=rngs)
 

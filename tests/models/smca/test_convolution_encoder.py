@@ -6,12 +6,15 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.smca.convolution_encoder import ConvolutionEncoder, resize_align_corners
+from deperceiver_jax.models.smca.convolution_encoder import ConvolutionEncoder, ConvolutionFields, resize_align_corners
 from tests.drawn_arrays import FLOAT32, level_tokens
 
-FIELDS = dict(
-    num_layers=2, kernel_size=3, pointwise=True, share_crossings=True, mlp_dim=8, dropout=0.0, compute=FLOAT32
-)
+FIELDS = dict(num_layers=2, kernel_size=3, pointwise=True, share_crossings=True, mlp_dim=8)
+
+
+def make_encoder(strides, **changes):
+    fields = ConvolutionFields(**{**FIELDS, **changes})
+    return ConvolutionEncoder(4, fields, strides=strides, dropout=0.0, compute=FLOAT32, rngs=nnx.Rngs(0))
 
 
 def test_corners_stay_where_they_are():
@@ -37,7 +40,7 @@ def make_tokens(sizes):
 def test_the_finest_map_is_halved(share_crossings):
     """A second map of the next level's size, with that level's positions and mask."""
     strides = (8, 16, 32)
-    encoder = ConvolutionEncoder(4, strides=strides, rngs=nnx.Rngs(0), **{**FIELDS, "share_crossings": share_crossings})
+    encoder = make_encoder(strides, share_crossings=share_crossings)
     before = make_tokens(((3, 5), (2, 3), (1, 2)))
     memory = encoder(before)
     assert memory.sizes == ((2, 3), (2, 3), (1, 2))
@@ -67,4 +70,4 @@ def test_the_finest_map_is_halved(share_crossings):
 )
 def test_bad_fields_are_named(strides, changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        ConvolutionEncoder(4, strides=strides, rngs=nnx.Rngs(0), **{**FIELDS, **changes})
+        make_encoder(strides, **changes)

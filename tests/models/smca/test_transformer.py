@@ -13,7 +13,7 @@ from deperceiver_jax.models.attention import choice as attention_choice
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.detr.transformer import EncoderLayer
 from deperceiver_jax.models.smca.spatial_modulation import ModulationFields, SpatialModulation
-from deperceiver_jax.models.smca.transformer import AttentionEncoder, LevelEncoderLayer
+from deperceiver_jax.models.smca.transformer import AttentionEncoder, AttentionFields, LevelEncoderLayer
 from tests.drawn_arrays import FLOAT32, level_tokens
 
 SIZES = ((2, 3), (1, 2))
@@ -29,17 +29,8 @@ def make_tokens():
 
 def encoder(layout, **sharing):
     sharing = {"share_attention": True, "share_mlp": True, **sharing}
-    return AttentionEncoder(
-        8,
-        num_levels=2,
-        layout=layout,
-        num_heads=2,
-        mlp_dim=16,
-        dropout=0.0,
-        compute=FLOAT32,
-        rngs=nnx.Rngs(0),
-        **sharing,
-    )
+    fields = AttentionFields(layout=layout, num_heads=2, mlp_dim=16, **sharing)
+    return AttentionEncoder(8, fields, num_levels=2, dropout=0.0, compute=FLOAT32, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +71,17 @@ def test_layers_of_a_layout_come_in_order():
 def test_separate_weights_that_are_equal_are_shared_ones(attend_across):
     """And a layer whose weights all levels share is DETR's."""
     tokens = make_tokens()
-    sizes = dict(num_levels=2, mlp_dim=16, dropout=0.0, compute=FLOAT32)
-    shared = LevelEncoderLayer(8, 2, share_attention=True, share_mlp=True, rngs=nnx.Rngs(0), **sizes)
-    apart = LevelEncoderLayer(8, 2, share_attention=False, share_mlp=False, rngs=nnx.Rngs(1), **sizes)
+    shared, apart = (
+        LevelEncoderLayer(
+            8,
+            AttentionFields(("intra",), num_heads=2, mlp_dim=16, share_attention=share, share_mlp=share),
+            num_levels=2,
+            dropout=0.0,
+            compute=FLOAT32,
+            rngs=nnx.Rngs(seed),
+        )
+        for seed, share in enumerate((True, False))
+    )
     detr = EncoderLayer(8, 2, mlp_dim=16, dropout=0.0, compute=FLOAT32, rngs=nnx.Rngs(2))
     for level in (0, 1):
         nnx.update(apart.attentions[level], nnx.state(shared.attentions[0]))
