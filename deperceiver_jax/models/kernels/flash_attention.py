@@ -10,17 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.kernels.flash_kernels import MASKED, forward_kernel, key_kernel, query_kernel
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
-from deperceiver_jax.models.kernels.pallas import SUBLANES
+from deperceiver_jax.models.kernels.pallas import SUBLANES, call_in_blocks
 
 LANES = 128
 BLOCKS = (512, 256, LANES)  # positions that a kernel takes at a time
-KINDS_OF_BIASES = ("", "b", "qp")  # by their number; see _call
+KINDS_OF_BIASES = ("", "b", "qp")  # by their number; see call_in_blocks
 
 
 def flash_attention(
@@ -102,15 +100,16 @@ def _attention(
 def _forward(query, key, value, biases, block_q, block_k):
     """(attended, what the backward pass needs): the last of it each query's logarithm of a sum of exponentials."""
     value_dim = value.shape[2]
-    attended, lse = _call(
+    attended, lse = call_in_blocks(
         functools.partial(forward_kernel, num_biases=len(biases)),
         (query, key, value, *biases),
         "qkk" + KINDS_OF_BIASES[len(biases)],
         [(value_dim, query.dtype, "q"), (1, jnp.float32, "q")],
-        scratch=[(1, block_q), (1, block_q), (value_dim, block_q)],
+        scratch=[(1, "q"), (1, "q"), (value_dim, "q")],
         blocks=(block_q, block_k),
         keys_inside=True,
-        products=2,
+        flops=2 * 2 * value_dim,
+        transcendentals=1,
     )
     return attended, (query, key, value, biases, attended, lse)
 
@@ -121,23 +120,23 @@ def _backward(block_q, block_k, kept, gradient):
     kinds = KINDS_OF_BIASES[len(biases)]
     inputs = (query, key, value, *biases, gradient, lse, delta)
     width, value_dim = query.shape[2], value.shape[2]
-    options = dict(blocks=(block_q, block_k), products=5)
+    options: dict = dict(blocks=(block_q, block_k), flops=5 * 2 * value_dim, transcendentals=1)
     of_bias = [(x.shape[2], x.dtype, kind) for x, kind in zip(biases, kinds, strict=True) if kind != "p"]
-    d_query, *d_biases = _call(
+    d_query, *d_biases = call_in_blocks(
         functools.partial(query_kernel, num_biases=len(biases)),
         inputs,
         f"qkk{kinds}qqq",
         [(width, query.dtype, "q"), *of_bias],
-        scratch=[(width, block_q), *((rows, block_q) for rows, _, kind in of_bias if kind == "q")],
+        scratch=[(width, "q"), *((rows, "q") for rows, _, kind in of_bias if kind == "q")],
         keys_inside=True,
         **options,
     )
-    d_key, d_value = _call(
+    d_key, d_value = call_in_blocks(
         functools.partial(key_kernel, num_biases=len(biases)),
         inputs,
         f"qkk{kinds}qqq",
         [(width, key.dtype, "k"), (value_dim, value.dtype, "k")],
-        scratch=[(width, block_k), (value_dim, block_k)],
+        scratch=[(width, "k"), (value_dim, "k")],
         keys_inside=False,
         **options,
     )
@@ -146,50 +145,3 @@ def _backward(block_q, block_k, kept, gradient):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _call(kernel, inputs, kinds, outputs, *, scratch, blocks, keys_inside, products):
-    """Runs `kernel` over images, heads and blocks of queries and keys, the keys innermost or the queries.
-
-    Kinds of arrays: q has queries on its last axis, k keys, p keys and no heads, b is [B, H, K, Q].
-    """
-    query, key, value = inputs[:3]
-    batch, heads, _, num_queries = query.shape
-    num_keys = key.shape[3]
-    block_q, block_k = blocks
-
-    def spec(kind, rows):
-        def place(b, h, outer, inner):
-            i, j = (outer, inner) if keys_inside else (inner, outer)
-            return {"q": (b, h, 0, i), "k": (b, h, 0, j), "p": (b, 0, 0, j), "b": (b, h, j, i)}[kind]
-
-        of_keys = (1, 1, rows, block_k)
-        shape = {"q": (1, 1, rows, block_q), "k": of_keys, "p": of_keys, "b": (1, 1, block_k, block_q)}
-        return pl.BlockSpec(shape[kind], place)
-
-    def reads(kind):  # what runs inside is read again for every block outside, unless it is a single block
-        inside, (outer_steps, inner_steps) = "kp" if keys_inside else "q", grid if keys_inside else grid[::-1]
-        each_head = heads if kind == "p" and num_keys > block_k else 1
-        return each_head * (outer_steps if kind in inside and inner_steps > 1 else 1)
-
-    def shape(rows, kind):
-        return (batch, heads, num_keys if kind == "b" else rows, num_keys if kind == "k" else num_queries)
-
-    given = list(zip(inputs, kinds, strict=True))
-    grid = (num_queries // block_q, num_keys // block_k)
-    results = [jax.ShapeDtypeStruct(shape(rows, kind), dtype) for rows, dtype, kind in outputs]
-    pairs = batch * heads * num_queries * num_keys
-    moved = sum(reads(kind) * x.size * x.dtype.itemsize for x, kind in given)
-    moved += sum(x.size * x.dtype.itemsize for x in results)
-    return pl.pallas_call(
-        kernel,
-        grid=(batch, heads, *(grid if keys_inside else grid[::-1])),
-        in_specs=[spec(kind, x.shape[2]) for x, kind in given],
-        out_specs=[spec(kind, rows) for rows, _, kind in outputs],
-        out_shape=results,
-        scratch_shapes=[pltpu.VMEM(block, jnp.float32) for block in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * pairs * value.shape[2], transcendentals=pairs, bytes_accessed=moved
-        ),
-    )(*(x for x, _ in given))

@@ -11,10 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from deperceiver_jax.models.kernels.pallas import SUBLANES, dot
+from deperceiver_jax.models.kernels.pallas import SUBLANES, call_in_blocks, dot
 
 STRIP = 8  # rows of a map
 COLUMNS = 16  # of which a strip's width is a multiple, so that it has whole rows of 128 cells
@@ -52,9 +51,8 @@ def _sample(
     cells: Float[Array, "B H D S"], points: Float[Array, "B H R Q"], num_points: int, columns: int, block: int, dtype
 ) -> Float[Array, "B H D Q"]:
     """`cells`: rows of `columns` cells, whole strips. `points`: K rows of x, of y (both in cells) and of weights."""
-    kernel = functools.partial(_forward_kernel, num_points=num_points, columns=columns)
-    rows = (cells.shape[2], points.shape[3], "q")
-    return _call(kernel, (cells.astype(dtype), points), "sq", rows, columns, block, strips_inside=True)
+    sizes = dict(num_points=num_points, columns=columns, block=block)
+    return _call(_forward_kernel, (cells.astype(dtype), points), "kq", cells.shape[2], "q", **sizes, strips_inside=True)
 
 
 def _forward(cells, points, *static):
@@ -64,51 +62,29 @@ def _forward(cells, points, *static):
 def _backward(num_points, columns, block, dtype, kept, gradient):
     cells, points = kept
     inputs = (cells.astype(dtype), points, gradient.astype(dtype))
-    names = dict(num_points=num_points, columns=columns)
-    call = functools.partial(_call, columns=columns, block=block)
-    of_cells = functools.partial(_cells_kernel, **names)
-    of_points = functools.partial(_points_kernel, **names)
-    d_cells = call(of_cells, inputs, "sqq", (cells.shape[2], cells.shape[3], "s"), strips_inside=False)
-    d_points = call(of_points, inputs, "sqq", (points.shape[2], points.shape[3], "q"), strips_inside=True)
+    sizes = dict(num_points=num_points, columns=columns, block=block)
+    d_cells = _call(_cells_kernel, inputs, "kqq", cells.shape[2], "k", **sizes, strips_inside=False)
+    d_points = _call(_points_kernel, inputs, "kqq", points.shape[2], "q", **sizes, strips_inside=True)
     return d_cells, d_points
 
 
 _sample.defvjp(_forward, _backward)
 
 
-def _call(kernel, inputs, kinds, output, columns, block, *, strips_inside):
-    """Runs `kernel` over images, heads, blocks of queries and strips. Kinds: s ends in cells, q in queries."""
-    cells, points = inputs[:2]
-    batch, heads, channels, num_cells = cells.shape
-    strip = STRIP * columns
-
-    def spec(kind, rows):
-        def place(b, h, outer, inner):
-            query, cell = (outer, inner) if strips_inside else (inner, outer)
-            return (b, h, 0, cell if kind == "s" else query)
-
-        return pl.BlockSpec((1, 1, rows, strip if kind == "s" else block), place)
-
-    blocks, strips = points.shape[3] // block, num_cells // strip
-    rows, length, kind = output
-    # What runs inside is read again for every block outside, unless it is a single block.
-    inside, again = ("s", blocks if strips > 1 else 1) if strips_inside else ("q", strips if blocks > 1 else 1)
-    moved = sum(x.size * x.dtype.itemsize * (again if k == inside else 1) for x, k in zip(inputs, kinds, strict=True))
-    result = jax.ShapeDtypeStruct((batch, heads, rows, length), jnp.float32)
-    return pl.pallas_call(
-        kernel,
-        grid=(batch, heads, *((blocks, strips) if strips_inside else (strips, blocks))),
-        in_specs=[spec(k, x.shape[2]) for x, k in zip(inputs, kinds, strict=True)],
-        out_specs=spec(kind, rows),
-        out_shape=result,
-        scratch_shapes=[pltpu.VMEM((rows, strip if kind == "s" else block), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * batch * heads * channels * num_cells * points.shape[3],
-            transcendentals=0,
-            bytes_accessed=moved + result.size * 4,
-        ),
-    )(*inputs)
+def _call(kernel, inputs, kinds, rows, kind, *, num_points, columns, block, strips_inside):
+    """Runs `kernel` over images, heads, blocks of queries and strips. Kinds: k ends in cells, q in queries."""
+    (result,) = call_in_blocks(
+        functools.partial(kernel, num_points=num_points, columns=columns),
+        inputs,
+        kinds,
+        [(rows, jnp.float32, kind)],
+        scratch=[(rows, kind)],
+        blocks=(block, STRIP * columns),
+        keys_inside=strips_inside,
+        flops=2 * inputs[0].shape[2],
+        transcendentals=0,
+    )
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels
