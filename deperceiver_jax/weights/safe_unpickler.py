@@ -27,36 +27,12 @@ STORAGE_TYPES = {
 }
 # Functions that ordinary checkpoints call to rebuild settings, counters and NumPy numbers. They are not run either.
 _HARMLESS_FUNCTIONS = frozenset(
-    {
-        "_codecs.encode",
-        "builtins.bool",
-        "builtins.bytes",
-        "builtins.complex",
-        "builtins.dict",
-        "builtins.float",
-        "builtins.int",
-        "builtins.list",
-        "builtins.object",
-        "builtins.range",
-        "builtins.slice",
-        "builtins.str",
-        "builtins.tuple",
-        "collections.defaultdict",
-        "collections.deque",
-        "copyreg._reconstructor",
-        "datetime.date",
-        "datetime.datetime",
-        "datetime.timedelta",
-        "functools.partial",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "torch._utils._rebuild_device_tensor_from_numpy",
-        "torch.device",
-    }
+    "_codecs.encode builtins.bool builtins.bytes builtins.complex builtins.dict builtins.float builtins.int "
+    "builtins.list builtins.object builtins.range builtins.slice builtins.str builtins.tuple "
+    "collections.defaultdict collections.deque copyreg._reconstructor datetime.date datetime.datetime "
+    "datetime.timedelta functools.partial numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar "
+    "numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar numpy.dtype numpy.ndarray "
+    "torch._utils._rebuild_device_tensor_from_numpy torch.device".split()
 )
 # Modules that no checkpoint has a reason to name at all.
 _HOSTILE_MODULES = frozenset(
@@ -121,20 +97,10 @@ class _StandIn(metaclass=_StandInType):
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
 
-    def __setstate__(self, state):
+    def _nothing(self, *_ignored):
         pass
 
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, item):
-        pass
-
-    def extend(self, items):
-        pass
-
-    def add(self, item):
-        pass
+    __setstate__ = __setitem__ = append = extend = add = _nothing
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_ignored):

@@ -8,7 +8,7 @@ from deperceiver_jax.weights.tables.parts import (
     linear_rules,
     norm_rules,
     resnet_rules,
-    torch_attention_rules,
+    torch_layer_rules,
 )
 
 
@@ -20,13 +20,10 @@ def deformable_attention_rules(ours: str, theirs: str) -> list[Rule]:
 
 def level_rules(model: ConfigDict, theirs: str) -> list[Rule]:
     """The projection and norm of every level; those of the backbone's features are 1x1 convolutions."""
-    rules = [
-        *norm_rules(r"levels/norms/(\d+)", rf"{theirs}\1.1"),
-        Rule(r"levels/projections/(\d+)/bias", rf"{theirs}\1.0.bias"),
-    ]
+    rules = norm_rules(r"levels/norms/(\d+)", rf"{theirs}\1.1")
     for level in range(len(model.strides) + model.extra_levels):
         layout = POINTWISE if level < len(model.strides) else CONV
-        rules.append(Rule(f"levels/projections/{level}/kernel", f"{theirs}{level}.0.weight", layout))
+        rules += linear_rules(f"levels/projections/{level}", f"{theirs}{level}.0", layout=layout)
     return rules
 
 
@@ -67,34 +64,19 @@ def head_copies(model: ConfigDict, decoder: str) -> tuple[tuple[str, str], ...]:
     return tuple((r"(class_embed|bbox_embed)\.0\.(.*)", rf"\1.{layer}.\2") for layer in layers)
 
 
-def _transformer_rules() -> list[Rule]:
-    """The decoder attends to itself first, but its norms are numbered as if it did so second."""
-    rules = []
-    for half, norms in (
-        ("encoder", ("attention_norm", "mlp_norm")),
-        ("decoder", ("cross_attention_norm", "self_attention_norm", "mlp_norm")),
-    ):
-        ours, theirs = f"{half}/layers/layers", f"transformer.{half}.layers.{{layer}}"
-        for number, norm in enumerate(norms, start=1):
-            rules += norm_rules(f"{ours}/{norm}", f"{theirs}.norm{number}", 0)
-        for layer in (0, 1):
-            rules += linear_rules(f"{ours}/mlp/layers/{layer}", f"{theirs}.linear{layer + 1}", 0)
-    decoder = "transformer.decoder.layers.{layer}"
-    return [
-        *rules,
-        *deformable_attention_rules("encoder/layers/layers/attention", "transformer.encoder.layers.{layer}.self_attn"),
-        *torch_attention_rules("decoder/layers/layers/self_attention", f"{decoder}.self_attn", 0),
-        *deformable_attention_rules("decoder/layers/layers/cross_attention", f"{decoder}.cross_attn"),
-    ]
-
-
 def deformable_detr_rules(model: ConfigDict) -> NameRules:
     """The released Deformable DETR's names. Files of the README's first links hold counts of operations as well."""
     rules = [
         *resnet_rules("backbone/", "backbone.0.body."),
         *level_rules(model, "input_proj."),
         Rule("level_embedding", "transformer.level_embed"),
-        *_transformer_rules(),
+        *torch_layer_rules("encoder", {}, ("attention", "mlp")),
+        *deformable_attention_rules("encoder/layers/layers/attention", "transformer.encoder.layers.{layer}.self_attn"),
+        # The decoder attends to itself first, but its norms are numbered as if it did so second.
+        *torch_layer_rules("decoder", {"self_attention": "self_attn"}, ("cross_attention", "self_attention", "mlp")),
+        *deformable_attention_rules(
+            "decoder/layers/layers/cross_attention", "transformer.decoder.layers.{layer}.cross_attn"
+        ),
         Rule("queries", "query_embed.weight"),
         *reference_rules("transformer."),
         *head_rules(model),

@@ -37,8 +37,7 @@ def deperceiver_rules(model: ConfigDict) -> NameRules:
     level = "" if len(model.strides) == 1 else r".\1"
     rules = [
         *resnet_rules("backbone/", "backbone.backbone.body."),
-        Rule(r"levels/projections/(\d)/kernel", f"input_proj{level}.weight", POINTWISE),
-        Rule(r"levels/projections/(\d)/bias", f"input_proj{level}.bias"),
+        *linear_rules(r"levels/projections/(\d)", f"input_proj{level}", layout=POINTWISE),
         Rule("levels/level_embedding", "scale_embedding.{layer}.weight", ROW, 0),
         Rule("encoder/latents", "perceiver.encoder.latents"),
         *_perceiver_layer_rules("encoder/cross_attentions/0", "perceiver.encoder.cross_attn", cross_norms),

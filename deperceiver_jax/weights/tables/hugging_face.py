@@ -65,8 +65,7 @@ def hugging_face_detr_rules(resnet: Callable[[str, str], list[Rule]]) -> NameRul
         *resnet("backbone/", "model.backbone.conv_encoder.model."),
         Rule("position/column", "model.backbone.position_embedding.column_embeddings.weight"),
         Rule("position/row", "model.backbone.position_embedding.row_embeddings.weight"),
-        Rule("projection/kernel", "model.input_projection.weight", POINTWISE),
-        Rule("projection/bias", "model.input_projection.bias"),
+        *linear_rules("projection", "model.input_projection", layout=POINTWISE),
         *_transformer_rules(deformable=False),
         *norm_rules("decoder/norm", "model.decoder.layernorm"),  # the only one: there is no pre-norm
         Rule("decoder/query_position", "model.query_position_embeddings.weight"),

@@ -2,51 +2,26 @@
 
 from ml_collections import ConfigDict
 
-from deperceiver_jax.weights.name_rules import CONV, POINTWISE, SAME, NameRules, Rule
+from deperceiver_jax.weights.name_rules import CONV, POINTWISE, NameRules, Rule
 from deperceiver_jax.weights.tables.parts import (
     NOT_PARAMETERS,
+    detr_decoder_rules,
     linear_rules,
+    mlp_rules,
     norm_rules,
     resnet_rules,
     torch_attention_rules,
 )
 
 
-def _pointwise_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
-    return [
-        Rule(f"{ours}/kernel", f"{theirs}.weight", POINTWISE, first_layer),
-        Rule(f"{ours}/bias", f"{theirs}.bias", SAME, first_layer),
-    ]
-
-
-def _convolution_rules(ours: str, theirs: str, first_layer=None) -> list[Rule]:
-    return [
-        Rule(f"{ours}/kernel", f"{theirs}.weight", CONV, first_layer),
-        Rule(f"{ours}/bias", f"{theirs}.bias", SAME, first_layer),
-    ]
-
-
-def _mlp_rules(ours: str, theirs: str) -> list[Rule]:
-    return [r for layer in (0, 1) for r in linear_rules(f"{ours}/layers/{layer}", f"{theirs}.linear{layer + 1}", 0)]
-
-
 def _decoder_rules() -> list[Rule]:
     """The first layer alone estimates centres, from where all others take them."""
     ours, theirs = "decoder/layers/layers", "transformer.decoder.layers.{layer}"
-    rules = []
-    for number, (a, b) in enumerate(
-        {"self_attention": "self_attn", "cross_attention": "multihead_attn"}.items(), start=1
-    ):
-        rules += torch_attention_rules(f"{ours}/{a}", f"{theirs}.{b}", 0)
-        rules += norm_rules(f"{ours}/{a}_norm", f"{theirs}.norm{number}", 0)
-    rules += norm_rules(f"{ours}/mlp_norm", f"{theirs}.norm3", 0)
-    rules += norm_rules(f"{ours}/modulation/norm", f"{theirs}.norm4", 0)
+    rules = detr_decoder_rules() + norm_rules(f"{ours}/modulation/norm", f"{theirs}.norm4", 0)
     for number, part in enumerate(("offset", "scale", "selection"), start=2):
         rules += linear_rules(f"{ours}/modulation/{part}", f"{theirs}.point{number}", 0)
     return [
         *rules,
-        *_mlp_rules(f"{ours}/mlp", theirs),
-        *norm_rules("decoder/norm", "transformer.decoder.norm"),
         *linear_rules(r"decoder/center/layers/(\d)", r"transformer.decoder.layers.0.point1.layers.\1"),
         Rule("decoder/query_position", "query_embed.weight"),
     ]
@@ -58,9 +33,9 @@ def _attention_encoder_rules() -> list[Rule]:
     return [
         *torch_attention_rules(f"{ours}/attentions/0", f"{theirs}.self_attn", 0),
         *norm_rules(f"{ours}/attention_norm", f"{theirs}.norm1", 0),
-        *_mlp_rules(f"{ours}/mlps/0", theirs),
+        *mlp_rules(f"{ours}/mlps/0", theirs),
         *norm_rules(f"{ours}/mlp_norm", f"{theirs}.norm2", 0),
-        *_pointwise_rules("levels/projections/0", "input_proj"),
+        *linear_rules("levels/projections/0", "input_proj", layout=POINTWISE),
     ]
 
 
@@ -68,23 +43,23 @@ def _convolution_encoder_rules(share_crossings: bool) -> list[Rule]:
     """Of strides 8 to 64. The released code's names of projections are the widths of a ResNet of bottlenecks."""
     ours, theirs = "encoder/layers/layers", "transformer.encoder.layers.{layer}"
     rules = [
-        *_pointwise_rules(f"{ours}/before", f"{theirs}.conv_1", 0),
-        *_pointwise_rules(f"{ours}/after", f"{theirs}.conv_2", 0),
+        *linear_rules(f"{ours}/before", f"{theirs}.conv_1", 0, POINTWISE),
+        *linear_rules(f"{ours}/after", f"{theirs}.conv_2", 0, POINTWISE),
         *norm_rules(f"{ours}/convolution_norm", f"{theirs}.norm1", 0),
-        *_mlp_rules(f"{ours}/mlp", theirs),
+        *mlp_rules(f"{ours}/mlp", theirs),
         *norm_rules(f"{ours}/mlp_norm", f"{theirs}.norm2", 0),
-        *_convolution_rules("encoder/reduce", "transformer.conv"),
-        *_convolution_rules("levels/projections/3", "input_proj_2048_3"),
+        *linear_rules("encoder/reduce", "transformer.conv", layout=CONV),
+        *linear_rules("levels/projections/3", "input_proj_2048_3", layout=CONV),
         Rule("level_embedding", "transformer.level_embed"),
     ]
     for level, stride in enumerate((8, 16, 32, 64)):
-        rules += _convolution_rules(f"{ours}/within/{level}", f"{theirs}.self_attn_{stride}", 0)
+        rules += linear_rules(f"{ours}/within/{level}", f"{theirs}.self_attn_{stride}", 0, CONV)
     for level, width in enumerate((512, 1024, 2048)):
-        rules += _pointwise_rules(f"levels/projections/{level}", f"input_proj_{width}")
+        rules += linear_rules(f"levels/projections/{level}", f"input_proj_{width}", layout=POINTWISE)
         number = "" if share_crossings else f"_{level + 1}"
         if level == 0 or not share_crossings:
-            rules += _convolution_rules(f"{ours}/down/{level}", f"{theirs}.high_to_low{number}", 0)
-            rules += _convolution_rules(f"{ours}/up/{level}", f"{theirs}.low_to_high{number}", 0)
+            rules += linear_rules(f"{ours}/down/{level}", f"{theirs}.high_to_low{number}", 0, CONV)
+            rules += linear_rules(f"{ours}/up/{level}", f"{theirs}.low_to_high{number}", 0, CONV)
     return rules
 
 
