@@ -29,22 +29,15 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
-from jax.extend.core import ClosedJaxpr, Jaxpr  # noqa: E402
+from jax.extend.core import ClosedJaxpr  # noqa: E402
 
 from configs import deperceiver, deperceiver_plus, detr  # noqa: E402
 from deperceiver_jax.models import build_detector  # noqa: E402
-from deperceiver_jax.models.deperceiver.perceiver_io import (  # noqa: E402
-    DecoderFields,
-    EncoderFields,
-    PerceiverDecoder,
-    PerceiverEncoder,
-)
 from deperceiver_jax.models.deperceiver_plus.denoising import AttentionMask  # noqa: E402
-from deperceiver_jax.models.detr.transformer import TransformerDecoder, TransformerEncoder  # noqa: E402
 from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens  # noqa: E402
 from deperceiver_jax.models.features.tokens import flatten_map, size_in_whole_cells  # noqa: E402
-from deperceiver_jax.models.layers.compute import Compute  # noqa: E402
 from deperceiver_jax.models.layers.layer_stack import apply_rematerialized  # noqa: E402
+from deperceiver_jax.preflight.arithmetic import count  # noqa: E402
 from deperceiver_jax.preflight.chips import open_topology  # noqa: E402
 from deperceiver_jax.preflight.program import needed_bytes  # noqa: E402
 
@@ -60,8 +53,13 @@ PAPER = {
     "DETR": {"32": 40, "16": 377, "8": 5097},
     "DePerceiver": {"32": 187, "16": 190, "8": 202, "multi-scale": 206},
 }
-WIDTH, QUERIES, LATENTS = 256, 100, 1024  # as the paper's figure
-MODELS = ("DETR", "DePerceiver", "DePerceiver+")  # the last with its 300 latents and their heads
+WIDTH, LATENTS = 256, 1024  # as the paper's figure; so are the configs' 100 queries
+CONFIGS = {
+    "DETR": (detr, "r50"),
+    "DePerceiver": (deperceiver, "r50_16"),
+    "DePerceiver+": (deperceiver_plus, "r50_multiscale"),  # with its 300 latents and their heads
+}
+MODELS = tuple(CONFIGS)
 
 
 def main() -> None:
@@ -116,32 +114,19 @@ def count_tokens(size: tuple[int, int], stride: str) -> int:
 
 def encoder_decoder(model: str, kind: str, platform: str) -> nnx.List:
     """(encoder, decoder) with abstract parameters; of DePerceiver+ the neck's blocks, the start and the decoder."""
+    file, variant = CONFIGS[model]
+    config = file.get_config(variant)
     attention = "xla" if kind == "plain" else "flash" if platform == "tpu" else "chunked"
+    config.update(attention=attention, rematerialize=KINDS[kind])
+    config.model.dropout = 0.0
+    if model == "DePerceiver":
+        config.model.encoder.num_latents = LATENTS
 
     def build():
-        compute = Compute(jnp.float32, attention, rematerialize=KINDS[kind])
-        shared = dict(dropout=0.0, compute=compute, rngs=nnx.Rngs(0))
-        if model == "DETR":
-            m = detr.get_config("r50").model
-            shared |= dict(pre_norm=False)
-            halves = [
-                TransformerEncoder(WIDTH, **m.encoder.to_dict(), **shared),
-                TransformerDecoder(WIDTH, QUERIES, **m.decoder.to_dict(), **shared),
-            ]
-        elif model == "DePerceiver+":
-            config = deperceiver_plus.get_config("r50_multiscale")
-            config.update(attention=attention, rematerialize=KINDS[kind])
-            detector = build_detector(config, rngs=nnx.Rngs(0))
-            halves = [detector.levels.blocks, detector.start, detector.decoder]
-        else:
-            m = deperceiver.get_config("r50_16").model
-            m.encoder.num_latents = LATENTS
-            decoder = dict(latents_have_places=False, compute=compute, rngs=nnx.Rngs(0))
-            halves = [
-                PerceiverEncoder(WIDTH, EncoderFields(**m.encoder.to_dict()), **shared),
-                PerceiverDecoder(WIDTH, WIDTH, QUERIES, DecoderFields(**m.decoder.to_dict()), **decoder),
-            ]
-        return nnx.List(halves)
+        detector = build_detector(config, rngs=nnx.Rngs(0))
+        if model == "DePerceiver+":
+            return nnx.List([detector.levels.blocks, detector.start, detector.decoder])
+        return nnx.List([detector.encoder, detector.decoder])
 
     return nnx.eval_shape(build)
 
@@ -169,7 +154,7 @@ def measure(model: str, kind: str, size: tuple[int, int], stride: str, device=No
 
     kept = jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], params, x)
     row = dict(model=model, kind=kind, size=size, stride=stride, tokens=tokens)
-    row["outputs"] = matrix_outputs(jax.make_jaxpr(apply)(params, x).jaxpr) / 1e6
+    row["outputs"] = matrix_outputs(jax.make_jaxpr(apply)(params, x)) / 1e6
     row["kept"] = _mebibytes(without(jax.tree.leaves(kept), jax.tree.leaves(params)))
     if device is not None:
         step = jax.grad(lambda *inputs: sum(jnp.sum(y**2) for y in jax.tree.leaves(apply(*inputs))), argnums=(0, 1))
@@ -196,22 +181,9 @@ def compile_step(step, params, x, device) -> dict:
     return dict(compiled=temporaries / 2**20, refused=refused, platform=device.device_kind)
 
 
-def matrix_outputs(jaxpr: Jaxpr, times: int = 1) -> int:
+def matrix_outputs(jaxpr: ClosedJaxpr) -> int:
     """Numbers that matrix products and convolutions write; a loop's body counts as often as it runs."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            total += times * sum(math.prod(v.aval.shape) for v in eqn.outvars)
-        inner = [p for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program) if _is_program(p)]
-        inner = inner[:1] if eqn.primitive.name in ("cond", "platform_dependent") else inner
-        for program in inner:
-            program = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-            total += matrix_outputs(program, times * eqn.params.get("length", 1))
-    return total
-
-
-def _is_program(x) -> bool:
-    return isinstance(x, (Jaxpr, ClosedJaxpr))
+    return count(jaxpr, "cpu", lambda equation: sum(math.prod(v.aval.shape) for v in equation.outvars))
 
 
 def without(arrays: list, parameters: list) -> list:

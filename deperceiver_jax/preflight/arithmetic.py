@@ -6,6 +6,7 @@ not say what they compute. What is computed again in the backward pass counts ag
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from jax.extend import core
@@ -13,16 +14,21 @@ from jax.interpreters import partial_eval
 
 
 def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str) -> int:
-    """2 x multiplications of a program for `platform`, over all devices; of a while loop, once.
+    """2 x multiplications of a program for `platform`, over all devices."""
+    return count(jaxpr, platform, _flops)
+
+
+def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str, figure: Callable[[core.JaxprEqn], int]) -> int:
+    """The sum of a figure of every product, convolution and kernel, as often as it runs; in a while loop, once.
 
     What no result depends on is left out, as compilers do.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(jaxpr, platform)
+    return _count(jaxpr, platform, figure)
 
 
-def _count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str) -> int:
+def _count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str, figure: Callable[[core.JaxprEqn], int]) -> int:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     chosen = {}  # branches that are taken on this platform
     total = 0
@@ -30,24 +36,19 @@ def _count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str) -> int:
         name, parameters = equation.primitive.name, equation.params
         if name == "platform_index":
             chosen[equation.outvars[0]] = _branch(parameters["platforms"], platform)
-        elif name == "dot_general":
-            total += _product(equation)
-        elif name == "conv_general_dilated":
-            total += _convolution(equation)
-        elif name == "pallas_call":
-            estimate = parameters["cost_estimate"]
-            total += 0 if estimate is None else int(estimate.flops)
+        elif name in ("dot_general", "conv_general_dilated", "pallas_call"):
+            total += figure(equation)
         elif name == "cond":
             branches = parameters["branches"]
             index = equation.invars[0]
             taken = chosen.get(index) if isinstance(index, core.Var) else int(index.val)
-            counts = [_count(b, platform) for b in (branches if taken is None else [branches[taken]])]
+            counts = [_count(b, platform, figure) for b in (branches if taken is None else [branches[taken]])]
             total += max(counts)
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":
                 times = parameters["mesh"].size
-            total += times * sum(_count(inner, platform) for inner in _inside(parameters))
+            total += times * sum(_count(inner, platform, figure) for inner in _inside(parameters))
     return total
 
 
@@ -70,6 +71,13 @@ def _branch(platforms, platform: str) -> int:
         elif set(each) & set(names):
             return index
     return default
+
+
+def _flops(equation: core.JaxprEqn) -> int:
+    if equation.primitive.name == "pallas_call":
+        estimate = equation.params["cost_estimate"]
+        return 0 if estimate is None else int(estimate.flops)
+    return _product(equation) if equation.primitive.name == "dot_general" else _convolution(equation)
 
 
 def _product(equation) -> int:
