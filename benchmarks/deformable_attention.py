@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 LEVEL_SIZES = ((100, 134), (50, 67), (25, 34), (13, 17))
 HEADS, CHANNELS, POINTS = 8, 32, 4
 NUM_TOKENS = sum(height * width for height, width in LEVEL_SIZES)
@@ -84,7 +86,6 @@ def torch_call(inputs):
 def jax_function(sampling: str):
     import jax
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from deperceiver_jax.models.attention.level_sampling import sample_levels
 
     def output_and_gradients(value, location, weight, gradient):
@@ -163,13 +164,12 @@ def compare(sides: dict[str, str], batch: int, which: str, rounds: int) -> None:
 
 def compile_ahead(topology: str, samplings: list[str], batch: int) -> None:
     """What the compiler says of both ways on a TPU, in bfloat16 with encoder queries."""
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    from deperceiver_jax.preflight.chips import open_topology
+
+    sharding = jax.sharding.SingleDeviceSharding(open_topology(topology)[1][0])
     types = (jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16)
     arguments = [
         jax.ShapeDtypeStruct(array.shape, dtype, sharding=sharding)

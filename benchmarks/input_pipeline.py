@@ -40,61 +40,23 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that every photograph is loade
 IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
 IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
 
-# How often each (height, width) occurs among 160 images of COCO 2017, 80 of train and 80 of val. --annotations replaces
+# How often each HEIGHTxWIDTH occurs among 160 images of COCO 2017, 80 of train and 80 of val. --annotations replaces
 # this sample by the sizes of a whole split.
 COCO_SIZES = {
-    34: [(480, 640)],
-    21: [(427, 640)],
-    17: [(640, 480)],
-    10: [(426, 640)],
-    6: [(375, 500), (428, 640)],
-    4: [(333, 500)],
-    3: [(424, 640), (640, 426)],
-    2: [(374, 500), (425, 640), (429, 640), (449, 640), (640, 425), (640, 427), (640, 428)],
-    1: [
-        (140, 213),
-        (240, 320),
-        (302, 400),
-        (320, 640),
-        (332, 500),
-        (334, 500),
-        (336, 448),
-        (346, 500),
-        (357, 500),
-        (359, 640),
-        (368, 640),
-        (370, 500),
-        (383, 640),
-        (409, 640),
-        (418, 640),
-        (420, 640),
-        (421, 640),
-        (433, 640),
-        (444, 640),
-        (457, 640),
-        (461, 614),
-        (464, 640),
-        (469, 469),
-        (478, 640),
-        (479, 640),
-        (482, 640),
-        (483, 640),
-        (484, 640),
-        (486, 500),
-        (489, 640),
-        (498, 640),
-        (500, 333),
-        (500, 375),
-        (500, 389),
-        (512, 640),
-        (593, 600),
-        (600, 450),
-        (640, 358),
-        (640, 359),
-        (640, 449),
-        (640, 460),
-        (640, 478),
-    ],
+    34: "480x640",
+    21: "427x640",
+    17: "640x480",
+    10: "426x640",
+    6: "375x500 428x640",
+    4: "333x500",
+    3: "424x640 640x426",
+    2: "374x500 425x640 429x640 449x640 640x425 640x427 640x428",
+    1: (
+        "140x213 240x320 302x400 320x640 332x500 334x500 336x448 346x500 357x500 359x640 368x640 370x500 383x640 "
+        "409x640 418x640 420x640 421x640 433x640 444x640 457x640 461x614 464x640 469x469 478x640 479x640 482x640 "
+        "483x640 484x640 486x500 489x640 498x640 500x333 500x375 500x389 512x640 593x600 600x450 640x358 640x359 "
+        "640x449 640x460 640x478"
+    ),
 }
 
 
@@ -205,11 +167,9 @@ def photographs(folder: str, count: int) -> list[bytes]:
 
 def coco_sizes() -> np.ndarray:
     """The measured sample of COCO's image sizes, int32 [160, 2]."""
-    return np.repeat(
-        [size for sizes in COCO_SIZES.values() for size in sizes],
-        [count for count, sizes in COCO_SIZES.items() for _ in sizes],
-        axis=0,
-    ).astype(np.int32)
+    counted = [(count, size.split("x")) for count, sizes in COCO_SIZES.items() for size in sizes.split()]
+    counts, sizes = zip(*counted, strict=True)
+    return np.repeat(np.array(sizes, np.int32), counts, axis=0)
 
 
 def planned_sizes(annotations: str) -> tuple[np.ndarray, str]:

@@ -120,13 +120,12 @@ def main(_) -> None:
     ]
     if QUERIES.value >= matcher.MANY_QUERIES:
         rows.append(("SciPy, all queries", assignment_of_all_rows, on_host))
-    others = [
+    rows += [
         ("SciPy, padded to all slots", padded_assignment, on_host),
         ("`match` under jit, device", jax.jit(partial(match, backend="device", mesh=mesh)), on_device),
         ("optax, vmapped, under jit", jax.jit(optax_assignment), on_device),
         ("`matching_cost` under jit", cost_of, inputs),
     ]
-    rows += others
     print(f"{LAYERS.value} layers x {IMAGES.value} images, {QUERIES.value} queries, {SLOTS.value} box slots")
     print(f"{BATCHES.value} batches; boxes per image: mean {counts.mean():.1f}, largest {counts.max()}")
     print(

@@ -30,11 +30,13 @@ from deperceiver_jax.models import field_needs  # noqa: E402
 from deperceiver_jax.preflight.arithmetic import count_flops  # noqa: E402
 from deperceiver_jax.preflight.program import trace_step  # noqa: E402
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
-from deperceiver_jax.sharding import batch_sharding, make_mesh, shard_batch  # noqa: E402
+from deperceiver_jax.sharding import make_mesh, shard_batch  # noqa: E402
 from deperceiver_jax.structures import Assignment, Batch  # noqa: E402
-from deperceiver_jax.training.build import build_training  # noqa: E402
-from deperceiver_jax.training.train_state import Plan, TrainState  # noqa: E402
+from deperceiver_jax.training.build import Training, build_training  # noqa: E402
+from deperceiver_jax.training.train_state import TrainState  # noqa: E402
 from deperceiver_jax.training.train_step import non_finite_term  # noqa: E402
+
+LENGTH = dict(steps_per_epoch=1000, num_steps=1000)  # of a schedule, whatever it is
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -83,18 +85,18 @@ def machine() -> dict:
 def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *, with_matching: bool) -> dict:
     """Times in seconds a step, sizes in bytes, operations a step; for the mean of the batches."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    plan, train_step = prepare(config, mesh)
-    start = time.perf_counter()
-    compiled = compile_step(train_step, plan, batches, mesh)
-    compile_seconds = time.perf_counter() - start
     on_device = [shard_batch(batch, mesh) for batch in batches]
-    state, loss = warm_up(compiled, plan.initialize(), on_device)
+    training = build_training(config, mesh, **LENGTH)
+    start = time.perf_counter()
+    compiled = compile_step(training, on_device)
+    compile_seconds = time.perf_counter() - start
+    state, loss = warm_up(compiled, training.plan.initialize(), on_device)
     state, _ = time_rounds([compiled], state, on_device, steps, 1)  # two steps under way, and no other program's memory
     allocator = jax.devices()[0].memory_stats()
     steps_to_time = [compiled]
     if with_matching:
         with mock.patch("deperceiver_jax.losses.set_loss.match", fixed_assignment):
-            steps_to_time.append(compile_step(prepare(config, mesh)[1], plan, batches, mesh))
+            steps_to_time.append(compile_step(build_training(config, mesh, **LENGTH), on_device))
         state, _ = warm_up(steps_to_time[1], state, on_device)
     _, (times, *unmatched) = time_rounds(steps_to_time, state, on_device, steps, rounds)
     flops = model_flops(config, batches)
@@ -116,21 +118,10 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
     return result
 
 
-def prepare(config: ConfigDict, mesh) -> tuple[Plan, jax.stages.Wrapped]:
-    """The arrays and the jitted step of a training run, as train.py makes them."""
-    training = build_training(config, mesh, steps_per_epoch=1000, num_steps=1000)
-    return training.plan, training.step
-
-
-def compile_step(train_step, plan: Plan, batches: list[Batch], mesh) -> dict[tuple[int, ...], jax.stages.Compiled]:
+def compile_step(training: Training, batches: list[Batch]) -> dict[tuple[int, ...], jax.stages.Compiled]:
     """The step for every shape of image, by that shape."""
-    shapes = {batch.image.shape: abstract(batch, mesh) for batch in batches}
-    return {shape: train_step.lower(plan.abstract, batch).compile() for shape, batch in shapes.items()}
-
-
-def abstract(batch: Batch, mesh) -> Batch:
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+    shapes = {batch.image.shape: batch for batch in batches}
+    return {shape: training.step.lower(training.plan.abstract, batch).compile() for shape, batch in shapes.items()}
 
 
 def warm_up(compiled, state: TrainState, batches: list[Batch]) -> tuple[TrainState, float]:
