@@ -60,10 +60,7 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
 def deperceiver_model() -> ConfigDict:
     """DePerceiver with places: 64 latents read the image three times, 64 queries read the latents twice."""
     m = deperceiver.model()
-    m.num_queries = 64
-    m.embed_dim = 128
-    m.relative_boxes = True
-    m.strides = (8,)
+    m.update(num_queries=64, embed_dim=128, relative_boxes=True, strides=(8,))
     m.position.use = "keys"
     m.encoder.update(
         num_latents=64,
@@ -97,9 +94,7 @@ def deperceiver_model() -> ConfigDict:
 def deperceiver_plus_model() -> ConfigDict:
     """DePerceiver+ on strides 8 and 16, three layers of 48 latents."""
     m = deperceiver_plus.model()
-    m.num_queries = 48
-    m.embed_dim = 96
-    m.strides = (8, 16)
+    m.update(num_queries=48, embed_dim=96, strides=(8, 16))
     m.neck_blocks = 0  # on two cores its convolutions would take a third of every step
     m.decoder.update(num_layers=3, num_heads=4, mlp_dim=256, least_width=0.03)
     return m
@@ -108,10 +103,7 @@ def deperceiver_plus_model() -> ConfigDict:
 def detr_model() -> ConfigDict:
     """DETR at stride 16, two layers each. It needs many more steps than DePerceiver with places does."""
     m = detr.model()
-    m.num_queries = 64
-    m.embed_dim = 128
-    m.dropout = 0.0
-    m.strides = (16,)
+    m.update(num_queries=64, embed_dim=128, dropout=0.0, strides=(16,))
     m.encoder.update(num_layers=2, mlp_dim=256)
     m.decoder.update(num_layers=2, mlp_dim=256)
     return m
@@ -120,11 +112,7 @@ def detr_model() -> ConfigDict:
 def deformable_detr_model() -> ConfigDict:
     """Deformable DETR on strides 8 and 16, two layers each."""
     m = deformable_detr.model()
-    m.num_queries = 64
-    m.embed_dim = 128
-    m.dropout = 0.0
-    m.strides = (8, 16)
-    m.extra_levels = 0
+    m.update(num_queries=64, embed_dim=128, dropout=0.0, strides=(8, 16), extra_levels=0)
     m.encoder.update(num_layers=2, mlp_dim=256)
     m.decoder.update(num_layers=2, mlp_dim=256)
     return m
@@ -134,10 +122,7 @@ def smca_model() -> ConfigDict:
     """SMCA on strides 8, 16 and 32: one layer within each, one across, then two decoder layers."""
     m = smca.model()
     smca.multiscale(m)
-    m.num_queries = 64
-    m.embed_dim = 128
-    m.dropout = 0.0
-    m.strides = (8, 16)
+    m.update(num_queries=64, embed_dim=128, dropout=0.0, strides=(8, 16))
     m.encoder.update(layout=("intra", "multi"), mlp_dim=256)
     m.decoder.update(num_layers=2, mlp_dim=256)
     return m

@@ -117,20 +117,13 @@ def _denoising_losses(predictions: Predictions, batch: Batch, *, classification,
 
 def _weigh(weights, classification, loss_class, predictions: Predictions, batch: Batch, assignment, num_boxes):
     """{name: (weight, loss of each layer)}; a term of weight 0 is not computed. `weights` is config.loss."""
-    weighted = {}
-    if weights.weight_class:
-        weighted[f"loss_{classification.name}"] = (weights.weight_class, loss_class())
-    if weights.weight_bbox:
-        weighted["loss_bbox"] = (
-            weights.weight_bbox,
-            bbox_loss(predictions.boxes, batch.boxes, assignment, num_boxes),
-        )
-    if weights.weight_giou:
-        weighted["loss_giou"] = (
-            weights.weight_giou,
-            giou_loss(predictions.boxes, batch.boxes, assignment, num_boxes),
-        )
-    return weighted
+    of_boxes = (predictions.boxes, batch.boxes, assignment, num_boxes)
+    terms = {
+        f"loss_{classification.name}": (weights.weight_class, loss_class),
+        "loss_bbox": (weights.weight_bbox, functools.partial(bbox_loss, *of_boxes)),
+        "loss_giou": (weights.weight_giou, functools.partial(giou_loss, *of_boxes)),
+    }
+    return {name: (weight, loss()) for name, (weight, loss) in terms.items() if weight}
 
 
 def labels_of_queries(assignment: Assignment, labels: Int32[Array, "B N"], num_queries: int) -> Int32[Array, "L B Q"]:
