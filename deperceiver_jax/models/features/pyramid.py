@@ -1,24 +1,17 @@
 """The tokens of all levels in one row, with everything that a transformer asks of them."""
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.features.position_encoding import sine_waves
 from deperceiver_jax.models.features.tokens import cell_places, concatenate_levels, flatten_map
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("tokens", "valid", "position", "places", "extent"),
-    meta_fields=("sizes",),
-)
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class LevelTokens:
     """The cells of one or several feature maps, one map after the other, each row by row. A map is a level."""
 
@@ -27,7 +20,7 @@ class LevelTokens:
     position: Float[Array, "B S D"] | None  # what is added to the tokens where an attention makes its keys, if anything
     places: Float[Array, "B S 2"]  # (x, y) of each cell's centre in [0, 1] of the image, beyond 1 on padding
     extent: Float[Array, "B L 2"]  # (x, y): the image's width and height in cells of each level
-    sizes: tuple[tuple[int, int], ...]  # (height, width) of each level's padded map, static
+    sizes: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)  # (height, width) of each level's padded map
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -48,9 +41,6 @@ class LevelTokens:
     def valid_share(self) -> Float[Array, "B 1 L 2"]:
         """(x, y): how much of each padded map is image."""
         return self.extent[:, None] * self.cell_size
-
-    def replace(self, **fields) -> "LevelTokens":
-        return dataclasses.replace(self, **fields)
 
     def split(self, x: Float[Array, "B S C"]) -> list[Float[Array, "B s C"]]:
         """What is said of all tokens, level by level."""

@@ -8,45 +8,37 @@ loops, so every layer's arrays can be kept under the layer's own name. Records a
 return them. A function that was compiled before records nothing.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Bool, Float
 
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
 from deperceiver_jax.structures import Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("probability", "bias", "segment_weight"),
-    meta_fields=("name", "segments"),
-)
-@dataclass(frozen=True)
+@struct.dataclass
 class DenseRecord:
     """One dense attention as it was applied; its result is `probability` times the values."""
 
-    name: str  # its place in the detector: decoder.layers.3.cross_attention
-    segments: tuple[int, ...]  # lengths of the runs of keys that have a softmax of their own
+    name: str = struct.field(pytree_node=False)  # its place in the detector: decoder.layers.3.cross_attention
+    segments: tuple[int, ...] = struct.field(
+        pytree_node=False
+    )  # lengths of the runs of keys with a softmax of their own
     probability: Float[Array, "B H Q K"]  # 0 on padding; a row sums to 1, or to the sum of its segments' weights
     bias: Float[Array, "B Hb Qb K"] | None  # what was added to the logits: in every detector here, a log-Gaussian
     segment_weight: Float[Array, "B Q S"]  # how much each segment counts; it is part of `probability` already
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("location", "weight", "reference"), meta_fields=("name",)
-)
-@dataclass(frozen=True)
+@struct.dataclass
 class PointRecord:
     """One deformable attention. Places are (x, y) in [0, 1] of each level's padded map."""
 
-    name: str
+    name: str = struct.field(pytree_node=False)
     location: Float[Array, "B Q H L K 2"]
     weight: Float[Array, "B Q H L K"]  # sums to 1 over levels and points
     reference: Float[Array, "B Q L 2"]
