@@ -11,7 +11,7 @@ median of --rounds calls.
 
 import statistics
 import sys
-import time
+import timeit
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -89,16 +89,13 @@ def assignment_of_all_rows(cost, box_valid):
 
 def milliseconds(call, problems) -> list[float]:
     """The median time of each problem."""
-    times = []
-    for problem in problems:
+
+    def median(problem):
         jax.block_until_ready(call(*problem))  # compiles
-        rounds = []
-        for _ in range(ROUNDS.value):
-            start = time.perf_counter()
-            jax.block_until_ready(call(*problem))
-            rounds.append(1e3 * (time.perf_counter() - start))
-        times.append(statistics.median(rounds))
-    return times
+        rounds = timeit.repeat(lambda: jax.block_until_ready(call(*problem)), number=1, repeat=ROUNDS.value)
+        return 1e3 * statistics.median(rounds)
+
+    return [median(problem) for problem in problems]
 
 
 def main(_) -> None:

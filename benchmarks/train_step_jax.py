@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import timeit
 from pathlib import Path
 from unittest import mock
 
@@ -62,24 +63,24 @@ def machine() -> dict:
     """The device, and the FLOP/s of a large matrix product in each precision, as a program gets it by default."""
     device = jax.devices()[0]
     size, calls = (1024, 4) if device.platform == "cpu" else (8192, 20)
-    peak = {}
-    for precision in ("bfloat16", "float32"):
-        left, right = (jax.random.normal(key, (size, size), precision) for key in jax.random.split(jax.random.key(0)))
-        product = jax.jit(jnp.matmul)
-        jax.block_until_ready(product(left, right))
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            jax.block_until_ready([product(left, right) for _ in range(calls)])
-            seconds.append(time.perf_counter() - start)
-        peak[precision] = 2 * size**3 * calls / min(seconds)
     return {
         "platform": device.platform,
         "device": device.device_kind,
         "versions": f"Python {sys.version.split()[0]}, jax {jax.__version__}, NumPy {np.__version__}",
         "cores": os.cpu_count(),
-        "peak_flops": peak,
+        "peak_flops": {precision: peak_flops(precision, size, calls) for precision in ("bfloat16", "float32")},
     }
+
+
+def peak_flops(precision: str, size: int, calls: int) -> float:
+    left, right = (jax.random.normal(key, (size, size), precision) for key in jax.random.split(jax.random.key(0)))
+    product = jax.jit(jnp.matmul)
+
+    def run():
+        jax.block_until_ready([product(left, right) for _ in range(calls)])
+
+    run()  # compiles
+    return 2 * size**3 * calls / min(timeit.repeat(run, number=1, repeat=5))
 
 
 def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *, with_matching: bool) -> dict:

@@ -53,13 +53,9 @@ class Detector(nnx.Module):
     ):
         self.strides = tuple(sorted(fields.strides))
         self.dtype = compute.dtype
+        strides = tuple(backbone_strides) or self.strides
         self.backbone = build_part(
-            ResNet,
-            "config.model.backbone",
-            fields.backbone,
-            strides=tuple(backbone_strides) or self.strides,
-            compute=compute,
-            rngs=rngs,
+            ResNet, "config.model.backbone", fields.backbone, strides=strides, compute=compute, rngs=rngs
         )
 
     @property

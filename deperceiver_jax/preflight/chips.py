@@ -1,6 +1,7 @@
 """What the makers publish about each chip, and the topologies of them that libtpu can compile for."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,9 +55,7 @@ def open_topology(name: str) -> tuple[Chip | None, Sequence[jax.Device]]:
             "Compiling for a TPU needs its compiler, which is not installed: pip install 'deperceiver_jax[preflight]'."
         )
     chip = CHIPS[kind]
-    chips = 1
-    for size in sizes:
-        chips *= int(size)
+    chips = math.prod(map(int, sizes))
     # libtpu asks the machine it runs on what it is, and locks it, unless told.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

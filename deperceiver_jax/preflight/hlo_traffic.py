@@ -46,12 +46,11 @@ def program_traffic(text: str) -> Traffic:
     computations, entry = parse_program(text)
     partitions = _PARTITIONS.search(text.split("\n", 1)[0])
     devices = int(partitions[1]) if partitions else 1
-    total = Traffic(0, 0)
-    for instruction, times in _executed(computations, entry, 1):
-        memory = _memory(instruction, computations, times[1])
-        sent = _sent(instruction, times[1], devices)
-        total = Traffic(total.memory + times[0] * memory, total.interconnect + times[0] * sent)
-    return total
+    memory = sent = 0
+    for instruction, times, siblings in _executed(computations, entry, 1):
+        memory += times * _memory(instruction, computations, siblings)
+        sent += times * _sent(instruction, siblings, devices)
+    return Traffic(memory, sent)
 
 
 def parse_program(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -97,10 +96,10 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no parenthesis closes the one at {start} of {text[:80]!r}")
 
 
-def _executed(computations, name: str, times: int) -> Iterator[tuple[Instruction, tuple[int, dict]]]:
+def _executed(computations, name: str, times: int) -> Iterator[tuple[Instruction, int, dict[str, Instruction]]]:
     """Every instruction that runs by itself, with how often it runs and the computation it stands in."""
     for instruction in computations[name].values():
-        yield instruction, (times, computations[name])
+        yield instruction, times, computations[name]
         if instruction.opcode in ("while", "call", "conditional", "async-start"):
             runs = _trips(instruction, computations) if instruction.opcode == "while" else 1
             for called, branches in _CALLED.findall(instruction.attributes):

@@ -32,7 +32,6 @@ from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.draw_boxes import draw_detections
 from deperceiver_jax.visualize.fonts import readable
 from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
-from deperceiver_jax.visualize.output import check_output, need
 
 
 class Look(NamedTuple):
@@ -126,8 +125,6 @@ def parse_queries(text: str | None) -> list[int] | None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    need(values, "output")
-    check_output(values.output)
     check_image_flags(values)
     if values.best < 1:
         raise UserError(f"--best is {values.best}; it must be at least 1.")

@@ -117,10 +117,7 @@ def point_view(record: PointRecord, query: int, frame: Frame) -> View:
     reference = record.reference[0, query].mean(axis=0)  # without padding, all levels have the same
 
     def panel(caption, heads):
-        return Panel(
-            caption,
-            lambda size: draw_points(frame.image, location[heads], weight[heads], reference, size),
-        )
+        return Panel(caption, lambda size: draw_points(frame.image, location[heads], weight[heads], reference, size))
 
     heads = [panel(f"head {i}", slice(i, i + 1)) for i in range(len(location))]
     return View([panel("points of all heads", slice(None))], _fold(heads))

@@ -58,9 +58,8 @@ def draw_detections(
         rectangle = _place(box, extent, size, line, [p[0] for p in placed])
         placed.append((rectangle, (text, font), box, class_color(int(labels[k]))))
     for _, _, (left, top, right, bottom), color in reversed(placed):
-        draw.rectangle(
-            (left - 1, top - 1, right + 1, bottom + 1), outline=(255, 255, 255)
-        )  # so it is seen on any ground
+        white = (left - 1, top - 1, right + 1, bottom + 1)  # around it, so it is seen on any ground
+        draw.rectangle(white, outline=(255, 255, 255))
         draw.rectangle((left, top, right, bottom), outline=color, width=line)
     for rectangle, (text, font), _, color in reversed(placed):
         draw.rectangle(rectangle, fill=color, outline=tuple(c * 7 // 10 for c in color))

@@ -28,7 +28,7 @@ from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.draw_boxes import class_color
 from deperceiver_jax.visualize.fonts import font_for
 from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
-from deperceiver_jax.visualize.output import FAINT, INK, PAPER, check_output, need, save_picture
+from deperceiver_jax.visualize.output import FAINT, INK, PAPER, save_picture
 
 CELL = 420  # longest side of each picture, in pixels
 COLUMNS = 4
@@ -115,8 +115,6 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    need(values, "output")
-    check_output(values.output)
     check_image_flags(values)
     _, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     image, name = read_image(values, loaded.config)

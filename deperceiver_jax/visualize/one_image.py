@@ -13,6 +13,7 @@ from deperceiver_jax.data.batches.pixels import decode_image, place_image
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.runs.load_detector import define_detector_flags
+from deperceiver_jax.visualize.output import check_output, need
 
 
 def define_image_flags(values: flags.FlagValues) -> None:
@@ -23,7 +24,9 @@ def define_image_flags(values: flags.FlagValues) -> None:
 
 
 def check_image_flags(values: flags.FlagValues) -> None:
-    """Raises UserError unless there is one image."""
+    """Raises UserError unless there is one image, and a picture of it could be written."""
+    need(values, "output")
+    check_output(values.output)
     if (values.image is None) == (values.example is None):
         raise UserError("Either --image or --example is needed: a file, or the number of an image of the split.")
 

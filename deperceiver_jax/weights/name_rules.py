@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.skeleton import take_apart
 
 
 class Layout(NamedTuple):
@@ -151,17 +152,14 @@ def with_copies(state: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, 
 
 def torch_shapes(module: nnx.Module, rules: NameRules) -> dict[str, tuple[int, ...]]:
     """{official name: shape} of the state dict that fits `module`, which may be abstract (`nnx.eval_shape`)."""
-    zeros = {path: np.broadcast_to(np.float32(0), v.get_value().shape) for path, v in _variables(module).items()}
+    _, params, others = take_apart(module)
+    zeros = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in {**params, **others}.items()}
     return {name: array.shape for name, array in to_torch(zeros, rules).items()}
 
 
 def official_names(shapes: Mapping[str, tuple[int, ...]], rules: NameRules) -> dict[str, list[str]]:
     """{our path: its official names, one a layer}, for a model whose paths have these `shapes`."""
     return {path: names for path, _, names in _entries(shapes, rules)}
-
-
-def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
-    return {"/".join(map(str, path)): v for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)}
 
 
 def _entries(shapes: Mapping[str, tuple[int, ...]], rules: NameRules) -> list[tuple[str, Rule, list[str]]]:

@@ -125,7 +125,7 @@ class CrossAttentionLayer(nnx.Module):
         num_heads: int,
         *,
         mlp_ratio: float,
-        gated_mlp: bool,
+        gated_mlp: bool = False,
         dropout: float,
         gaussian_width: float | None = None,
         compute: Compute,
@@ -253,21 +253,12 @@ class PerceiverDecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.fields = fields
+        shared: dict = dict(dropout=fields.dropout, compute=compute, rngs=rngs)
         if fields.self_attention:
-            self.self_attention = MultiHeadAttention(
-                dim, fields.self_heads, dropout=fields.dropout, compute=compute, rngs=rngs
-            )
+            self.self_attention = MultiHeadAttention(dim, fields.self_heads, **shared)
             self.self_attention_norm = LayerNorm(dim, dtype=compute.dtype)
         self.cross_attention = CrossAttentionLayer(
-            dim,
-            latent_dim,
-            fields.cross_heads,
-            mlp_ratio=fields.mlp_ratio,
-            gated_mlp=False,
-            dropout=fields.dropout,
-            gaussian_width=gaussian_width,
-            compute=compute,
-            rngs=rngs,
+            dim, latent_dim, fields.cross_heads, mlp_ratio=fields.mlp_ratio, gaussian_width=gaussian_width, **shared
         )
 
     def __call__(

@@ -56,7 +56,7 @@ class ConvolutionFields:
 class ConvolutionLayer(TransformerLayer):
     """A depthwise convolution on each level, exchange with the next finer and coarser one, then the MLP.
 
-    Between its linear layers, if it has them, nothing bends.
+    Nothing bends between the convolutions and the linear layers around them.
     """
 
     def __init__(

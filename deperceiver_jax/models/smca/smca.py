@@ -122,8 +122,7 @@ def _build_encoder(encoder: dict, dim: int, strides: tuple[int, ...], shared: di
     kind = encoder.pop("kind", None)
     check_choice("config.model.encoder.kind", kind, ("attention", "convolution"))
     if kind == "attention":
-        fields = build_part(AttentionFields, "config.model.encoder", encoder)
-        return AttentionEncoder(dim, fields, num_levels=len(strides), **shared)
-    return ConvolutionEncoder(
-        dim, build_part(ConvolutionFields, "config.model.encoder", encoder), strides=strides, **shared
-    )
+        attention = build_part(AttentionFields, "config.model.encoder", encoder)
+        return AttentionEncoder(dim, attention, num_levels=len(strides), **shared)
+    convolution = build_part(ConvolutionFields, "config.model.encoder", encoder)
+    return ConvolutionEncoder(dim, convolution, strides=strides, **shared)
