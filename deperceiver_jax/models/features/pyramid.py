@@ -11,8 +11,7 @@ from deperceiver_jax.models.features.position_encoding import sine_waves
 from deperceiver_jax.models.features.tokens import cell_places, concatenate_levels, flatten_map
 
 
-@struct.dataclass
-class LevelTokens:
+class LevelTokens(struct.PyTreeNode):
     """The cells of one or several feature maps, one map after the other, each row by row. A map is a level."""
 
     tokens: Float[Array, "B S D"]

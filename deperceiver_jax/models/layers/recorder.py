@@ -21,8 +21,7 @@ from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
 from deperceiver_jax.structures import Array
 
 
-@struct.dataclass
-class DenseRecord:
+class DenseRecord(struct.PyTreeNode):
     """One dense attention as it was applied; its result is `probability` times the values."""
 
     name: str = struct.field(pytree_node=False)  # its place in the detector: decoder.layers.3.cross_attention
@@ -34,8 +33,7 @@ class DenseRecord:
     segment_weight: Float[Array, "B Q S"]  # how much each segment counts; it is part of `probability` already
 
 
-@struct.dataclass
-class PointRecord:
+class PointRecord(struct.PyTreeNode):
     """One deformable attention. Places are (x, y) in [0, 1] of each level's padded map."""
 
     name: str = struct.field(pytree_node=False)
