@@ -21,9 +21,11 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs import smca  # noqa: E402
-from deperceiver_jax.models import build_detector  # noqa: E402
 from deperceiver_jax.models.features.pyramid import make_level_tokens  # noqa: E402
 from deperceiver_jax.models.features.tokens import feature_valid, size_in_cells  # noqa: E402
+from deperceiver_jax.models.layers.compute import Compute  # noqa: E402
+from deperceiver_jax.models.smca.spatial_modulation import ModulationFields  # noqa: E402
+from deperceiver_jax.models.smca.transformer import ModulatedDecoder  # noqa: E402
 
 VARIANT = flags.DEFINE_string("variant", "r50_single_scale", "Of configs/smca.py.")
 BATCH = flags.DEFINE_integer("batch", 2, "Images.")
@@ -34,16 +36,16 @@ LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Steps of each way.")
 
 
-def make_step(**changes):
+def make_step(strides: tuple[int, ...], **changes):
     """(the compiled step, its arguments) of a decoder whose config fields are changed so."""
-    config = smca.get_config(VARIANT.value)
-    config.model.num_queries = QUERIES.value
-    config.model.decoder.update(num_layers=LAYERS.value, **changes)
-    detector = build_detector(config, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(detector.decoder)
-    dim, strides = config.model.embed_dim, detector.token_strides
+    model = smca.get_config(VARIANT.value).model
+    model.decoder.update(num_layers=LAYERS.value, **changes)
+    fields = ModulationFields(**model.decoder)
+    how = dict(dropout=model.dropout, compute=Compute(jnp.float32, "auto", rematerialize=False), rngs=nnx.Rngs(0))
+    decoder = ModulatedDecoder(model.embed_dim, QUERIES.value, fields, strides=strides, **how)
+    graphdef, state = nnx.split(decoder)
     sizes = [(-(-HEIGHT.value // stride), -(-WIDTH.value // stride)) for stride in strides]
-    maps = [jnp.zeros((BATCH.value, *size, dim)) for size in sizes]
+    maps = [jnp.zeros((BATCH.value, *size, model.embed_dim)) for size in sizes]
     pixel_valid = jnp.ones((BATCH.value, HEIGHT.value, WIDTH.value), bool).at[:, :, -1].set(False)
     valid = [feature_valid(pixel_valid, *size) for size in sizes]
     image = make_level_tokens(maps, valid, size_in_cells(pixel_valid, strides))
@@ -60,7 +62,9 @@ def make_step(**changes):
 
 
 def main(_) -> None:
-    ways = {"without": make_step(modulation="none"), "with": make_step()}
+    model = smca.get_config(VARIANT.value).model
+    strides = (*model.strides, *(model.strides[-1] * 2 ** (i + 1) for i in range(model.extra_levels)))
+    ways = {"without": make_step(strides, modulation="none"), "with": make_step(strides)}
     clocks = {"ms": time.perf_counter, "CPU ms": time.process_time}
     fastest = {unit: dict.fromkeys(ways, float("inf")) for unit in clocks}
     for number in range(ROUNDS.value + 1):
