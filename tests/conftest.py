@@ -1,5 +1,6 @@
 """Eight simulated devices, no silent rank promotion: set before JAX starts."""
 
+import gc
 import json
 import os
 import sys
@@ -25,6 +26,10 @@ import pytest  # noqa: E402
 from tests.drawn_arrays import draw_arrays  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes objects by the million, and hardly any garbage: a sixth of the time went into looking for it.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items):

@@ -136,13 +136,13 @@ def predict(case: cases.Case):
     return predictions, np.concatenate(query), terms, detections
 
 
-def train(case: cases.Case, steps: int = cases.STEPS):
+def train(case: cases.Case, steps: int = cases.STEPS, *, optimized: bool = True):
     """(losses of all steps, gradient of the first, parameters after it), arrays in the official layout and names."""
     side = Side(case)
     state = side.state()
-    # Unlike the other tests' programs this one computes longer than it compiles.
+    # With a whole backbone it computes longer than it compiles.
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    train_step = side.train_step.lower(state, side.batches[0]).compile(options)
+    train_step = side.train_step.lower(state, side.batches[0]).compile(options if optimized else None)
     losses, first = [], None
     for batch in side.batches[:steps]:
         state, metrics = train_step(state, batch)
@@ -162,10 +162,12 @@ def _gradients(state: TrainState, norm: float, config: ConfigDict) -> dict[str, 
 # ------------------------------------------------------------------------------------------------------- the figures
 
 
-def compare(name: str, *, answers: bool = True, steps: int = cases.STEPS, single: bool = False) -> list[Figure]:
+def compare(
+    name: str, *, answers: bool = True, steps: int = cases.STEPS, single: bool = False, optimized: bool = True
+) -> list[Figure]:
     """All figures of one case: of the first batch's answers and loss, and of as many steps of training.
 
-    `single` adds those of training in float32.
+    `single` adds those of training in float32. A program that is not `optimized` compiles in a third of the time.
     """
     golden = np.load(GOLDEN / f"training_{name}.npz")
     case = cases.CASES[name]
@@ -181,7 +183,8 @@ def compare(name: str, *, answers: bool = True, steps: int = cases.STEPS, single
         ]
     if steps:
         with double_precision():
-            figures += _compare_training(*train(case, steps), golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
+            trained = train(case, steps, optimized=optimized)
+            figures += _compare_training(*trained, golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
     figures.append(Figure("seconds", time.perf_counter() - start, np.inf))
     if single:
         figures += _compare_training(*train(case), golden, "float32", gradient=1e-3, update=1e-6, loss=1e-3)

@@ -21,9 +21,9 @@ def programs_are_let_go():
 @pytest.mark.parametrize(
     "name, parts",
     [
-        ("detr_small_pre_norm_learned", {}),
+        ("detr_small_pre_norm_learned", {"optimized": False}),
         ("deperceiver_small", {"steps": 2}),  # its backbone is not small, and takes seconds a step
-        ("deformable_small_two_stage", {}),
+        ("deformable_small_two_stage", {"optimized": False}),
         # Its training, which takes a minute to compile, is left to `make parity`.
         ("smca_small_conv", {"steps": 0}),
     ],
