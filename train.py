@@ -17,6 +17,7 @@ from deperceiver_jax.data import TrainBatches, open_source
 from deperceiver_jax.data.batches.plan import evaluation_buckets
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.evaluation.coco_metric import SUMMARY
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
 from deperceiver_jax.models import field_needs
 from deperceiver_jax.program import processes
@@ -123,7 +124,7 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
             metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
             if first:
                 write_results(workdir / "eval" / str(step), metrics, results)
-            log.evaluation(config.data.eval_split, metrics)
+            log.evaluation(config.data.eval_split, {name: metrics[name] for name in SUMMARY})
 
     with contextlib.closing(log), checkpoints, contextlib.closing(iter(batches)) as stream:
         if start and is_evaluated(start) and not log.has(start, config.data.eval_split):

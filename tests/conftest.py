@@ -38,6 +38,22 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True)
+def pycocotools_agrees(monkeypatch):
+    """Whatever a test evaluates in this process is counted by pycocotools, too."""
+    from deperceiver_jax.evaluation import evaluate
+    from tests.evaluation.coco_oracle import assert_same, reference
+
+    count = evaluate.coco_metric
+
+    def count_twice(truth, results, **options):
+        metrics = count(truth, results, **options)
+        assert_same(metrics, reference(truth, results, **options))
+        return metrics
+
+    monkeypatch.setattr(evaluate, "coco_metric", count_twice)
+
+
 RECTANGLE_SIZES = [(60, 80), (80, 60), (33, 47), (64, 64), (50, 200), (120, 90), (40, 40), (61, 83), (90, 45)]
 
 
