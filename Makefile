@@ -28,7 +28,7 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --config=configs/demo.py:deperceiver_plus --workdir=$(RUN)
-	$(BIN)/python eval.py --workdir=$(RUN) --checkpoint=latest
+	$(BIN)/python eval.py --workdir=$(RUN) --checkpoint=latest --report
 	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png --score_threshold=0.4
 
 test: $(VENV)/installed

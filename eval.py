@@ -1,10 +1,11 @@
 """Evaluates a detector on a split and prints COCO's statistics.
 
-    python eval.py --workdir=runs/x [--checkpoint=latest|best|STEP] [--split=validation]
+    python eval.py --workdir=runs/x [--checkpoint=latest|best|STEP] [--split=validation] [--report]
     python eval.py --weights=DIR --config.data.directory=/data/coco
 
 The config is the one that the run stored; --config.a.b=value changes a field of it, --config=FILE:VARIANT replaces it.
-metrics.json and detections.json (COCO's results format) go to <workdir>/eval/<step>, or to --output.
+metrics.json and detections.json (COCO's results format) go to <workdir>/eval/<step>, or to --output, and with --report
+report.html, which shows them with charts and pictures in a browser.
 """
 
 import sys
@@ -21,6 +22,7 @@ from deperceiver_jax.files import require_writable
 from deperceiver_jax.program import processes
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.report import require_libraries
 from deperceiver_jax.runs.load_detector import define_detector_flags, load_for_command
 from deperceiver_jax.sharding import make_mesh, replicated
 
@@ -28,7 +30,8 @@ from deperceiver_jax.sharding import make_mesh, replicated
 def define_flags(values: flags.FlagValues) -> None:
     define_detector_flags(values)
     flags.DEFINE_string("split", None, "Default: config.data.eval_split.", flag_values=values)
-    flags.DEFINE_string("output", None, "Where the two files go.", flag_values=values)
+    flags.DEFINE_string("output", None, "Where the files go.", flag_values=values)
+    flags.DEFINE_bool("report", False, "Also write report.html.", flag_values=values)
     processes.define_flags(values)
 
 
@@ -42,6 +45,8 @@ def main(argv: list[str]) -> None:
         Path(values.output).expanduser() if values.output else default_output(stored, split, config.data.eval_split)
     )
     first = jax.process_index() == 0
+    if values.report:
+        require_libraries("--report")
     if first:
         require_writable("--output", output)
     source = open_source(config.data, split)
@@ -60,6 +65,11 @@ def main(argv: list[str]) -> None:
         write_results(output, metrics, results)
         print(metric_table(metrics, config.eval.max_detections_per_class))
         print(f"Wrote {output}/metrics.json and {len(results)} detections to {output}/detections.json.")
+    if first and values.report:
+        from deperceiver_jax.report.page import write_report
+
+        write_report(output / "report.html", source, metrics, results, config, split=split, step=output.name)
+        print(f"Wrote {output}/report.html.")
 
 
 def default_output(stored, split: str, eval_split: str) -> Path:

@@ -1,5 +1,6 @@
 """eval.py as a person runs it: a workdir alone, its checkpoints, overrides, imported weights and what goes wrong."""
 
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from deperceiver_jax.data.batches.loader import EvaluationBatches
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, ground_truth
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.program.command_line import run
+from deperceiver_jax.report import __main__ as report_program
 from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.runs.workdir import read_config
 from tests.evaluation.coco_oracle import assert_same, reference
@@ -41,9 +43,11 @@ def workdir(tiny_run, tmp_path):
 
 def test_a_workdir_is_all_it_needs(workdir, capsys):
     """Five boxes of every image, from the moving average of the latest step; metrics.json is of detections.json."""
-    assert evaluate(f"--workdir={workdir}") == 0
+    assert evaluate(f"--workdir={workdir}", "--report") == 0
     metrics, detections = read(workdir / "eval" / "7")
     assert list(metrics) == [*SUMMARY, "by_class", "by_size"]
+    page = (workdir / "eval" / "7" / "report.html").read_text()
+    assert "deperceiver on coco_directory, validation, step 7" in page
     config = read_config(workdir / "config.json")
     source = open_source(config.data, "validation")
     assert_same(metrics, reference(ground_truth(source), detections))
@@ -72,6 +76,22 @@ def test_checkpoints_by_name_and_number(workdir):
     assert read(workdir / "eval" / "3") == third
     assert evaluate(f"--workdir={workdir / 'checkpoints' / '3'}", f"--output={workdir / 'again'}") == 0
     assert read(workdir / "again") == third
+
+
+def test_the_report_of_an_evaluation_that_is_there(workdir, capsys):
+    """The same file as eval.py's, from what it wrote; and what to do where there is no evaluation, or an older one."""
+    report = functools.partial(run, report_program.main)
+    assert report(["report", f"--workdir={workdir}"]) == 1
+    assert f"{workdir} has no evaluation; make one with" in capsys.readouterr().err
+    assert evaluate(f"--workdir={workdir}", "--report") == 0
+    folder = workdir / "eval" / "7"
+    assert report(["report", f"--workdir={workdir}", f"--output={workdir}/again.html"]) == 0
+    assert (workdir / "again.html").read_text() == (folder / "report.html").read_text()
+    metrics, _ = read(folder)
+    (folder / "metrics.json").write_text(json.dumps({"AP": metrics["AP"]}))
+    assert report(["report", f"--workdir={workdir}"]) == 1
+    assert f"{folder}/metrics.json was written before 0.2.0; run eval.py again" in capsys.readouterr().err
+    assert report(["report"]) == 1 and "--workdir is missing" in capsys.readouterr().err
 
 
 def test_overrides_of_the_stored_config(workdir):

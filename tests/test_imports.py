@@ -23,6 +23,8 @@ ROOMS = {
     "training": LIBRARY | KEEPERS,
     "evaluation": LIBRARY | KEEPERS,
     "visualize": LIBRARY | KEEPERS,
+    "report": LIBRARY | KEEPERS | {"evaluation"},
+    "compare": LIBRARY | KEEPERS | {"evaluation", "report"},
     "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that train.py runs
 }
 PROGRAMS = {"import_weights", "export_weights"}  # and every __main__.py

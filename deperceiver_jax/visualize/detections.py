@@ -5,11 +5,10 @@
 What it draws is read from the run's newest `eval/<step>`.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -18,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.batches.pixels import decode_image
-from deperceiver_jax.errors import UserError
 from deperceiver_jax.program.command_line import parse_config, parse_flags
+from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
 from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.visualize.draw_boxes import draw_detections
 from deperceiver_jax.visualize.fonts import font_for, readable
@@ -79,24 +78,6 @@ def save_comparison(
                 sheet.paste(Image.fromarray(picture), (start + spare[0] // 2, y + spare[1] // 2))
         y += height + gutter // 2
     save_picture(sheet, path)
-
-
-def newest_evaluation(workdir: Path) -> Path:
-    """The directory of the run's latest evaluation. Raises UserError when it has none."""
-    done = [path.parent for path in (workdir / "eval").glob("*/metrics.json")]
-    if not done:
-        raise UserError(f"{workdir} has no evaluation; make one with: python eval.py --workdir={workdir}.")
-    return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
-
-
-def read_json(file: Path) -> Any:
-    """What an evaluation wrote. Raises UserError for a file that is not there, or was cut or overwritten."""
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not what an evaluation wrote ({error}); run eval.py again.") from error
 
 
 def compare(source, results: list[dict], positions: Iterable[int], score_threshold: float) -> list[Comparison]:
