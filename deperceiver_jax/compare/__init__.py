@@ -1,0 +1,1 @@
+"""Several evaluated runs side by side, and beside what papers published."""

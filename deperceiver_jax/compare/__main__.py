@@ -1,0 +1,132 @@
+"""Compares evaluated runs of one data set: a table here, and compare.html with curves, classes and sizes.
+
+    python -m deperceiver_jax.compare runs/a runs/b [runs/c ...] [--published=detr,smca] [--median_of_last=10]
+
+Differences are to the first run, with 95 % intervals from drawing the split's images anew. Runs of one config that
+differ in their seed are one row with its standard deviation.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from deperceiver_jax.compare.rows import (
+    Row,
+    Run,
+    group,
+    intervals,
+    names_of,
+    published_rows,
+    read_run,
+    step_milliseconds,
+)
+from deperceiver_jax.data import open_source
+from deperceiver_jax.data.classes import require_same_classes
+from deperceiver_jax.errors import UserError, check_at_least
+from deperceiver_jax.evaluation.coco_metric import Counted, count, ground_truth
+from deperceiver_jax.files import require_writable
+from deperceiver_jax.program.command_line import parse_flags, run
+from deperceiver_jax.report import require_libraries
+from deperceiver_jax.runs.workdir import CLASSES, read_classes
+
+SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APs_over_AP")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("published", [], "Families whose published rows are shown, too.", flag_values=values)
+    flags.DEFINE_integer("median_of_last", 0, "Median over so many last evaluations.", flag_values=values)
+    flags.DEFINE_integer("bootstrap", 200, "Draws for the intervals; 0 leaves them out.", flag_values=values)
+    flags.DEFINE_string("output", "compare.html", "The page to write.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    folders, others = split_arguments(argv[1:])
+    values, rest = parse_flags([argv[0], *others], define_flags, __doc__)
+    if rest[1:]:
+        raise UserError(f"{rest[1]}: a comparison takes no config; each run has its own.")
+    if len(folders) < 2:
+        raise UserError("Runs are missing: name two workdirs or more, as in runs/a runs/b.")
+    for name in ("median_of_last", "bootstrap"):
+        check_at_least(f"--{name}", values[name].value, 0)
+    output = Path(values.output).expanduser()
+    require_writable("--output", output)
+    require_libraries("A comparison")
+    from deperceiver_jax.compare.page import write_comparison
+
+    published = published_rows(values.published)
+    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    classes = [read_classes(folder / CLASSES) for folder in folders]
+    for folder, other in zip(folders[1:], classes[1:], strict=True):
+        require_same_classes(classes[0], str(folders[0]), other, str(folder))
+    rows = group(runs, values.median_of_last)
+    draws = 0 if values.median_of_last else values.bootstrap  # a median is not of one set of detections
+    bounds = differences(rows, draws)
+    print(table([*rows, *published], bounds))
+    write_comparison(output, rows, published, bounds)
+    print(f"Wrote {output}.")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(workdirs, flags): a flag has its value behind a =."""
+    folders = [Path(argument).expanduser() for argument in arguments if not argument.startswith("-")]
+    return folders, [argument for argument in arguments if argument.startswith("-")]
+
+
+def differences(rows: list[Row], draws: int) -> list[dict[str, tuple[float, float]]]:
+    """Of each row, the bounds of its difference to the first; nothing where either is of several seeds."""
+    counted: dict[str, Counted] = {}
+    single = [row.runs[0] for row in rows if len(row.runs) == 1]
+    if draws and len(single) > 1 and len(rows[0].runs) == 1:
+        counted = count_runs(single)
+    first = counted.get(rows[0].runs[0].name)
+    bounds = []
+    for row in rows:
+        other = counted.get(row.runs[0].name) if row is not rows[0] else None
+        bounds.append(intervals(first, other, draws) if first and other else {})
+    return bounds
+
+
+def count_runs(runs: list[Run]) -> dict[str, Counted]:
+    """The detections of every run by its name, counted against the first one's data set. Raises UserError for
+    detections of other images."""
+    first = runs[0]
+    config = first.config
+    source = open_source(config.data, config.data.eval_split)
+    require_same_classes(read_classes(first.workdir / CLASSES), str(first.workdir), source.classes, "its data set")
+    truth = ground_truth(source)
+    images = {image["id"] for image in truth["images"]}
+    for other in runs:
+        strangers = {row["image_id"] for row in other.results} - images
+        if strangers:
+            raise UserError(f"{other.workdir} was evaluated on other images than {first.workdir}: {min(strangers)}.")
+    limits = {"max_detections": config.eval.max_detections_per_class, "area_scale": source.area_scale}
+    return {other.name: count(truth, other.results, **limits) for other in runs}
+
+
+def table(rows: list[Row], bounds: list[dict]) -> str:
+    """A line a row; AP with its difference to the first row and that one's interval, or with its spread."""
+    lines = [["run", "epochs", *(name.replace("_over_", "/") for name in SHOWN), "AP - first", "ms/step"]]
+    first = rows[0].metrics["AP"]
+    for number, row in enumerate(rows):
+        cells = [row.name, "" if row.epochs is None else f"{row.epochs:g}"]
+        for name in SHOWN:
+            value = row.metrics.get(name, -1.0)
+            text = "-" if value < 0 else f"{value:.3f}"
+            cells.append(f"{text} ± {row.spread[name]:.3f}" if name in row.spread else text)
+        difference = f"{row.metrics['AP'] - first:+.3f}" if number and row.runs else ""
+        if row.runs and "AP" in bounds[number]:
+            low, high = bounds[number]["AP"]
+            difference += f" [{low:+.3f}, {high:+.3f}]"
+        speeds = [speed for one in row.runs if (speed := step_milliseconds(one)) is not None]
+        time = f"{sum(speeds) / len(speeds):.0f}" if speeds else ""
+        lines.append([*cells, difference, time] if not row.source else [*cells, f"published: {row.source}", ""])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
