@@ -113,6 +113,11 @@ def evaluate(
         raise RuntimeError(f"Evaluation saw {len(example)} of {len(source)} images, or some of them twice.")
     if not all(np.isfinite(x).all() for x in (detections.scores, detections.boxes)):
         raise UserError("The detector's answers are not finite numbers: its parameters are broken.")
+    return count_detections(detections, source, config)
+
+
+def count_detections(detections: Detections, source, config: ConfigDict) -> tuple[dict, list[dict]]:
+    """(metrics, results) of NumPy detections that `source` has in its order: what `evaluate` returns."""
     with _no_collection():
         results = coco_results(detections, source.image_ids, source.classes, config.eval.score_threshold)
         metrics = coco_metric(
