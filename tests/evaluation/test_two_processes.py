@@ -55,6 +55,12 @@ def start(process, count, address, data, output, root):
     )
 
 
+def _rows(metrics: dict) -> list[dict]:
+    """Its numbers, then the rows of its tables."""
+    tables = [name for name, value in metrics.items() if isinstance(value, list)]
+    return [{name: value for name, value in metrics.items() if name not in tables}, *sum(map(metrics.get, tables), [])]
+
+
 def test_two_processes_give_the_answer_of_one(rectangles, tmp_path, request):
     open_source(rectangles, "validation")  # prepared before two processes need it
     (tmp_path / "data").write_bytes(pickle.dumps(rectangles.to_dict()))
@@ -69,7 +75,8 @@ def test_two_processes_give_the_answer_of_one(rectangles, tmp_path, request):
         assert run.returncode == 0, errors
     alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("alone.0", "pair.0", "pair.1"))
     assert first == second
-    assert first[0] == pytest.approx(alone[0], abs=1e-9)
+    for here, there in zip(_rows(first[0]), _rows(alone[0]), strict=True):
+        assert here == pytest.approx(there, abs=1e-9)
     assert len(first[1]) == len(alone[1]) == 10
     for here, there in zip(first[1], alone[1], strict=True):
         assert here["image_id"] == there["image_id"] and here["bbox"] == pytest.approx(there["bbox"], rel=1e-5)
