@@ -30,9 +30,11 @@ from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.check_sizes import check_sizes
 from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
 from deperceiver_jax.training.compile_ahead import compile_sizes
+from deperceiver_jax.training.diagnosis import because, circumstances, likely_reason
 from deperceiver_jax.training.metric_log import MetricLog
+from deperceiver_jax.training.overfit import OVERFIT, few_pictures, overfit_verdict, train_on_few
 from deperceiver_jax.training.start import describe_run, first_state
-from deperceiver_jax.training.timetable import due, last_step
+from deperceiver_jax.training.timetable import due, ends_early, last_step
 from deperceiver_jax.training.train_state import inference_arrays
 from deperceiver_jax.training.train_step import non_finite_term
 
@@ -52,6 +54,8 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
     # Chapter 1: the config. Nothing is written before chapter 6, but for the lock of a workdir that is there.
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     config = parse_config(config_arguments, needs=field_needs)
+    if overfit := config.train.overfit:
+        train_on_few(config)
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the run shall live in.")
     workdir = Path(values.workdir).expanduser()
@@ -63,8 +67,13 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
 
     # Chapter 3: data. Its position is the number of finished steps.
     source = open_source(config.data, config.data.train_split)
-    eval_source = open_source(config.data, config.data.eval_split)
-    require_same_classes(source.classes, config.data.train_split, eval_source.classes, config.data.eval_split)
+    if overfit:
+        source = few_pictures(source, overfit)
+        eval_source, eval_split = source, OVERFIT
+    else:
+        eval_split = config.data.eval_split
+        eval_source = open_source(config.data, eval_split)
+        require_same_classes(source.classes, config.data.train_split, eval_source.classes, eval_split)
     config.model.num_classes = source.classes.num_slots
     check_workdir(workdir, config, source.classes)
     first, new = jax.process_index() == 0, not workdir.exists()
@@ -96,25 +105,27 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
     else:
         state, progress = first_state(plan, config, source.classes), None
     steps = range(start + 1, num_steps + 1)
+    known = circumstances(config, plan, state, source)
 
-    # Chapter 6: the workdir, what will happen, and the step of every size, compiled.
+    # Chapter 6: the workdir, and what will happen.
     if first:
         if new:
             until_end.enter_context(keep_others_out(workdir, new=True))
         write_workdir(workdir, config, source.classes, data)
         print(describe_run(config, state, len(source), batches, steps), flush=True)
-    if steps:
-        train_step = compile_sizes(train_step, plan.abstract, batches, config.data.batch_size, mesh)
     log = MetricLog(workdir, config, steps=steps, steps_per_epoch=per_epoch, writes=first, progress=progress)
 
-    # Chapter 7: training, with checkpoints and evaluations at their times.
+    # Chapter 7: the step of every size, compiled, and training, with checkpoints and evaluations at their times.
     shutdown = Shutdown()
 
     def note(step: int, metrics: dict[str, jax.Array]) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if term := non_finite_term(metrics):
             kept = f"the checkpoint of step {last}" if (last := checkpoints.latest_step()) else "no checkpoint yet"
-            raise UserError(f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept}.")
+            sentence = f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept}."
+            raise UserError(
+                sentence + because(likely_reason(known, [*log.training_lines(), {"step": step, **metrics}]))
+            )
         log.training(step, metrics)
 
     def evaluate_now(step: int) -> None:
@@ -124,11 +135,17 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
             metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
             if first:
                 write_results(workdir / "eval" / str(step), metrics, results)
-            log.evaluation(config.data.eval_split, {name: metrics[name] for name in SUMMARY})
+            log.evaluation(eval_split, {name: metrics[name] for name in SUMMARY})
 
     with contextlib.closing(log), checkpoints, contextlib.closing(iter(batches)) as stream:
-        if start and is_evaluated(start) and not log.has(start, config.data.eval_split):
+        if start and is_evaluated(start) and not log.has(start, eval_split):
             evaluate_now(start)  # the run before stopped after that checkpoint, but before its evaluation was done
+        ended = ends_early(config.train, log.lines(eval_split))
+        if ended:
+            steps = range(0)
+        if steps:
+            with log.paused():
+                train_step = compile_sizes(train_step, plan.abstract, batches, config.data.batch_size, mesh)
         unread = []  # the last step's metrics: reading them earlier would let the devices wait for the host
         for step, batch in zip(steps, stream, strict=False):
             if shutdown.before(step):
@@ -142,15 +159,25 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
                 checkpoints.save(state, log.progress())
             if is_evaluated(step):
                 evaluate_now(step)
+                if ended := ends_early(config.train, log.lines(eval_split)):
+                    break
         for step, metrics in unread:
             note(step, metrics)
         if log.step > start:
             checkpoints.save(state, log.progress())
 
     # Chapter 8: what there is now.
+    stopped = shutdown.requested or (log.step < num_steps and not ended)
     if first:
-        done = "Stopped: the same command continues" if shutdown.requested or log.step < num_steps else "Finished"
-        print(f"{done} after step {log.step} of {num_steps}: {checkpoints.directory}/{log.step}")
+        done = "Stopped: the same command continues" if stopped else "Finished"
+        why = f", because {ended}" if ended else ""
+        print(f"{done} after step {log.step} of {num_steps}{why}: {checkpoints.directory}/{log.step}", flush=True)
+    if overfit and not stopped:
+        verdict = overfit_verdict(known, log.training_lines(), log.lines(eval_split))
+        if not ended:
+            raise UserError(verdict)
+        if first:
+            print(verdict)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def base() -> ConfigDict:
     config.train.eval_every = 0  # steps; 0: after every epoch; -1: only after the last step
     config.train.checkpoint_every = 0  # steps; 0: after every epoch; -1: only after the last step
     config.train.keep_checkpoints = 2  # the newest ones; the best by AP is kept beside them
+    # 8: trains on eight pictures, without augmentation, until they are learned, and says why if they are not
+    config.train.overfit = 0
     config.train.compilation_cache = "~/.cache/deperceiver_jax/compiled"  # empty: none
 
     config.eval = ConfigDict()

@@ -165,9 +165,9 @@ def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, share
     often = [f"--config.train.{field}" for field in ("eval_every=1", "checkpoint_every=1")]
     assert train(CONFIG, f"--workdir={workdir}", *shared, *rates, *often, f"--config.init_from={finished}") == 1
     error = capsys.readouterr().err
-    assert (
-        error == f"error: update_norm is inf in step 2, where the run stops; {workdir} has the checkpoint of step 1.\n"
-    )
+    stopped = f"error: update_norm is inf in step 2, where the run stops; {workdir} has the checkpoint of step 1."
+    reason = " The likely reason: the learning rate, 1e+18 (config.optimizer.learning_rate), is far too high: a step "
+    assert error.startswith(stopped + reason) and error.count("\n") == 1
     assert all_steps(workdir) == [1]
     assert [(row["step"], row["split"]) for row in rows_of(workdir)] == [(1, "validation")]
 

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "mesh",
     "train",
 )
+MAY_NOT_CHANGE = ("train.overfit",)  # of those
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
         f"{name} ({stored.get(name, 'absent')!r}, now {given.get(name, 'absent')!r})"
         for name in sorted(stored.keys() | given.keys())
         if stored.get(name, absent) != given.get(name, absent)
-        and not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+        and (name in MAY_NOT_CHANGE or not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE))
     ]
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")

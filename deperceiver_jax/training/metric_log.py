@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
@@ -27,6 +28,7 @@ from deperceiver_jax.files import write_whole
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import METRICS
 
+TRAIN = "train"  # the split of a training line
 SHOWN = ("loss_ce", "loss_focal", "loss_bbox", "loss_giou")  # beside the total: the answer's own terms
 
 
@@ -51,9 +53,8 @@ class MetricLog:
         self.window: dict = progress["window"] if progress else {"count": 0, "sums": {}}
         self.step = start_step
         self.bar: tqdm | None = None
-        self.lines = set()
+        self.rows = from_first(forget_after(workdir / METRICS, start_step) if writes else [])
         if writes:
-            self.lines = forget_after(workdir / METRICS, start_step)
             self.file = open(workdir / METRICS, "ab", buffering=0)  # nothing is left for close() to write
             self.tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
         self.start_clock()
@@ -86,9 +87,9 @@ class MetricLog:
             self.bar.bar_format = self._bar_format(self._text(metrics))
             self.bar.update(1)
         if step % self.log_every == 0 or step == self.num_steps:
-            means = {name: value / self.window["count"] for name, value in sums.items()}
+            means = self._means()
             means |= {"lr": metrics["lr"]} | ({"images_per_second": speed} if (speed := self._speed()) else {})
-            self._write("train", means)
+            self._write(TRAIN, means)
             if self.writes and self.bar is None:
                 print(f"step {step}/{self.num_steps}  {self._text(means)}  {self._speed_text()}", flush=True)
             self.window = {"count": 0, "sums": {}}
@@ -103,10 +104,18 @@ class MetricLog:
             )
             print(f"step {self.step}/{self.num_steps}  {split}  {shown}", flush=True)
 
+    def lines(self, split: str) -> list[dict]:
+        """What metrics.jsonl has of `split`, also of the run that this one continues; the same in all processes."""
+        return [row for row in self.rows if row["split"] == split]
+
+    def training_lines(self) -> list[dict]:
+        """Those of training, and what the next one would say now."""
+        unfinished = [{"step": self.step, "split": TRAIN, **self._means()}] if self.window["count"] else []
+        return [*self.lines(TRAIN), *unfinished]
+
     def has(self, step: int, split: str) -> bool:
-        """Whether the run that this one continues wrote a line of `split` after `step`; all processes agree."""
-        known = (step, split) in self.lines
-        return known if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(known))
+        """Whether there is a line of `split` after `step`."""
+        return any(row["step"] == step for row in self.lines(split))
 
     def progress(self) -> dict:
         """What the next line needs of the steps before it, for a run that continues from here."""
@@ -118,6 +127,9 @@ class MetricLog:
         if self.writes:
             self.file.close()
             self.tensorboard.close()
+
+    def _means(self) -> dict[str, float]:
+        return {name: value / self.window["count"] for name, value in self.window["sums"].items()}
 
     def _close_bar(self) -> None:
         if self.bar is not None:
@@ -143,25 +155,36 @@ class MetricLog:
         return f"{{percentage:3.0f}}%{bar} {{n_fmt}}/{{total_fmt}} {times} {text}"
 
     def _write(self, split: str, metrics: Mapping[str, float]) -> None:
+        head = {"step": self.step, "split": split, "epoch": round(self.step / self.steps_per_epoch, 4)}
+        self.rows.append({**head, **metrics})
         if not self.writes:
             return
-        head = {"step": self.step, "split": split, "epoch": round(self.step / self.steps_per_epoch, 4)}
         try:
-            self.file.write(f"{json.dumps({**head, **metrics})}\n".encode())
+            self.file.write(f"{json.dumps(self.rows[-1])}\n".encode())
         except OSError as error:
             raise UserError(f"{self.file.name} cannot be written: {error.strerror}.") from error
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
 
 
-def forget_after(path: Path, step: int) -> set[tuple[int, str]]:
+def from_first(rows: list[dict]) -> list[dict]:
+    """What process 0 passes, in every process."""
+    if jax.process_count() == 1:
+        return rows
+    text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    return json.loads(sent.astype(np.uint8).tobytes())
+
+
+def forget_after(path: Path, step: int) -> list[dict]:
     """Drops the lines of steps after `step`, and a last line that was cut off, so that a run that continues from there
-    leaves the file of one that never stopped. Returns (step, split) of those that stay.
+    leaves the file of one that never stopped. Returns what those say that stay.
 
     Lines that are no metrics are dropped, too; the file with them is kept beside it, and a warning says so.
     """
     if not path.exists():
-        return set()
+        return []
     lines = read_metrics(path)
     if lines.garbage:
         damaged = path.with_name(f"{path.name}.damaged")
@@ -171,4 +194,4 @@ def forget_after(path: Path, step: int) -> set[tuple[int, str]]:
         print(f"{what}; {damaged} is the file as it was.", file=sys.stderr, flush=True)
     kept = [(line, row) for line, row in lines.rows if row["step"] <= step]
     write_whole(path, "".join(f"{line.decode()}\n" for line, _ in kept))
-    return {(row["step"], row["split"]) for _, row in kept}
+    return [row for _, row in kept]

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,16 @@ class Index:
     id: Int64[np.ndarray, " M"]
     non_finite: np.ndarray  # number of annotations left out because their box is not finite
     skipped: np.ndarray  # unicode [K], the names of corrupt images that were passed over
+
+    def take(self, positions: Int64[np.ndarray, " n"]) -> "Index":
+        """Of these images alone, in this order."""
+        rows = np.concatenate([np.arange(*self.offsets[position : position + 2]) for position in positions])
+        of_images = ("sizes", "stated_sizes", "orientation", "image_ids", "record", "filenames")
+        of_rows = ("boxes", "category_id", "is_crowd", "area", "id")
+        taken = {name: getattr(self, name)[positions] for name in of_images}
+        taken |= {name: getattr(self, name)[rows] for name in of_rows}
+        offsets = np.cumsum([0, *np.diff(self.offsets)[positions]])
+        return replace(self, **taken, offsets=offsets)
 
 
 def load_or_build(

@@ -43,6 +43,10 @@ class Source:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_records": None, "_opened_by": None}
 
+    def take(self, positions: Int64[np.ndarray, " n"]) -> "Source":
+        """The split that has these images alone; `positions` are ascending."""
+        return Source(self._prepared, self._split, self.classes, self._index.take(positions), self.area_scale)
+
     @property
     def sizes(self) -> Int32[np.ndarray, "N 2"]:
         """(height, width) of every image in pixels, turned by its `orientation`."""
