@@ -112,7 +112,7 @@ def resnet() -> ConfigDict:
     b = ConfigDict()
     b.depth = 50  # 18 | 34 | 50 | 101
     b.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
-    b.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained) | group_norm (from scratch)
+    b.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained: needs weights) | group_norm (from scratch)
     b.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
     b.dilation = False  # DC5: the last stage keeps stride 16
     b.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors

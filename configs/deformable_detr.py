@@ -1,9 +1,10 @@
-"""Deformable DETR: transformers that look at a few points of several feature maps.
+r"""Deformable DETR: transformers that look at a few points of several feature maps.
 
 Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection" (arXiv:2010.04159), the recipe of
 its released code:
 
-    python train.py --config=configs/deformable_detr.py:r50 --workdir=runs/deformable --config.data.directory=/data/coco
+    python train.py --config=configs/deformable_detr.py:r50 --workdir=runs/deformable \
+        --config.data.directory=/data/coco --config.model.backbone.weights=resnet50.pth
 
 50 epochs of COCO in batches of 32, learning rate dropped after 40. The released models (COCO val2017) have AP 39.4
 (r50_single_scale), 41.5 (r50_single_scale_dc5), 44.5 (r50), 46.2 (r50_refine) and 46.9 (r50_two_stage). All figures are

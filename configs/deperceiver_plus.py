@@ -1,6 +1,7 @@
-"""DePerceiver+: DePerceiver whose latents have places in the image, so that answers are local at a cost still linear.
+r"""DePerceiver+: DePerceiver whose latents have places in the image, so that answers are local at a cost still linear.
 
-    python train.py --config=configs/deperceiver_plus.py:r50_8 --workdir=runs/plus --config.data.directory=/data/coco
+    python train.py --config=configs/deperceiver_plus.py:r50_8 --workdir=runs/plus --config.data.directory=/data/coco \
+        --config.model.backbone.weights=resnet50.pth
 
 Ours, not published; docs/deperceiver_plus.md says what led to it and what was measured. No AP on COCO is known.
 """

@@ -1,8 +1,9 @@
-"""DETR: end-to-end detection with a transformer.
+r"""DETR: end-to-end detection with a transformer.
 
 Carion et al., "End-to-End Object Detection with Transformers" (arXiv:2005.12872), the recipe of its released code:
 
-    python train.py --config=configs/detr.py:r50 --workdir=runs/detr_r50 --config.data.directory=/data/coco
+    python train.py --config=configs/detr.py:r50 --workdir=runs/detr_r50 --config.data.directory=/data/coco \
+        --config.model.backbone.weights=resnet50.pth
 
 300 epochs of COCO, learning rate dropped after 200. The released models (500 epochs, COCO val2017) have AP 42.0 (r50),
 43.3 (r50_dc5), 43.5 (r101) and 44.9 (r101_dc5). The variants with _50ep drop the rate after 33 of 50 epochs: the

@@ -1,8 +1,9 @@
-"""SMCA: DETR with spatially modulated co-attention, which converges ten times faster.
+r"""SMCA: DETR with spatially modulated co-attention, which converges ten times faster.
 
 Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention" (arXiv:2101.07448):
 
-    python train.py --config=configs/smca.py:r50_multiscale --workdir=runs/smca --config.data.directory=/data/coco
+    python train.py --config=configs/smca.py:r50_multiscale --workdir=runs/smca --config.data.directory=/data/coco \
+        --config.model.backbone.weights=resnet50.pth
 
 50 epochs of COCO, learning rate dropped after 40. AP on COCO val2017: 41.0 (r50_single_scale, the released code), 43.7
 (r50_multiscale, the paper's encoder, never released and rebuilt here from its description and parameter counts), 44.4

@@ -16,7 +16,7 @@ from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.training.optimizer import group_multipliers
 from tests.drawn_arrays import abstract_detector
 
-FILES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "demo", "ladder")
+FILES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "demo", "ladder", "small")
 
 
 def models():

@@ -163,6 +163,20 @@ def test_commands_are_accepted(page):
             raise AssertionError(f"{name_of(page)}: python {command.program} {command.arguments}: {error}") from error
 
 
+def test_no_command_trains_behind_a_random_backbone():
+    """Of the pages and the config files: each names weights, or a config that trains its backbone from nothing."""
+    lines = [
+        shlex.join(command.arguments) for page in PAGES for command in commands(page) if command.program == "train.py"
+    ]
+    texts = [path.read_text().replace("\\\n", "") for path in (ROOT / "configs").glob("*.py")]
+    lines += [line for text in texts for line in text.splitlines() if "python train.py" in line]
+    found = [line for line in lines if re.search(r"--config=configs/", line)]
+    assert len(found) > 15
+    for line in found:
+        starts = re.search(r"backbone\.weights=|init_from=|configs/(demo|small|ladder|one_look)\.py", line)
+        assert starts or "data.batch_size=64" in line, line
+
+
 def test_there_are_commands():
     """So that the test above reads what it shall."""
     found = {name_of(page): len(list(commands(page))) for page in PAGES}

@@ -191,6 +191,8 @@ def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, share
         (["--config.model.name=detectron"], "config.model.name is 'detectron'"),
         (["--config.optimizer.groups.rest.pattern=^heads/"], "none of backbone, rest matches decoder/"),
         (["--config.init_from=/nowhere"], "/nowhere is not a directory"),
+        (["--config.model.backbone.norm=frozen_batch_norm"], "Nothing is loaded into 40 frozen arrays of the backbone"),
+        (["--config.optimizer.groups.backbone.multiplier=0.0"], "so they would stay as they begin, random: load a "),
         (["--config.model.backbone.weights=/nowhere.pth"], "/nowhere.pth"),
         (
             ["--config.model.position.encoding=learned", "--config.model.position.learned_size=2"],

@@ -56,7 +56,7 @@ def untrained_backbone(plan: Plan, config: ConfigDict) -> list[str]:
     """Paths of the backbone's arrays that are frozen although nothing is loaded into them: random, or never fitted."""
     if config.init_from or config.model.backbone.weights:
         return []
-    return [path for path in plan.abstract.frozen if path.startswith("backbone/")]
+    return sorted(path for path in plan.abstract.frozen if path.startswith("backbone/"))
 
 
 def likely_reason(run: Circumstances, rows: Rows) -> str:

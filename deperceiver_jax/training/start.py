@@ -11,6 +11,7 @@ from deperceiver_jax.models.heads.heads import CLASS_HEAD
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import CLASSES, read_classes
+from deperceiver_jax.training.diagnosis import untrained_backbone
 from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
 from deperceiver_jax.weights.backbone import load_backbone
 
@@ -19,9 +20,17 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
     """New parameters; over them the backbone of `config.model.backbone.weights`, or all of `config.init_from`.
 
     With init_from, everything must fit, but for a class head that was trained for other classes: that one starts anew,
-    and a line says so. Raises UserError when both are given, when there is nothing to read, or when it does not fit.
+    and a line says so. Raises UserError when both are given, when there is nothing to read, when it does not fit, and
+    when nothing is loaded into parts of the backbone that are not trained either.
     """
     weights = config.model.backbone.weights
+    if untrained := untrained_backbone(plan, config):
+        raise UserError(
+            f"Nothing is loaded into {len(untrained)} frozen arrays of the backbone ({untrained[0]} is the first), so "
+            "they would stay as they begin, random: load a ResNet (config.model.backbone.weights=FILE), start from a "
+            "trained detector (config.init_from=DIR), train the whole backbone (config.model.backbone.norm=group_norm "
+            "and frozen_stages=0), or take configs/small.py, which trains from nothing."
+        )
     if weights and config.init_from:
         raise UserError("config.init_from and config.model.backbone.weights are both given; only one can be.")
     if config.init_from:
