@@ -30,7 +30,7 @@ from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.check_sizes import check_sizes
 from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
 from deperceiver_jax.training.compile_ahead import compile_sizes
-from deperceiver_jax.training.diagnosis import because, circumstances, likely_reason
+from deperceiver_jax.training.diagnosis import because, circumstances, does_not_learn, likely_reason
 from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.overfit import OVERFIT, few_pictures, overfit_verdict, train_on_few
 from deperceiver_jax.training.start import describe_run, first_state
@@ -136,6 +136,13 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
             if first:
                 write_results(workdir / "eval" / str(step), metrics, results)
             log.evaluation(eval_split, {name: metrics[name] for name in SUMMARY})
+            evaluations = log.lines(eval_split)
+            if not overfit and first:
+                hopeless = does_not_learn(
+                    known, log.training_lines(), evaluations, results, eval_source, last=num_steps
+                )
+                if hopeless:
+                    print(f"warning: {hopeless}", file=sys.stderr, flush=True)
 
     with contextlib.closing(log), checkpoints, contextlib.closing(iter(batches)) as stream:
         if start and is_evaluated(start) and not log.has(start, eval_split):

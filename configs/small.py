@@ -56,6 +56,7 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.train.num_steps = 10_000
     config.train.eval_every = 500
     config.train.checkpoint_every = 500
+    config.train.patience = 8
     return config
 
 

@@ -54,6 +54,7 @@ GENERAL: Mapping[str, Need] = {
     "optimizer.drop_epochs": equal("optimizer.schedule", "step"),
     "optimizer.drop_factor": equal("optimizer.schedule", "step"),
     "train.num_epochs": equal("train.num_steps", 0),
+    "train.patience": Need(lambda config: config.train.eval_every >= 0, "config.train.eval_every of 0 or more"),
 }
 
 

@@ -1,6 +1,7 @@
 """train.py end to end on eight devices: what a run leaves, how it goes on, and what goes wrong."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -113,6 +114,22 @@ def test_a_run_can_be_made_longer_but_not_another_one(workdir, shared, capsys):
     assert "steps 7 to 7." in capsys.readouterr().out
     assert all_steps(workdir) == [6, 7]
     assert rows_of(workdir)[-1]["step"] == 7
+
+
+def test_patience_ends_a_run_where_it_would_have_ended_without_a_break(shared, tmp_path, capsys):
+    """Stopped after one step or not; the same command says the same again. Nothing is learned in so few steps."""
+    patient = [*shared, *(f"--config.train.{field}" for field in ("eval_every=1", "log_every=1", "patience=1"))]
+    ends = []
+    for workdir, times in ((tmp_path / "whole", (9, 9)), (tmp_path / "broken", (1, 9))):
+        for steps in times:
+            assert train(CONFIG, f"--workdir={workdir}", *patient, f"--config.train.num_steps={steps}") == 0
+            ends.append(capsys.readouterr().out.splitlines()[-1].split(f": {workdir}")[0])
+    assert ends[0] == ends[1] == ends[3] and ends[2] == "Finished after step 1 of 1"
+    assert re.fullmatch(
+        r"Finished after step [2-8] of 9, because AP, 0.\d+ after .*, has not risen in 1 evaluation", ends[0]
+    )
+    rows = [[{**row, "images_per_second": 0} for row in rows_of(tmp_path / name)] for name in ("whole", "broken")]
+    assert rows[0] == rows[1]
 
 
 def test_a_run_goes_on_under_any_name(finished, shared, tmp_path):

@@ -25,6 +25,12 @@ FALLEN = 0.9  # of the first loss, below which a loss has fallen
 STILL_FALLING = 0.97  # of the loss before, that the last third of a run still reaches
 FAR_SMALLER = 0.5  # than a cell, in sides
 
+RIPE = (3, 300)  # evaluations and steps, after which a run is looked at once
+NO_AP = 0.0005  # what is written as 0.000
+NO_SCORE = 0.1  # of the focal loss, whose scores begin at 0.01
+SAME_BOX = 0.01  # of an image's sides
+ONE_CLASS = 0.9  # of the targets, which a data set that has several classes may have in one of them
+
 Rows = Sequence[Mapping[str, float]]
 
 
@@ -63,6 +69,68 @@ def likely_reason(run: Circumstances, rows: Rows) -> str:
     """The first reason that holds, as a clause; "" where none does. `rows` are the training lines of metrics.jsonl."""
     rows = [row for row in rows if row["update_norm"] == row["update_norm"]]
     return next((reason for look in REASONS if (reason := look(run, rows))), "") if rows else ""
+
+
+def does_not_learn(
+    known: Circumstances, rows: Rows, evaluations: Rows, results: Sequence[Mapping], source: Source, *, last: int
+) -> str:
+    """A sentence, once in a run, when its third evaluation, or the only ones it has, show that it learns nothing.
+
+    rows, evaluations: lines of metrics.jsonl. results: of the newest evaluation, on `source`, in COCO's format. last:
+    the run's last step. "" for a run that learns, and at any other time.
+    """
+    count, step = RIPE
+    ripe = [row for number, row in enumerate(evaluations, 1) if number >= count and row["step"] >= step]
+    if len(ripe) != 1 and (ripe or evaluations[-1]["step"] != last):
+        return ""
+    if found := signs(known.config, rows, evaluations, results, source):
+        return f"The run does not learn: {' and '.join(found)}.{because(likely_reason(known, rows))}"
+    return ""
+
+
+def signs(config: ConfigDict, rows: Rows, evaluations: Rows, results: Sequence[Mapping], source: Source) -> list[str]:
+    """What shows that nothing is learned, as clauses; see does_not_learn."""
+    found = []
+    if 0 <= max(row["AP"] for row in evaluations) < NO_AP:
+        plural = "s" if len(evaluations) > 1 else ""
+        found.append(f"AP is 0.000 after {len(evaluations)} evaluation{plural}")
+    detections: dict[int, list[Mapping]] = {}
+    for result in results:
+        detections.setdefault(result["image_id"], []).append(result)
+    images = [detections.get(int(image_id), []) for image_id in source.image_ids]
+    if _one_box(images, source):
+        found.append("all queries of an image give one box")
+    if config.loss.classification == "softmax_no_object":
+        if rows and rows[-1]["class_error"] == 100:
+            found.append("no query is matched above the background")
+    elif max((result["score"] for result in results), default=0.0) < NO_SCORE:
+        found.append(f"no score is above {NO_SCORE}")
+    if name := _one_class(images, source):
+        found.append(f"all labels are {name}")
+    return found
+
+
+def _one_box(images: Sequence[Sequence[Mapping]], source: Source) -> bool:
+    """Whether the boxes of each image are one and the same."""
+    several = [(row, size) for row, size in zip(images, source.sizes, strict=True) if len(row) > 1]
+    spreads = [np.ptp([result["bbox"] for result in row], axis=0).max() / size.max() for row, size in several]
+    return bool(spreads) and max(spreads) < SAME_BOX
+
+
+def _one_class(images: Sequence[Sequence[Mapping]], source: Source) -> str:
+    """The class that the best answers of all images have, as many of each as it has targets; "" if there are several,
+    or if nearly all targets have that one."""
+    targets = [source.targets(position)[1] for position in range(len(source))]
+    counts = np.unique(np.concatenate(targets), return_counts=True)[1]
+    if len(counts) < 2 or counts.max() > ONE_CLASS * counts.sum():
+        return ""
+    best = [
+        sorted(row, key=lambda result: -result["score"])[: len(own)] for row, own in zip(images, targets, strict=True)
+    ]
+    categories = {result["category_id"] for row in best for result in row}
+    if len(categories) != 1:
+        return ""
+    return source.classes.names[source.classes.category_ids.index(categories.pop())]
 
 
 def because(reason: str) -> str:

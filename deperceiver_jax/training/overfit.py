@@ -43,6 +43,7 @@ def train_on_few(config: ConfigDict) -> None:
     train.num_steps = train.num_steps or STEPS
     train.log_every = min(train.log_every, LOG_EVERY)
     train.eval_every, train.checkpoint_every = min(EVAL_EVERY, train.num_steps), -1
+    train.patience = 0
     config.eval.batch_size = data.batch_size
 
 

@@ -15,7 +15,8 @@ def last_step(config: ConfigDict, steps_per_epoch: int) -> int:
         raise UserError(
             f"config.train.num_steps is {config.num_steps} and num_epochs {config.num_epochs}: nothing to train."
         )
-    check_at_least("config.train.overfit", config.overfit, 0)
+    for name in ("overfit", "patience"):
+        check_at_least(f"config.train.{name}", config[name], 0)
     if config.log_every < 1:
         raise UserError(f"config.train.log_every is {config.log_every}; it must be at least 1.")
     return config.num_steps or config.num_epochs * steps_per_epoch
@@ -39,4 +40,10 @@ def ends_early(config: ConfigDict, evaluations: Sequence[Mapping[str, float]]) -
     """
     if config.overfit and evaluations and evaluations[-1]["AP50"] > LEARNED:
         return "the images are learned"
+    if config.patience and evaluations:
+        best = max(evaluations, key=lambda row: row["AP"])  # the first of equal ones
+        since = sum(row["step"] > best["step"] for row in evaluations)
+        if since >= config.patience:
+            plural = "s" if since > 1 else ""
+            return f"AP, {best['AP']:.3f} after step {best['step']}, has not risen in {since} evaluation{plural}"
     return ""
