@@ -35,8 +35,10 @@ from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.overfit import OVERFIT, few_pictures, overfit_verdict, train_on_few
 from deperceiver_jax.training.start import describe_run, first_state
 from deperceiver_jax.training.timetable import due, ends_early, last_step
+from deperceiver_jax.training.trackers import check_trackers
 from deperceiver_jax.training.train_state import inference_arrays
 from deperceiver_jax.training.train_step import non_finite_term
+from deperceiver_jax.visualize.detections import drawn_images
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -90,6 +92,7 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
     num_steps = last_step(config.train, per_epoch)
     is_evaluated = due(config.train, "eval_every", per_epoch, num_steps)
     is_saved = due(config.train, "checkpoint_every", per_epoch, num_steps)
+    check_trackers(config.train.trackers)
 
     # Chapter 4: the model and its two jitted steps.
     plan, _, _, train_step = build_training(config, mesh, steps_per_epoch=per_epoch, num_steps=num_steps)
@@ -123,26 +126,30 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
         if term := non_finite_term(metrics):
             kept = f"the checkpoint of step {last}" if (last := checkpoints.latest_step()) else "no checkpoint yet"
             sentence = f"{term} is {metrics[term]} in step {step}, where the run stops; {workdir} has {kept}."
-            raise UserError(
-                sentence + because(likely_reason(known, [*log.training_lines(), {"step": step, **metrics}]))
-            )
+            rows = [*log.training_lines(), {"step": step, **metrics}]
+            raise UserError(sentence + because(likely_reason(known, rows)))
         log.training(step, metrics)
 
     def evaluate_now(step: int) -> None:
         if shutdown.requested:
             return
-        with log.paused(), shutdown.interrupts():
-            metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
-            if first:
-                write_results(workdir / "eval" / str(step), metrics, results)
-            log.evaluation(eval_split, {name: metrics[name] for name in SUMMARY})
-            evaluations = log.lines(eval_split)
-            if not overfit and first:
-                hopeless = does_not_learn(
-                    known, log.training_lines(), evaluations, results, eval_source, last=num_steps
-                )
-                if hopeless:
-                    print(f"warning: {hopeless}", file=sys.stderr, flush=True)
+        with log.paused():
+            with shutdown.interrupts():
+                metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
+                if first:
+                    write_results(workdir / "eval" / str(step), metrics, results)
+                log.evaluation(eval_split, {name: metrics[name] for name in SUMMARY})
+            if first and log.has(step, eval_split):
+                show(results)
+
+    def show(results: list[dict]) -> None:
+        """What process 0 tells of an evaluation beside its metrics."""
+        if config.train.trackers:
+            log.images(eval_split, drawn_images(eval_source, results))
+        if not overfit:
+            rows, evaluations = log.training_lines(), log.lines(eval_split)
+            if sentence := does_not_learn(known, rows, evaluations, results, eval_source, last=num_steps):
+                print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
     with contextlib.closing(log), checkpoints, contextlib.closing(iter(batches)) as stream:
         if start and is_evaluated(start) and not log.has(start, eval_split):

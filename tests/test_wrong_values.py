@@ -23,6 +23,7 @@ from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.check_sizes import check_sizes
 from deperceiver_jax.training.checkpoint import Checkpoints
 from deperceiver_jax.training.timetable import due, last_step
+from deperceiver_jax.training.trackers import check_trackers
 from tests.drawn_arrays import Patches, abstract_detector
 from tests.training.conftest import TinyDetector
 
@@ -74,6 +75,7 @@ def run_before_compiling(config: ConfigDict, workdir) -> None:
     source, eval_source = (open_source(config.data, getattr(config.data, f"{s}_split")) for s in ("train", "eval"))
     batches = TrainBatches(source, config.data, seed=config.seed)
     num_steps = last_step(config.train, batches.steps_per_epoch)
+    check_trackers(config.train.trackers)
     for field in ("eval_every", "checkpoint_every"):
         due(config.train, field, batches.steps_per_epoch, num_steps)
 
@@ -107,6 +109,7 @@ LEGAL = {  # of values that are out of most fields' range
     "model.dropout": ("0",),
     "train.eval_every": ("-1",),
     "train.checkpoint_every": ("-1",),
+    "train.trackers": ("()",),
 }
 
 

@@ -69,6 +69,7 @@ def _to_0_2_0(config: dict) -> None:
     config["data"]["allow_changed"] = False
     config["train"]["overfit"] = 0
     config["train"]["patience"] = 0
+    config["train"]["trackers"] = []
     denoising = {"copies": loss.pop("hint_copies", 0), "noise": loss.pop("hint_noise", 0.4)}
     _drop(loss, "proposal_repeats", 1)
     if model["name"] == "deperceiver_plus":

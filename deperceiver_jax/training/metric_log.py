@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard event files and a progress bar, all from process 0 alone.
+"""What a run tells: metrics.jsonl, TensorBoard event files, trackers and a progress bar, all from process 0 alone.
 
 A line of metrics.jsonl is one JSON object:
 
@@ -27,6 +27,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import write_whole
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import METRICS
+from deperceiver_jax.training.trackers import Images, Trackers
 
 TRAIN = "train"  # the split of a training line
 SHOWN = ("loss_ce", "loss_focal", "loss_bbox", "loss_giou")  # beside the total: the answer's own terms
@@ -57,6 +58,7 @@ class MetricLog:
         if writes:
             self.file = open(workdir / METRICS, "ab", buffering=0)  # nothing is left for close() to write
             self.tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
+            self.trackers = Trackers(config.train.trackers, workdir, config)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -104,6 +106,10 @@ class MetricLog:
             )
             print(f"step {self.step}/{self.num_steps}  {split}  {shown}", flush=True)
 
+    def images(self, split: str, images: Images) -> None:
+        """Shows the trackers a few evaluated pictures, by file name."""
+        self.trackers.images(self.step, f"{split}/images", images)
+
     def lines(self, split: str) -> list[dict]:
         """What metrics.jsonl has of `split`, also of the run that this one continues; the same in all processes."""
         return [row for row in self.rows if row["split"] == split]
@@ -127,6 +133,7 @@ class MetricLog:
         if self.writes:
             self.file.close()
             self.tensorboard.close()
+            self.trackers.close()
 
     def _means(self) -> dict[str, float]:
         return {name: value / self.window["count"] for name, value in self.window["sums"].items()}
@@ -165,6 +172,7 @@ class MetricLog:
             raise UserError(f"{self.file.name} cannot be written: {error.strerror}.") from error
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
+        self.trackers.numbers(self.step, {f"{split}/{name}": value for name, value in metrics.items()})
 
 
 def from_first(rows: list[dict]) -> list[dict]:

@@ -96,6 +96,15 @@ def compare(source, results: list[dict], positions: Iterable[int], score_thresho
     return rows
 
 
+def drawn_images(source, results: list[dict], count: int = 4) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+    """{file name: picture with detections that score 0.3 or more}, of `count` images spread evenly over a split."""
+    positions = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
+    return {
+        source.filename(i): draw_detections(row.image, row.boxes, row.labels, row.scores, source.classes.name)
+        for i, row in zip(positions, compare(source, results, positions, 0.3), strict=True)
+    }
+
+
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "An evaluated run.", flag_values=values)
     flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)

@@ -11,7 +11,7 @@ from deperceiver_jax.training.metric_log import MetricLog, forget_after
 
 
 def open_log(workdir, start_step=0, progress=None, writes=True):
-    config = ConfigDict({"data": {"batch_size": 8}, "train": {"log_every": 3}})
+    config = ConfigDict({"data": {"batch_size": 8}, "train": {"log_every": 3, "trackers": ()}})
     steps = range(start_step + 1, 8)
     return MetricLog(workdir, config, steps=steps, steps_per_epoch=4, writes=writes, progress=progress)
 
