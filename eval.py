@@ -63,9 +63,14 @@ def main(argv: list[str]) -> None:
 
     if first:
         write_results(output, metrics, results)
-        print(metric_table(metrics, config.eval.max_detections_per_class))
-        print(f"Wrote {output}/metrics.json and {len(results)} detections to {output}/detections.json.")
+        if metrics:
+            print(metric_table(metrics, config.eval.max_detections_per_class))
+            print(f"Wrote {output}/metrics.json and {len(results)} detections to {output}/detections.json.")
+        else:
+            print(f"Wrote {len(results)} detections to {output}/detections.json; split {split} has no annotations.")
     if first and values.report:
+        if not metrics:
+            raise UserError(f"--report: split {split} has no annotations to report on.")
         from deperceiver_jax.report.page import write_report
 
         write_report(output / "report.html", source, metrics, results, config, split=split, step=output.name)

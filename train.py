@@ -76,6 +76,8 @@ def train(argv: list[str], until_end: contextlib.ExitStack) -> None:
         eval_split = config.data.eval_split
         eval_source = open_source(config.data, eval_split)
         require_same_classes(source.classes, config.data.train_split, eval_source.classes, eval_split)
+        if not eval_source.annotated:
+            raise UserError(f"Split {eval_split} of {config.data.directory} has no annotations to evaluate with.")
     config.model.num_classes = source.classes.num_slots
     check_workdir(workdir, config, source.classes)
     first, new = jax.process_index() == 0, not workdir.exists()

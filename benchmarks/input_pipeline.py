@@ -156,11 +156,10 @@ def useful_shares(sizes: np.ndarray, config: ConfigDict) -> dict[str, float]:
 
 def photographs(folder: str, count: int) -> list[bytes]:
     """The first `count` training images of a COCO folder; without a folder, generated ones of COCO's sizes."""
-    config = base().data
     if folder:
-        with open(Path(folder) / config.train_annotations) as file:
+        with open(Path(folder) / "annotations" / "instances_train2017.json") as file:
             names = sorted(image["file_name"] for image in json.load(file)["images"])[:count]
-        return [(Path(folder) / config.train_images / name).read_bytes() for name in names]
+        return [(Path(folder) / "train2017" / name).read_bytes() for name in names]
     sizes = np.random.default_rng(0).permutation(coco_sizes())[:count]
     return [encode_jpeg(photograph(height, width, seed)) for seed, (height, width) in enumerate(sizes.tolist())]
 

@@ -17,12 +17,16 @@ def base() -> ConfigDict:
     config.init_from = ""  # start from these parameters: a workdir, a checkpoint step or an import_weights output
 
     config.data = ConfigDict()
-    config.data.name = "coco_directory"  # shapes | coco_directory | tfds
-    config.data.directory = ""  # COCO's layout, or a prepared TFDS directory; unused by shapes
-    config.data.train_annotations = "annotations/instances_train2017.json"
-    config.data.train_images = "train2017"
-    config.data.val_annotations = "annotations/instances_val2017.json"
-    config.data.val_images = "val2017"
+    config.data.name = "coco_directory"  # shapes | coco_directory (any layout below) | tfds
+    config.data.directory = ""  # of pictures, or a prepared TFDS directory; unused by shapes
+    # auto | coco | roboflow | one_file | yolo | voc: how files make splits; see docs/own_pictures.md
+    config.data.layout = "auto"
+    config.data.train_annotations = ""  # empty: as COCO calls them, annotations/instances_train2017.json and train2017,
+    config.data.train_images = ""  # or any others whose names have the split's word
+    config.data.val_annotations = ""
+    config.data.val_images = ""
+    config.data.val_share = 0.2  # of pictures that no file divides into splits
+    config.data.split_seed = 0  # of that division
     config.data.train_split = "train"
     config.data.eval_split = "validation"
     config.data.prepared_directory = "~/.cache/deperceiver_jax"  # where TFDS keeps what it prepared, once

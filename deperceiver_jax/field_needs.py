@@ -43,10 +43,15 @@ def _classification(name: str) -> Need:
 
 _CROPS = Need(lambda config: config.data.crop_probability > 0, "config.data.crop_probability above 0")
 _FILES = Need(lambda config: not config.data.name.startswith("shapes"), "config.data.name=coco_directory")
-_COCO = equal("data.name", "coco_directory")
+_FOLDER = equal("data.name", "coco_directory")
+_COCO = Need(
+    lambda config: _FOLDER.holds(config) and config.data.layout in ("auto", "coco"),
+    "config.data.name=coco_directory and config.data.layout=coco",
+)
 GENERAL: Mapping[str, Need] = {
     **dict.fromkeys(("data.directory", "data.exif_orientation"), _FILES),
     **{f"data.{split}_{part}": _COCO for split in ("train", "val") for part in ("annotations", "images")},
+    **dict.fromkeys(("data.layout", "data.val_share", "data.split_seed"), _FOLDER),
     **{f"data.crop_{part}": _CROPS for part in ("scales", "min", "max")},
     "loss.no_object_weight": _classification("softmax_no_object"),
     "loss.focal_alpha": _classification("sigmoid_focal"),

@@ -101,6 +101,23 @@ def test_overrides_of_the_stored_config(workdir):
     assert len(detections) == 2 * 10 and not (workdir / "eval").exists()
 
 
+def test_a_split_without_annotations_gets_detections_alone(workdir, rectangles, tmp_path, capsys):
+    """As COCO's test pictures: results to be handed in, and no metrics that nobody could count."""
+    data = shutil.copytree(rectangles.directory, tmp_path / "data", ignore=shutil.ignore_patterns("prepared"))
+    (data / "val2017").rename(data / "test2017")
+    content = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    (data / "annotations" / "instances_val2017.json").unlink()
+    del content["annotations"]
+    (data / "annotations" / "image_info_test2017.json").write_text(json.dumps(content))
+    output = tmp_path / "out"
+    fields = [f"--config.data.directory={data}", f"--config.data.prepared_directory={tmp_path / 'prepared'}"]
+    assert evaluate(f"--workdir={workdir}", "--split=test", *fields, f"--output={output}") == 0
+    assert "detections.json; split test has no annotations." in capsys.readouterr().out
+    assert [file.name for file in output.iterdir()] == ["detections.json"]
+    assert evaluate(f"--workdir={workdir}") == 0
+    assert json.loads((output / "detections.json").read_text()) == read(workdir / "eval" / "7")[1]
+
+
 def test_another_config_file_with_imported_weights(workdir, tmp_path, rectangles, monkeypatch, request):
     """--weights with the directory's own config, and with a config file, which must describe the same model."""
     weights, stored = tmp_path / "imported", find_detector(workdir)
@@ -139,7 +156,7 @@ def nothing(workdir):
         (nothing, ["--workdir={0}/none"], "{0}/none is not a directory."),
         (nothing, ["--workdir={0}/checkpoints"], "{0}/checkpoints has no checkpoint and no weights."),
         (nothing, ["--workdir={0}", "--checkpoint=4"], "{0} has no checkpoint '4'; it has [3, 7], latest and best."),
-        (nothing, ["--workdir={0}", "--split=test"], "Data set coco_directory has no split 'test'"),
+        (nothing, ["--workdir={0}", "--split=tests"], "Data set coco_directory has no split 'tests'; it has train, va"),
         (nothing, ["--workdir={0}", "--config.data.directory=/nowhere"], "There is no directory /nowhere"),
         (
             nothing,

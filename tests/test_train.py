@@ -169,6 +169,18 @@ def test_annotations_that_changed(workdir, shared, rectangles, tmp_path, capsys)
     assert train(CONFIG, f"--workdir={workdir}", *longer) == 0  # nothing left to do
 
 
+def test_a_split_that_cannot_be_evaluated(shared, rectangles, tmp_path, capsys):
+    data = shutil.copytree(rectangles.directory, tmp_path / "data", ignore=shutil.ignore_patterns("prepared"))
+    content = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    (data / "val2017").rename(data / "images")
+    (data / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    (data / "annotations" / "instances_val2017.json").write_text(json.dumps(content | {"annotations": []}))
+    fields = [f"--config.data.directory={data}", "--config.data.train_split=train"]
+    assert train(CONFIG, f"--workdir={tmp_path / 'run'}", *shared, *fields) == 1
+    assert f"Split validation of {data} has no annotations to evaluate with." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_log_with_garbage_is_mended(workdir, shared, capsys):
     """As after a crash of the machine: zeros at the end. eval.py finds the best step all the same."""
     with open(workdir / "metrics.jsonl", "ab") as file:

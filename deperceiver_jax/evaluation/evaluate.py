@@ -99,7 +99,8 @@ def evaluate(
     """(metrics, results) of a whole split: what `coco_metric` tells, and COCO's results format, which it tells it of.
 
     arrays: what `detect_step` was made for. Every process calls this with the same arguments and gets the same answer:
-    each runs its slice of every batch, and all count all detections. Raises UserError for answers that are not finite.
+    each runs its slice of every batch, and all count all detections. A split without annotations has no metrics.
+    Raises UserError for answers that are not finite.
     """
     batches = EvaluationBatches(
         source,
@@ -120,6 +121,8 @@ def count_detections(detections: Detections, source, config: ConfigDict) -> tupl
     """(metrics, results) of NumPy detections that `source` has in its order: what `evaluate` returns."""
     with _no_collection():
         results = coco_results(detections, source.image_ids, source.classes, config.eval.score_threshold)
+        if not source.annotated:
+            return {}, results
         metrics = coco_metric(
             ground_truth(source),
             results,
@@ -142,11 +145,10 @@ def _no_collection() -> Iterator[None]:
 
 
 def write_results(directory: Path, metrics: dict, results: list[dict]) -> None:
-    """Writes detections.json and then metrics.json; each appears whole or not at all. Raises UserError."""
-    texts = {
-        "detections.json": orjson.dumps(results).decode() + "\n",  # as quick as the metric, which json is not
-        "metrics.json": json.dumps(metrics, allow_nan=False) + "\n",
-    }
+    """Writes detections.json and then, if there are any, metrics.json; each appears whole or not. Raises UserError."""
+    texts = {"detections.json": orjson.dumps(results).decode() + "\n"}  # as quick as the metric, which json is not
+    if metrics:
+        texts["metrics.json"] = json.dumps(metrics, allow_nan=False) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

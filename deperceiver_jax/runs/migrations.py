@@ -65,11 +65,12 @@ def _drop(section: dict, name: str, at_rest: object) -> None:
 
 def _to_0_2_0(config: dict) -> None:
     loss, model = config["loss"], config["model"]
-    config["data"]["exif_orientation"] = "annotated"
-    config["data"]["allow_changed"] = False
-    config["train"]["overfit"] = 0
-    config["train"]["patience"] = 0
-    config["train"]["trackers"] = []
+    data = config["data"]
+    data.update(exif_orientation="annotated", allow_changed=False, layout="auto", val_share=0.2, split_seed=0)
+    for split in ("train", "val"):  # what was the default is found by its name
+        for part, name in (("annotations", f"annotations/instances_{split}2017.json"), ("images", f"{split}2017")):
+            data[f"{split}_{part}"] = "" if data[f"{split}_{part}"] == name else data[f"{split}_{part}"]
+    config["train"].update(overfit=0, patience=0, trackers=[])
     denoising = {"copies": loss.pop("hint_copies", 0), "noise": loss.pop("hint_noise", 0.4)}
     _drop(loss, "proposal_repeats", 1)
     if model["name"] == "deperceiver_plus":

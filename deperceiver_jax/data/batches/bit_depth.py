@@ -20,11 +20,23 @@ def deep_pixels(data: bytes, image: Image.Image) -> Num[np.ndarray, "h w *channe
     deep = data[24] > 8 if image.format == "PNG" else max(np.atleast_1d(tags.get(_BITS_PER_SAMPLE, 8))) > 8
     if not deep or tags.get(_ORIENTATION, 1) != 1:  # which Pillow applies to a TIFF
         return None
+    return _read_by_opencv(data)
+
+
+def unknown_to_pillow(data: bytes) -> Num[np.ndarray, "h w *channels"] | None:
+    """The pixels of a TIFF of a kind that Pillow lacks, as colours in floats; None where OpenCV lacks it, too."""
+    return _read_by_opencv(data) if data[:4] in (b"II*\0", b"MM\0*") else None
+
+
+def _read_by_opencv(data):
+    """RGB, or grey; a fourth channel, transparency, is left out. None for other channels and for what OpenCV lacks."""
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # a kind that OpenCV was not built for, or a size beyond its limit
         return None
-    return pixels if pixels is None or pixels.ndim == 2 else pixels[..., 2::-1]
+    if pixels is None or pixels.ndim == 2:
+        return pixels
+    return pixels[..., 2::-1] if pixels.shape[2] in (3, 4) else None
 
 
 def to_8_bits(pixels: Num[np.ndarray, "*axes"]) -> UInt8[np.ndarray, "*axes"]:

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import Float64, Int32, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from deperceiver_jax.data.batches.bit_depth import deep_pixels, to_8_bits
+from deperceiver_jax.data.batches.bit_depth import deep_pixels, to_8_bits, unknown_to_pillow
 from deperceiver_jax.data.image_header import CorruptImage
 
 cv2.setNumThreads(1)  # images are loaded side by side; threads inside one would only get in each other's way
@@ -51,10 +51,14 @@ def _decode(data):
             deep = deep_pixels(data, image)
             if deep is None:
                 return np.array(image.convert("RGB"))
-            levels = to_8_bits(deep)
-            return np.ascontiguousarray(levels) if levels.ndim == 3 else cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
+    except UnidentifiedImageError as error:
+        deep = unknown_to_pillow(data)
+        if deep is None:
+            raise CorruptImage(f"it cannot be decoded ({error})") from error
     except _UNREADABLE as error:
         raise CorruptImage(f"it cannot be decoded ({error})") from error
+    levels = to_8_bits(deep)
+    return np.ascontiguousarray(levels) if levels.ndim == 3 else cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
 
 
 def place_image(

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Bool, Float64, Int8, Int32, Int64
 from tqdm import tqdm
 
-from deperceiver_jax.data.datasets.record import read_record
+from deperceiver_jax.data.datasets.record import Annotations, read_record
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 from deperceiver_jax.errors import UserError
 
@@ -132,7 +132,7 @@ def build(prepared: Path, split: str, *, label_ids: Int64[np.ndarray, " labels"]
         boxes_are_shares = record.boxes_are_shares
     kept.sort(key=lambda row: row[0])
     _require_unique([row[0] for row in kept], prepared, split)
-    return _flatten(kept, skipped, boxes_are_shares)
+    return flatten(kept, skipped, boxes_are_shares)
 
 
 def _require_unique(image_ids, prepared, split):
@@ -143,7 +143,12 @@ def _require_unique(image_ids, prepared, split):
             raise UserError(f"{prepared}: image id {after} is there twice in split {split}.")
 
 
-def _flatten(kept, skipped, boxes_are_shares):
+def flatten(
+    kept: Sequence[tuple[int, int, tuple[tuple[int, int], tuple[int, int], int], str, Annotations]],
+    skipped: Sequence[str],
+    boxes_are_shares: bool,
+) -> Index:
+    """The Index of rows (image id, record, (stored size, stated size, orientation), file name, annotations), by id."""
     columns = [np.concatenate(column) for column in zip(*(row[4] for row in kept), strict=True)]
     counts = np.array([len(row[4].id) for row in kept])
     finite = np.isfinite(columns[0]).all(axis=1)

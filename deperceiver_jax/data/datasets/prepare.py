@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import shutil
 import sys
@@ -52,6 +53,7 @@ def prepare(
                 with _quiet(), tempfile.TemporaryDirectory() as unused:
                     builder = builder_class(config=config, data_dir=os.fspath(directory), file_format="array_record")
                     builder.download_and_prepare(download_dir=os.path.join(unused, "downloads"))
+                _tell_of_earlier(prepared)
     except OSError as error:
         raise UserError(f"Cannot prepare {what} in {prepared}: {error}.") from error
     except RuntimeError as error:  # of array_record's writer, whose text ends with the system's own words
@@ -62,6 +64,29 @@ def prepare(
             f"Cannot prepare {what} in {prepared}: {reason}; config.data.prepared_directory can be another place."
         ) from error
     return prepared
+
+
+def _tell_of_earlier(prepared):
+    """Says where the same files lie as they were before they changed, which another run may be reading yet."""
+    earlier, num_bytes = [], 0
+    for info in sorted(prepared.parents[1].glob("*/*/dataset_info.json")):
+        if info.parent != prepared and _description(info) == _description(prepared / "dataset_info.json"):
+            earlier.append(os.fspath(info.parent))
+            num_bytes += sum(file.stat().st_size for file in info.parent.iterdir())
+    if earlier:
+        print(
+            f"What was prepared of it before its files or fields changed takes {num_bytes / 1e6:.1f} MB in "
+            f"{' and '.join(earlier)}; delete it when no run reads it any more.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _description(info):
+    try:
+        return json.loads(info.read_text())["description"]
+    except (OSError, ValueError, KeyError):
+        return info  # like no other
 
 
 def _require_room(directory, num_bytes, what):

@@ -10,13 +10,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float64, Int64
 
-STATED_SIZE = "image/stated_size"  # a feature that only images from files have
+STATED_SIZE, BOXES_ARE_SHARES = "image/stated_size", "image/boxes_are_shares"  # features of images from files alone
 
 
 class Annotations(NamedTuple):
     """What is annotated in one image, in the stored order: nothing is dropped, clipped or rounded."""
 
-    boxes: Float64[np.ndarray, "M 4"]  # xywh in pixels of the stored image
+    boxes: Float64[np.ndarray, "M 4"]  # xywh in pixels of the stored image, or in shares of it
     category_id: Int64[np.ndarray, " M"]  # the data set's own ids
     is_crowd: Bool[np.ndarray, " M"]
     area: Float64[np.ndarray, " M"]  # pixels; of the outline where there is one, not of the box
@@ -24,7 +24,7 @@ class Annotations(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An image and its annotations. The catalogue's boxes are shares of a size that only the image itself tells."""
+    """An image and its annotations. The catalogue's and YOLO's boxes are shares of a size that the image tells."""
 
     image: bytes  # JPEG, PNG or another format that Pillow reads
     filename: str
@@ -93,6 +93,6 @@ def read_record(stored: dict[str, Any], label_ids: Int64[np.ndarray, " labels"])
         filename=stored["image/filename"].decode(),
         image_id=int(stored["image/id"]),
         annotations=annotations,
-        boxes_are_shares=catalogue,
+        boxes_are_shares=catalogue or bool(stored.get(BOXES_ARE_SHARES, False)),
         stated_size=(int(height), int(width)),
     )

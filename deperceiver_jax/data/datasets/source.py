@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.data.datasets.coco.builder import CocoDirectory, coco_config
+from deperceiver_jax.data.datasets.directory_builder import CocoDirectory, directory_config
 from deperceiver_jax.data.datasets.index import Index, load_or_build, open_records, read_stored
+from deperceiver_jax.data.datasets.layouts.layout import FIELDS, SPLITS
+from deperceiver_jax.data.datasets.layouts.recognise import find_split
 from deperceiver_jax.data.datasets.orientation import orient
 from deperceiver_jax.data.datasets.prepare import prepare
 from deperceiver_jax.data.datasets.record import Annotations
@@ -20,7 +22,6 @@ from deperceiver_jax.data.datasets.shapes.builder import Shapes
 from deperceiver_jax.data.datasets.tfds_directory import describe
 from deperceiver_jax.errors import UserError
 
-SPLIT_FIELDS = {"train": "train", "validation": "val"}  # split -> how config.data calls its files
 NORMALISED = 1.1  # the most that a number of a normalised box is, rounding and boxes beyond the border included
 CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their image are counted
 
@@ -34,8 +35,8 @@ class Source:
         self._prepared, self._split, self._index = prepared, split, index
         self._records: Any = None
         self._opened_by: int | None = None
-        image, self._boxes, self._labels = _targets(index, classes)
-        self._target_offsets = np.searchsorted(image, np.arange(len(self) + 1))
+        self._image, self._boxes, self._labels = _targets(index, classes)
+        self._target_offsets = np.searchsorted(self._image, np.arange(len(self) + 1))
 
     def __len__(self) -> int:
         return len(self._index.image_ids)
@@ -45,7 +46,7 @@ class Source:
 
     def take(self, positions: Int64[np.ndarray, " n"]) -> "Source":
         """The split that has these images alone; `positions` are ascending."""
-        return Source(self._prepared, self._split, self.classes, self._index.take(positions), self.area_scale)
+        return type(self)(self._prepared, self._split, self.classes, self._index.take(positions), self.area_scale)
 
     @property
     def sizes(self) -> Int32[np.ndarray, "N 2"]:
@@ -58,9 +59,19 @@ class Source:
         return self._index.image_ids
 
     @property
+    def annotated(self) -> bool:
+        """Whether anything is annotated. A split of which nothing is, as COCO's test splits, has no metrics."""
+        return len(self._index.id) > 0
+
+    @property
     def max_boxes(self) -> int:
         """Targets of the fullest image."""
         return int(np.diff(self._target_offsets).max())
+
+    @property
+    def filenames(self) -> np.ndarray:
+        """The file names of all images, unicode [N]."""
+        return self._index.filenames
 
     def filename(self, position: int) -> str:
         """The image's file name, for messages and pictures."""
@@ -89,13 +100,17 @@ class Source:
         rows = slice(*self._target_offsets[position : position + 2])
         return self._boxes[rows].copy(), self._labels[rows].copy()
 
+    def all_targets(self) -> tuple[Int64[np.ndarray, " K"], Float32[np.ndarray, "K 4"], Int32[np.ndarray, " K"]]:
+        """(position of the image, box, class slot) of the targets of all images, as `targets` has them."""
+        return self._image, self._boxes, self._labels
+
 
 def open_source(config_data: ConfigDict, split: str) -> Source:
     """Opens a split of the data set that config.data names, preparing it first if need be.
 
-    `shapes` and `coco_directory` have the splits train and validation, `tfds` has those that were prepared;
-    `shapes/small` is the built-in data set with many small shapes. Raises UserError, in one sentence that names the
-    file and the item, for anything wrong with the data.
+    `shapes` has the splits train and validation, `coco_directory`, in any of datasets/layouts, those that are there,
+    `tfds` those that were prepared; `shapes/small` is the built-in data set with many small shapes. Raises UserError,
+    in one sentence that names the file and the item, for anything wrong with the data.
     """
     try:
         return _open_source(config_data, split)
@@ -108,9 +123,9 @@ def _open_source(config_data, split):
     if name == "shapes":
         prepared = _prepare_shapes(config_data, split, variant or "standard")
     elif name == "coco_directory" and not variant:
-        prepared = _prepare_coco(config_data, split)
+        prepared = _prepare_directory(config_data, split)
     elif name == "tfds" and not variant:
-        prepared = _existing_directory(config_data)
+        prepared = existing_directory(config_data)
     else:
         raise UserError(f"config.data.name is {config_data.name!r}; it may be shapes, coco_directory or tfds.")
     classes, label_ids, notes = describe(prepared, split)
@@ -123,7 +138,7 @@ def _open_source(config_data, split):
     )
     what = f"{config_data.directory or config_data.name}, split {split}"
     index, turned = orient(index, config_data.exif_orientation)
-    _require_pixels(index, what)
+    require_pixels(index, what)
     found = notes + turned + _oddities(index)
     if found:
         logging.warning("%s: %s.", what, "; ".join(found))
@@ -134,7 +149,8 @@ def _prepared_directory(config_data):
     return Path(config_data.prepared_directory).expanduser().absolute()
 
 
-def _existing_directory(config_data):
+def existing_directory(config_data: ConfigDict) -> Path:
+    """config.data.directory. Raises UserError where there is none."""
     if not config_data.directory:
         raise UserError(f"config.data.directory is empty, and data set {config_data.name} needs one.")
     directory = Path(config_data.directory).expanduser().absolute()
@@ -143,29 +159,20 @@ def _existing_directory(config_data):
     return directory
 
 
-def _require_split(config_data, split):
-    if split not in SPLIT_FIELDS:
-        raise UserError(f"Data set {config_data.name} has no split {split!r}; it has {', '.join(SPLIT_FIELDS)}.")
-
-
 def _prepare_shapes(config_data, split, variant):
-    _require_split(config_data, split)
+    if split not in FIELDS:
+        raise UserError(f"Data set {config_data.name} has no split {split!r}; it has {', '.join(FIELDS)}.")
     if variant not in Shapes.builder_configs:
         raise UserError(f"There is no data set shapes/{variant}; there are {', '.join(Shapes.builder_configs)}.")
     config = Shapes.builder_configs[variant]
     return prepare(Shapes, _prepared_directory(config_data), config, f"shapes/{variant}")
 
 
-def _prepare_coco(config_data, split):
-    _require_split(config_data, split)
-    root, field = _existing_directory(config_data), SPLIT_FIELDS[split]
-    annotation_file = root / config_data[f"{field}_annotations"]
-    image_directory = root / config_data[f"{field}_images"]
-    if not annotation_file.is_file():
-        raise UserError(f"Split {split} needs {annotation_file} (config.data.{field}_annotations), which is not there.")
-    if not image_directory.is_dir():
-        raise UserError(f"Split {split} needs {image_directory} (config.data.{field}_images), which is not there.")
-    config = coco_config(annotation_file, image_directory, split, config_data.skip_corrupt)
+def _prepare_directory(config_data, split):
+    if split not in SPLITS:
+        raise UserError(f"Data set {config_data.name} has no split {split!r}; it has {', '.join(SPLITS)}.")
+    root = existing_directory(config_data)
+    config = directory_config(find_split(root, config_data, split), split, config_data.skip_corrupt)
     what = f"split {split} of {root}"
     return prepare(CocoDirectory, _prepared_directory(config_data), config, what, config.image_bytes)
 
@@ -184,8 +191,8 @@ def _targets(index, classes):
     return image[keep], boxes[keep], classes.category_to_slot(index.category_id[keep]).astype(np.int32)
 
 
-def _require_pixels(index, what):
-    """Refuses boxes that are not in pixels, from which nothing could be learned or counted."""
+def require_pixels(index: Index, what: str) -> None:
+    """Raises UserError for boxes that are not in pixels, from which nothing could be learned or counted."""
     boxes = index.boxes[(index.boxes[:, 2:] > 0).all(axis=1)]
     if len(boxes) == 0 or (boxes[:, 2:] >= 1).any():
         return
@@ -196,21 +203,26 @@ def _require_pixels(index, what):
     )
 
 
-def _oddities(index):
-    """What is odd in the annotations, counted, in words."""
+def odd_boxes(index: Index) -> dict[str, Bool[np.ndarray, " M"]]:
+    """Which of an oriented index's boxes are odd, by how they are, in words."""
     image = np.repeat(np.arange(len(index.image_ids)), np.diff(index.offsets))
     low, size = index.boxes[:, :2], index.boxes[:, 2:]
     limit = index.sizes[image][:, ::-1]
     inside = np.clip(low + size, 0, limit) - np.clip(low, 0, limit)
     empty = (inside <= 0).any(axis=1)
     outside = ((low < -CLIP_TOLERANCE) | (low + size > limit + CLIP_TOLERANCE)).any(axis=1) & ~empty
-    counts = {
-        "boxes reach outside their image and are clipped": outside.sum(),
-        "boxes are empty inside their image and are left out": empty.sum(),
-        "boxes are smaller than a pixel": ((size > 0) & (size < 1)).all(axis=1).sum(),
-        "boxes are not finite and are left out": index.non_finite,
+    return {
+        "reach outside their image and are clipped": outside,
+        "are empty inside their image and are left out": empty,
+        "are smaller than a pixel": ((size > 0) & (size < 1)).all(axis=1),
     }
-    found = [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def _oddities(index):
+    """What is odd in the annotations, counted, in words."""
+    counts = {what: int(odd.sum()) for what, odd in odd_boxes(index).items()}
+    counts["are not finite and are left out"] = int(index.non_finite)
+    found = [f"{count} boxes {what}" for what, count in counts.items() if count]
     if len(index.skipped):
         found.append(f"{len(index.skipped)} corrupt images are left out (the first is {index.skipped[0]})")
     return found

@@ -5,10 +5,11 @@ import io
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from deperceiver_jax.data.batches.bit_depth import to_8_bits
 from deperceiver_jax.data.batches.pixels import decode_image
+from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 
 LEVELS = np.arange(256, dtype=np.uint16).reshape(16, 16)  # every one of 8 bits
 
@@ -85,6 +86,21 @@ def test_odd_pictures():
     assert to_8_bits(np.uint16([300, 300])).tolist() == [75, 75]  # flat, of 10 bits
     limits = np.iinfo(np.int32)
     assert to_8_bits(np.int32([limits.min, 0, limits.max])).tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_in_floats_which_pillow_does_not_know(dtype, channels):
+    shares = np.random.default_rng(0).random((5, 7, channels)).astype(dtype)
+    data = encoded(shares, ".tiff")
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(data))
+    assert (image_size(data), exif_orientation(data)) == ((5, 7), 1)
+    found = decode_image(data)
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, np.rint(255 * shares[..., 2::-1]).astype(np.uint8))
+    with pytest.raises(CorruptImage):
+        decode_image(data[:60])
 
 
 def test_a_turned_tiff_of_16_bits():

@@ -2,50 +2,44 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from deperceiver_jax.data.datasets.record import Annotations
+from deperceiver_jax.data.datasets.listing import Listing, columns
 from deperceiver_jax.errors import UserError
 
 
-@dataclass(frozen=True)
-class CocoFile:
-    """The images of an annotation file in ascending order of id, and the annotations of each in the file's order."""
+def read_coco(path: Path) -> Listing:
+    """Reads and checks `path`. Boxes of any extent pass, be they empty, outside or not finite; see data/index.py.
 
-    categories: list[tuple[int, str]]
-    image_ids: list[int]
-    filenames: list[str]
-    stated_sizes: list[tuple[int, int] | None]  # (height, width) as the file says, if it says so
-    annotations: list[Annotations]
-    without_area: int  # annotations with no usable area, which got their box's
+    A file without the list `annotations`, as COCO's test splits have it, is one of pictures without annotations.
+    """
+    return parse_coco(path, load_json(path))
 
 
-def read_coco(path: Path) -> CocoFile:
-    """Reads and checks `path`. Boxes of any extent pass, be they empty, outside or not finite; see data/index.py."""
-    content = _load(path)
+def parse_coco(path: Path, content: dict[str, Any]) -> Listing:
+    """What `load_json` read of `path`, checked."""
     for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
+        if not isinstance(content.get(key, [] if key == "annotations" else None), list):
             raise UserError(f"{path} is not COCO: it has no list called {key!r}.")
         if key != "annotations" and not content[key]:
             raise UserError(f"{path} is not usable: its list {key!r} is empty.")
     names = _categories(path, content["categories"])
     images = _images(path, content["images"])
-    rows, without_area = _rows(path, content["annotations"], names, images)
+    rows, without_area = _rows(path, content.get("annotations", []), names, images)
     ordered = sorted(images)
-    return CocoFile(
+    return Listing(
         categories=sorted(names.items()),
         image_ids=ordered,
         filenames=[images[id][0] for id in ordered],
         stated_sizes=[images[id][1] for id in ordered],
-        annotations=[_columns(rows.get(id, [])) for id in ordered],
-        without_area=without_area,
+        annotations=[columns(rows.get(id, [])) for id in ordered],
+        notes=[f"{without_area} annotations had no area and got their box's"] if without_area else [],
     )
 
 
-def _load(path):
+def load_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, with or without a byte order mark. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
@@ -101,17 +95,6 @@ def _rows(path, items, names, images):
             area = box[2] * box[3]
         rows.setdefault(image_id, []).append((box, category_id, bool(item.get("iscrowd", 0)), float(area), id))
     return rows, without_area
-
-
-def _columns(rows):
-    boxes, category_id, is_crowd, area, id = zip(*rows, strict=True) if rows else [()] * 5
-    return Annotations(
-        boxes=np.array(boxes, np.float64).reshape(-1, 4),
-        category_id=np.array(category_id, np.int64),
-        is_crowd=np.array(is_crowd, bool),
-        area=np.array(area, np.float64),
-        id=np.array(id, np.int64),
-    )
 
 
 def _objects(path, key, items):

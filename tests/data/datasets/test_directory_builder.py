@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deperceiver_jax.data.datasets.coco.builder import coco_config
+from deperceiver_jax.data.datasets.directory_builder import directory_config
+from deperceiver_jax.data.datasets.layouts.recognise import find_split
 from deperceiver_jax.data.datasets.source import open_source
 from deperceiver_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared" / "data" / "coco_tiny"
 
 
@@ -26,7 +27,7 @@ def _name(coco_folder, split="train", skip_corrupt=False):
     folder = coco_folder.image_file("", split)
     for image in folder.iterdir():
         os.utime(image, (1, 1))  # as if it had never been written again
-    return coco_config(coco_folder.annotation_file(split), folder, split, skip_corrupt).name
+    return directory_config(find_split(coco_folder.root, coco_folder.config(), split), split, skip_corrupt).name
 
 
 def _refusal(coco_folder, **fields):
@@ -54,6 +55,22 @@ def test_a_data_set_is_prepared_once(coco_folder, capsys):
     assert len(open_source(coco_folder.config(), "train")) == 2
     assert capsys.readouterr().err == ""
     assert coco_folder.leftovers() == before
+
+
+def test_what_is_superseded_is_named_with_its_size(coco_folder, capsys):
+    """It is not deleted: another run may be reading it."""
+    coco_folder.write(split="validation")
+    open_source(coco_folder.config(), "validation")
+    coco_folder.write()
+    open_source(coco_folder.config(), "train")
+    assert "before its files or fields changed" not in capsys.readouterr().err
+    (before,) = (path.parent for path in coco_folder.prepared.rglob("dataset_info.json") if "train-" in str(path))
+    size = sum(file.stat().st_size for file in before.iterdir()) / 1e6
+    coco_folder.image_file("7.jpg").write_bytes(coco_folder.image_file("7.jpg").read_bytes() + b"x")
+    open_source(coco_folder.config(), "train")
+    expected = f"changed takes {size:.1f} MB in {before}; delete it when no run reads it any more."
+    assert expected in capsys.readouterr().err
+    assert before.is_dir()
 
 
 def test_other_files_are_another_data_set(coco_folder, tmp_path):
@@ -155,11 +172,20 @@ def test_a_disk_that_becomes_full_is_told(coco_folder):
 def test_one_split_is_enough_for_itself(coco_folder):
     coco_folder.write(split="validation")
     assert len(open_source(coco_folder.config(), "validation")) == 2
-    with pytest.raises(UserError, match=r"Split train needs .*instances_train2017.json .*, which is not there"):
+    with pytest.raises(
+        UserError, match="coco has no split train: it was read in COCO's layout .*it has validation; conf"
+    ):
         open_source(coco_folder.config(), "train")
-    coco_folder.annotation_file().write_text("{}")
-    with pytest.raises(UserError, match=r"Split train needs .*/train2017 \(config.data.train_images\)"):
-        open_source(coco_folder.config(), "train")
+    named = coco_folder.config(train_annotations="annotations/mine.json")
+    with pytest.raises(
+        UserError, match=r"Split train needs .*/mine.json \(config.data.train_annotations\), which is not"
+    ):
+        open_source(named, "train")
+    coco_folder.write()
+    with pytest.raises(
+        UserError, match=r"Split train needs .*/photos \(config.data.train_images\), which is not there"
+    ):
+        open_source(coco_folder.config(train_images="photos"), "train")
 
 
 def test_names_of_files_are_settings(coco_folder):
