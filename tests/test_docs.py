@@ -109,6 +109,8 @@ def package_program(program: str, arguments: list[str]):
     module = importlib.import_module(program.removeprefix("-m ").removesuffix(".py"))
     if module.__name__ == "deperceiver_jax.visualize":
         return importlib.import_module(f"{module.__name__}.{arguments[0]}"), arguments[1:]
+    if module.__name__ == "deperceiver_jax.data":
+        arguments = arguments[2:]  # after what to do and with which folder
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{module.__name__}.__main__")
     return module, arguments
