@@ -21,7 +21,6 @@ from deperceiver_jax.data.checking.report import report
 from deperceiver_jax.data.checking.suggestions import images_per_second, suggest_boxes, suggest_buckets, suggest_scale
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import require_writable
-from deperceiver_jax.models import field_needs
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.visualize.contact_sheet import contact_sheet
 from deperceiver_jax.visualize.fonts import readable
@@ -44,6 +43,8 @@ def main(argv: list[str]) -> None:
         raise UserError("check needs one folder: python -m deperceiver_jax.data check DIR.")
     rest = [argument for argument in argv[2:] if argument.startswith("-")]
     values, config_arguments = parse_flags([argv[0], *rest], define_flags, __doc__)
+    from deperceiver_jax.models import field_needs  # not above: it starts JAX, which no help text needs
+
     if not has_config_file(config_arguments) and DEFAULT_CONFIG.exists():
         config_arguments.insert(1, f"--config={DEFAULT_CONFIG}")
     config = parse_config([*config_arguments, f"--config.data.directory={places[0]}"], needs=field_needs)

@@ -10,6 +10,7 @@ from deperceiver_jax.data.datasets.source import odd_boxes
 
 _LABEL, _COLUMN = 46, 14
 _CLASSES = 100  # that are listed at most
+_RARE = 10  # boxes of a class; hotcoco's bound, too
 _SMALL, _LARGE = 32**2, 96**2  # pixels; COCO's bounds between small, medium and large
 
 
@@ -146,4 +147,6 @@ def _worth_a_look(checked, across):
         unseen = [name for name, (boxes, _) in counted["train"].items() if not boxes]
         if unseen:
             found.append(f"{len(unseen)} classes have no box in train; the first is {unseen[0]!r}.")
+        if rare := sum(0 < boxes < _RARE for boxes, _ in counted["train"].values()):
+            found.append(f"{rare} classes have fewer than {_RARE} boxes in train.")
     return ["", "Worth a look", *(f"- {line}" for line in found)] if found else []

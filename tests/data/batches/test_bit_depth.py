@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from deperceiver_jax.data.batches.bit_depth import to_8_bits
 from deperceiver_jax.data.batches.pixels import decode_image
-from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
+from deperceiver_jax.data.image_header import exif_orientation, image_size
 
 LEVELS = np.arange(256, dtype=np.uint16).reshape(16, 16)  # every one of 8 bits
 
@@ -99,8 +99,6 @@ def test_colours_in_floats_which_pillow_does_not_know(dtype, channels):
     found = decode_image(data)
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(found, np.rint(255 * shares[..., 2::-1]).astype(np.uint8))
-    with pytest.raises(CorruptImage):
-        decode_image(data[:60])
 
 
 def test_a_turned_tiff_of_16_bits():

@@ -58,7 +58,8 @@ def test_a_good_folder_passes_and_is_described(folder, check, tmp_path):
     assert _row(text, "boxes to learn") == ["5", "1"] and _row(text, "  of the fullest picture") == ["1", "1"]
     assert _row(text, "cat") == ["2,", "2", "1,", "1"] and _row(text, "dog") == ["3,", "3", "0,", "0"]
     assert _row(text, "  width x height, smallest") == ["80", "x", "60", "70", "x", "50"]
-    assert "Nothing here would stop a run." in text and "Worth a look" not in text
+    assert "Nothing here would stop a run." in text
+    assert text.partition("Worth a look\n")[2].startswith("- 2 classes have fewer than 10 boxes in train.\n\n")
     assert "clipped" not in text  # what nothing has is not listed
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 3 * sheet.height / 2 > 0  # two rows, of two and three pictures

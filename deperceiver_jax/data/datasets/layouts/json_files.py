@@ -110,13 +110,15 @@ def _image_directory(root, file, names, split):
         words = {word for part in parts if (word := split_of(part))}
         return 0 if words == {split} else 2 if words else 1
 
+    if not names:
+        return root  # reading the whole file will say what is wrong with it
     tried = names[:: max(1, len(names) // _TRIED)]
     hits = {folder: sum(_is_file(folder, name) for name in tried) for folder in sorted(folders, key=rank)}
     best = max(hits, key=lambda folder: hits[folder])
     if not hits[best]:
-        first = f", the first is {tried[0]}{near_name(os.fspath(root), tried[0])}" if tried else ""
+        near = near_name(os.fspath(root), tried[0])
         raise UserError(
-            f"No folder in {root} has the pictures that {file} lists{first}; "
+            f"No folder in {root} has the pictures that {file} lists, the first is {tried[0]}{near}; "
             f"config.data.{FIELDS.get(split, 'val')}_images can name their folder."
         )
     return best
