@@ -66,7 +66,8 @@ def _load(source, config_data, wanted, seed):
     """{(position, class slot): (pixels, xyxy boxes in pixels, class slots)}, if it can be with a box of the class."""
     size = min(config_data.batch_size, len(source))
     chosen = sorted({position for positions in wanted.values() for position in positions})
-    others = (position for position in range(len(source)) if position not in set(chosen))
+    known = set(chosen)
+    others = (position for position in range(len(source)) if position not in known)
     chosen = sorted([*chosen, *(next(others) for _ in range(size - len(chosen)))])  # a batch must be full
     data = ConfigDict(config_data.to_dict())
     data.update(batch_size=size, num_workers=0, buckets=1)

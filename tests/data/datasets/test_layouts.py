@@ -309,6 +309,19 @@ def test_what_yolos_folders_may_have(data_set, caplog):
     assert "1 label files have no picture (the first is labels/train/Train_2.txt)" in caplog.text
 
 
+def test_yolos_lists_and_labels_beside_their_pictures(tmp_path):
+    """Also where a folder around the data set is called images."""
+    data_set = DataSet(tmp_path / "images" / "data").write("yolo")
+    expected = _content(data_set.open("train"))
+    for picture in (data_set.root / "images/train").iterdir():
+        picture.rename(data_set.root / picture.name)
+        label = (data_set.root / "labels/train" / picture.name).with_suffix(".txt")
+        label.rename(data_set.root / label.name)
+    data_set.text("lists/train.txt", "".join(f"./train_{k}.png\n" for k in range(6)))
+    data_set.text("data.yaml", yaml.safe_dump({"train": "lists\\train.txt", "names": list(NAMES.values())}))
+    _assert_same(_content(data_set.open("train")), expected)
+
+
 def test_yolos_boxes_are_of_the_turned_picture(data_set):
     data_set.write("yolo")
     exif = Image.Exif()

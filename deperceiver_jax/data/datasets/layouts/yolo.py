@@ -59,11 +59,11 @@ def _class_names(file, content):
 def _split_files(root, file, content, split, places, names):
     pictures = []
     for place in places if isinstance(places, list) else [places]:
-        pictures += _pictures(_find(root, file, content, str(place), split))
+        pictures += _pictures(root, _find(root, file, content, str(place), split))
     pictures = sorted(set(pictures))
     if not pictures:
         raise UserError(f"{file}: its split {split}, {places}, has no picture.")
-    labels = [_label_file(picture) for picture in pictures]
+    labels = [_label_file(root, picture) for picture in pictures]
     state = [names, [file_state(label) for label in labels]]
     read = functools.partial(_read, root, file, pictures, labels, names)
     return SplitFiles(f"{file}, {split}", root, [_relative(picture, root) for picture in pictures], state, read)
@@ -72,7 +72,7 @@ def _split_files(root, file, content, split, places, names):
 def _find(root, file, content, place, split):
     """Where a split's pictures are: the file may have been written for another computer or another current folder."""
     base = root / str(content.get("path") or "")
-    inner = place
+    inner = place.replace("\\", "/")
     while inner.startswith("../"):
         inner = inner[3:]
     tried = [base / place, root / place, root / inner]
@@ -84,10 +84,13 @@ def _find(root, file, content, place, split):
     return Path(os.path.normpath(found))
 
 
-def _pictures(place):
-    if place.is_file():  # a list of pictures
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
-        return [Path(os.path.normpath(place.parent / line.strip())) for line in lines if line.strip()]
+def _pictures(root, place):
+    if place.is_file():  # a list of pictures, from where it is or from the root
+        listed = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        found = [
+            next((base / line for base in (place.parent, root) if (base / line).exists()), line) for line in listed
+        ]
+        return [Path(os.path.normpath(root / picture)) for picture in found]
     return [
         Path(folder, name)
         for folder, _, files in os.walk(place)
@@ -96,11 +99,14 @@ def _pictures(place):
     ]
 
 
-def _label_file(picture):
-    """In `labels` where the picture is in `images`, or else beside it."""
-    before, images, after = os.fspath(picture).rpartition(f"{os.sep}images{os.sep}")
-    text = f"{before}{os.sep}labels{os.sep}{after}" if images else after
-    return Path(text).with_suffix(".txt")
+def _label_file(root, picture):
+    """In `labels` where the picture is in a folder `images` of the data set, or else beside it."""
+    parts = list(picture.parts)
+    inside = len(root.parts) if picture.is_relative_to(root) else 0
+    places = [place for place, part in enumerate(parts[:-1]) if part == "images" and place >= inside]
+    if places:
+        parts[places[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
 
 
 def _relative(picture, root):
