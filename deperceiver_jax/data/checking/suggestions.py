@@ -39,6 +39,8 @@ def suggest_scale(split: Split, config_data: ConfigDict) -> Suggestion:
     small = float(np.percentile(sides, _SMALL))
     wanted = min(max(short * _SIDE / small, _LEAST), _MOST, max(_ENLARGED * short, _LEAST))
     scale = math.ceil(wanted / GRID) * GRID
+    fits = abs(scale - config_data.eval_scale) <= GRID
+    scale = config_data.eval_scale if fits else scale
     share = scale / 800
     fields = {
         "scales": tuple(range(math.ceil(0.6 * scale / GRID) * GRID, scale + 1, GRID)),
@@ -49,7 +51,7 @@ def suggest_scale(split: Split, config_data: ConfigDict) -> Suggestion:
     if config_data.crop_probability:
         fields["crop_scales"] = tuple(round(side * share) for side in (400, 500, 600))
         fields |= {"crop_min": round(384 * share), "crop_max": round(600 * share)}
-    changed = {name: value for name, value in fields.items() if config_data[name] != value}
+    changed = {name: value for name, value in fields.items() if config_data[name] != value and not fits}
     reached = small * scale / short
     return Suggestion(
         changed,

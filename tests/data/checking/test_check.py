@@ -238,5 +238,7 @@ def test_suggestions_follow_from_the_boxes(folder):
     assert scale.fields["max_size"] == round(1333 * 672 / 800)
     data.update(scale.fields)
     assert suggest_scale(train, data).fields == {}
+    data.eval_scale, data.scales = 640, (640,)  # near enough
+    assert suggest_scale(train, data).fields == {}
     data.scales, data.crop_probability, data.buckets = (640,), 0.0, 8
     assert suggest_buckets(train, data).fields == {"buckets": 1}  # all pictures come out in one size
