@@ -188,6 +188,7 @@ def test_pictures_without_a_division_are_divided_by_their_names(data_set):
     assert len(validation(names) - more) < 10
     assert [len(data_set.open(split, val_share=0.5)) for split in SPLITS] == [5, 5]
     assert "config.data.val_share is 1.0; it must be above 0 and below 1." in data_set.refusal(val_share=1.0)
+    assert "config.data.split_seed is -1; it must be at least 0." in data_set.refusal(split_seed=-1)
 
 
 def test_voc_without_lists_is_divided(data_set):

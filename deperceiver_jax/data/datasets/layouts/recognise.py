@@ -10,7 +10,7 @@ from deperceiver_jax.data.datasets.layouts.layout import FIELDS, Layout
 from deperceiver_jax.data.datasets.layouts.voc import voc
 from deperceiver_jax.data.datasets.layouts.yolo import yolo
 from deperceiver_jax.data.datasets.listing import SplitFiles
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_at_least, check_choice
 
 LAYOUTS = {"coco": coco, "roboflow": roboflow, "one_file": one_file, "yolo": yolo, "voc": voc}
 CHOICES = ("auto", *LAYOUTS)  # of config.data.layout
@@ -27,6 +27,7 @@ def find_layout(root: Path, data: ConfigDict) -> Layout:
     A file that config.data names itself, by train_annotations for example, is one in COCO's layout.
     """
     check_choice("config.data.layout", data.layout, CHOICES)
+    check_at_least("config.data.split_seed", data.split_seed, 0)
     if not 0 < data.val_share < 1:
         raise UserError(f"config.data.val_share is {data.val_share}; it must be above 0 and below 1.")
     named = any(data[f"{field}_{part}"] for field in FIELDS.values() for part in ("annotations", "images"))
