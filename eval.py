@@ -16,6 +16,7 @@ from absl import flags
 
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import metric_table
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
 from deperceiver_jax.files import require_writable
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> None:
         require_writable("--output", output)
     source = open_source(config.data, split)
     require_same_classes(loaded.classes, str(stored.items), source.classes, f"the data set's split {split}")
+    if values.report and not source.annotated:
+        raise UserError(f"--report needs annotations, which split {split} does not have.")
 
     keep_compiled(config.train.compilation_cache)
     mesh = make_mesh(config.mesh.model)
@@ -69,8 +72,6 @@ def main(argv: list[str]) -> None:
         else:
             print(f"Wrote {len(results)} detections to {output}/detections.json; split {split} has no annotations.")
     if first and values.report:
-        if not metrics:
-            raise UserError(f"--report: split {split} has no annotations to report on.")
         from deperceiver_jax.report.page import write_report
 
         write_report(output / "report.html", source, metrics, results, config, split=split, step=output.name)
