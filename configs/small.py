@@ -4,8 +4,9 @@
 
 For whoever has no weights to start from. Pictures have 256 to 640 pixels a side, or are scaled to that. The backbone is
 a ResNet-18 of half the width with group norm, all of it trained. 10,000 steps in batches of 8 are 100 epochs of 800
-pictures. Where there are published weights, starting from them needs fewer pictures: docs/finetuning.md. The sizes and
-rates are those that learned the built-in pictures (docs/experiments/rates.md), made wider; take them as a start.
+pictures; they want a GPU. Where there are published weights, starting from them needs fewer pictures:
+docs/finetuning.md. Sizes and rates follow those that learned the built-in pictures (docs/experiments/rates.md), made
+wider. No AP was measured with this file; take it as a start.
 """
 
 from ml_collections import ConfigDict
