@@ -1,9 +1,9 @@
 """Writes a trained detector as PyTorch weights, under the names of the official code or of transformers.
 
-    python -m deperceiver_jax.export_weights --workdir=runs/x --checkpoint=best --output=detr.pth
-    python -m deperceiver_jax.export_weights --weights=DIR --output=model.safetensors --layout=hugging_face
+    deperceiver export-weights --workdir=runs/x --checkpoint=best --output=detr.pth
+    deperceiver export-weights --weights=DIR --output=model.safetensors --layout=hugging_face
 
-PyTorch need not be installed. Where a run kept a moving average, that is what is written. import_weights reads the
+PyTorch need not be installed. Where a run kept a moving average, that is what is written. import-weights reads the
 file back to the same bits.
 """
 
@@ -15,17 +15,12 @@ from absl import flags
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import require_writable
 from deperceiver_jax.program.command_line import parse_flags, run
-from deperceiver_jax.runs.load_detector import load_for_command
-from deperceiver_jax.weights.name_rules import to_torch, with_copies
-from deperceiver_jax.weights.tables import LAYOUTS, WRAPPERS, official_buffers
-from deperceiver_jax.weights.tables.published_code import differences
+from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.weights.torch_writer import ENDINGS, write_state_dict
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "The run whose detector is written.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
+    define_detector_flags(values)
     flags.DEFINE_string("output", None, f"The file to be written: {' or '.join(ENDINGS)}.", flag_values=values)
     flags.DEFINE_enum(
         "layout", "official", ["official", "hugging_face"], "Whose names the arrays get.", flag_values=values
@@ -34,6 +29,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    # Not above: they start JAX, which no help text needs.
+    from deperceiver_jax.runs.load_detector import load_for_command
+    from deperceiver_jax.weights.name_rules import to_torch, with_copies
+    from deperceiver_jax.weights.tables import LAYOUTS, WRAPPERS, official_buffers
+    from deperceiver_jax.weights.tables.published_code import differences
+
     if values.output is None:
         raise UserError(f"--output is needed: {values['output'].help}")
     output = Path(values.output).expanduser()

@@ -1,6 +1,6 @@
-"""Turns published PyTorch weights into a directory that eval.py, predict.py and config.init_from of train.py take.
+"""Turns published PyTorch weights into a directory that eval, predict and config.init_from of train take.
 
-    python -m deperceiver_jax.import_weights --config=configs/detr.py:r50 --torch=detr-r50-e632da11.pth --output=DIR
+    deperceiver import-weights --config=detr:r50 --torch=detr-r50-e632da11.pth --output=DIR
 
 Reads, without PyTorch and without running anything that is in the file: the released .pth of DETR and
 Deformable DETR, what the released code of SMCA saves, a Lightning .ckpt of DePerceiver, the safetensors of transformers
@@ -24,13 +24,8 @@ from ml_collections import ConfigDict
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import require_writable
-from deperceiver_jax.models import field_needs
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
-from deperceiver_jax.runs.stored_detector import save_params
 from deperceiver_jax.runs.workdir import config_text, read_classes
-from deperceiver_jax.weights.backbone import is_only_a_backbone
-from deperceiver_jax.weights.importing import import_backbone, import_detector, without_wrapper
-from deperceiver_jax.weights.torch_checkpoint import read_state_dict
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -48,6 +43,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
+    # Not above: they start JAX, which no help text needs.
+    from deperceiver_jax.models import field_needs
+    from deperceiver_jax.weights.backbone import is_only_a_backbone
+    from deperceiver_jax.weights.importing import import_backbone, import_detector, without_wrapper
+    from deperceiver_jax.weights.torch_checkpoint import read_state_dict
+
     for name in ("torch", "output"):
         if values[name].value is None:
             raise UserError(f"--{name} is needed: {values[name].help}")
@@ -99,6 +100,8 @@ def overridden(config_arguments: Sequence[str]) -> set[str]:
 
 def write_directory(output: Path, arrays: Mapping[str, np.ndarray], config: ConfigDict, classes: ClassMap) -> None:
     """Makes `output` whole or not at all. Raises UserError."""
+    from deperceiver_jax.runs.stored_detector import save_params
+
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".import.", dir=output.parent) as partial:

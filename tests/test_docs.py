@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import deperceiver_jax.models
 from configs import ladder
+from deperceiver_jax.__main__ import find_commands
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.models import DETECTORS, build_detector, field_needs
@@ -36,7 +37,8 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 TOY = "one_look"  # the detector of docs/add_a_detector.md, which is in no file but that page
 FAMILIES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca")
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"(?:^|\s)python (-m [\w.]+|[\w/]+\.py)(?=\s|$)")
+INSTALLED = "|".join(find_commands())
+PROGRAM = re.compile(rf"(?:^|\s)(?:python (-m [\w.]+|[\w/]+\.py)|(deperceiver (?:{INSTALLED})))(?=\s|$)")
 
 
 def name_of(page: Path) -> str:
@@ -82,7 +84,7 @@ def commands(page: Path) -> Iterator[Command]:
         line = re.sub(r'--command="([^"]*)"', r"\1", line)
         if found := PROGRAM.search(line):
             rest = shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", line[found.end() :]), comments=True)
-            yield Command(found[1], [token for token in rest if not token.endswith("...")])
+            yield Command(found[1] or found[2], [token for token in rest if not token.endswith("...")])
 
 
 @functools.cache
@@ -106,7 +108,8 @@ def accepted_by_some_family(overrides: list[str]) -> bool:
 
 def package_program(program: str, arguments: list[str]):
     """(module with `define_flags`, its arguments) of train.py, eval.py, predict.py and the package's programs."""
-    module = importlib.import_module(program.removeprefix("-m ").removesuffix(".py"))
+    name = program.removeprefix("-m ").removeprefix("deperceiver ").removesuffix(".py").replace("-", "_")
+    module = importlib.import_module(name if name.startswith("deperceiver_jax") else f"deperceiver_jax.{name}")
     if module.__name__ == "deperceiver_jax.visualize":
         return importlib.import_module(f"{module.__name__}.{arguments[0]}"), arguments[1:]
     if module.__name__ == "deperceiver_jax.data":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import eval as program
+from deperceiver_jax import eval as program
 from deperceiver_jax import load_detector
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.batches.loader import EvaluationBatches

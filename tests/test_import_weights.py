@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import eval as eval_program
-import predict as predict_program
-import train as train_program
 from configs import deformable_detr, deperceiver, detr
+from deperceiver_jax import eval as eval_program
 from deperceiver_jax import export_weights as export_program
 from deperceiver_jax import import_weights as program
 from deperceiver_jax import load_detector
+from deperceiver_jax import predict as predict_program
+from deperceiver_jax import train as train_program
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.runs.stored_detector import find_detector, load_params

@@ -20,14 +20,16 @@ ROOMS = {
     "runs": LIBRARY,
     "losses": FOUNDATION,
     "weights": FOUNDATION | {"models"},
-    "training": LIBRARY | KEEPERS,
     "evaluation": LIBRARY | KEEPERS,
     "visualize": LIBRARY | KEEPERS,
     "report": LIBRARY | KEEPERS | {"evaluation"},
     "compare": LIBRARY | KEEPERS | {"evaluation", "report"},
-    "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that train.py runs
+    "training": LIBRARY | KEEPERS | {"evaluation"},
+    "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that a training run takes
+    "prediction": LIBRARY | KEEPERS | {"evaluation", "visualize"},
 }
-PROGRAMS = {"import_weights", "export_weights"}  # and every __main__.py
+PROGRAMS = {"train", "eval", "predict", "import_weights", "export_weights"}  # and every __main__.py
+CLONE = ("train.py", "eval.py", "predict.py")  # of which these are the doors
 FAMILIES = {"detr", "deperceiver", "deperceiver_plus", "deformable_detr", "smca"}
 # The floors of models/: a room may import those named, and its own.
 FLOORS = {
@@ -91,7 +93,7 @@ def test_nothing_imports_a_program():
     for path in [*files(), *ROOT.glob("*.py")]:
         names = imported(path)
         assert not any(name.split(".")[-1] == "__main__" for name in names), path
-        assert not rooms_of(names, "deperceiver_jax") & PROGRAMS, path
+        assert not rooms_of(names, "deperceiver_jax") & PROGRAMS or path.name in CLONE and path.parent == ROOT, path
 
 
 def test_only_build_assembles_a_training_step():
@@ -116,6 +118,11 @@ def test_only_the_weights_room_knows_pytorch():
 def test_data_rooms_compute_without_it(module):
     code = f"import sys, deperceiver_jax.data; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_commands_of_a_clone_are_the_packages():
+    for name in CLONE:
+        assert f"deperceiver_jax.{name.removesuffix('.py')}" in imported(ROOT / name)
 
 
 def test_no_room_without_a_purpose():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-import predict as program
+from deperceiver_jax import predict as program
+from deperceiver_jax.prediction.predict import find_images, output_files
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize.draw_boxes import READABLE_SIDE
-from predict import find_images, output_files
 
 SIZES = {"a.jpg": (60, 90), "b.PNG": (700, 500), "deep/c.jpeg": (33, 20), "d.bmp": (64, 64)}
 

@@ -8,8 +8,8 @@ import signal
 import numpy as np
 import pytest
 
-import eval as evaluation_program
-import train as program
+from deperceiver_jax import eval as evaluation_program
+from deperceiver_jax import train as program
 from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
 from deperceiver_jax.program.command_line import run

@@ -1,28 +1,17 @@
 """Says before a pod is rented whether a run fits it, and how fast a step can be: compiles the real train step for it.
 
-    python -m deperceiver_jax.preflight --config=configs/deperceiver.py:r50_16 --topology=v5e:16x16 \\
+    deperceiver preflight --config=deperceiver:r50_16 --topology=v5e:16x16 \\
         --config.data.batch_size=2048 --config.precision=bfloat16 [--suggest] [--hbm_gib=16] [--sizes=832x1344]
 
---config.a.b=value changes a field, as for train.py. No accelerator is needed; for a TPU, only its compiler, libtpu.
+--config.a.b=value changes a field, as for train. No accelerator is needed; for a TPU, only its compiler, libtpu.
 Buckets are those of the data set, if it is there (config.data.directory); else those of COCO's commonest image sizes.
 """
 
-import re
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from deperceiver_jax.data import open_source
-from deperceiver_jax.data.batches.plan import training_buckets
-from deperceiver_jax.errors import UserError
-from deperceiver_jax.models import field_needs
-from deperceiver_jax.preflight.chips import GIB, open_topology
-from deperceiver_jax.preflight.nominal import NOMINAL_BOXES, nominal_sizes
-from deperceiver_jax.preflight.program import Cost, compile_step
-from deperceiver_jax.preflight.report import HEADER, row
-from deperceiver_jax.preflight.search import largest_batch
-from deperceiver_jax.program.command_line import parse_config, parse_flags, run
+from deperceiver_jax.program.command_line import parse_flags, run
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -34,87 +23,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
-    config = parse_config(config_arguments, needs=field_needs)
-    chip, devices = open_topology(values.topology)
-    buckets, num_boxes = plan_buckets(config, values.sizes)
-    hbm_gib = values.hbm_gib or (chip.hbm_gib if chip else local_memory(devices) / GIB)
-    per_chip = config.data.batch_size / len(devices)
-    print(
-        f"{config.model.name} on {values.topology}: {len(devices)} x {devices[0].device_kind}, batches of "
-        f"{config.data.batch_size} ({per_chip:g} a chip), {config.precision}, attention {config.attention}, "
-        f"{num_boxes} box slots."
-    )
-    if chip:
-        print(
-            f"A chip has {chip.hbm_gib} GiB, {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:g} "
-            f"GB/s to its memory and {chip.links / 1e9:g} GB/s to other chips ({chip.source})."
-        )
-    print(f"Per chip and step:\n{HEADER}", flush=True)
+    from deperceiver_jax.preflight.preflight import preflight  # not above: it starts JAX, which no help text needs
 
-    def fits(cost: Cost) -> bool:
-        return cost.fits_chip and (not hbm_gib or cost.memory <= hbm_gib * GIB)
-
-    costs = {}
-    for bucket in buckets:
-        costs[bucket] = compile_step(config, devices, bucket, num_boxes)
-        print(row(bucket, costs[bucket], chip, hbm_gib, fits(costs[bucket])), flush=True)
-    hungriest = max(costs, key=lambda bucket: costs[bucket].memory)
-
-    def search(rematerialize: bool) -> int:
-        """The largest number of images a chip can hold of the bucket that needs most."""
-
-        def cost_of(images: int) -> Cost:
-            if images * len(devices) == config.data.batch_size and rematerialize == config.rematerialize:
-                return costs[hungriest]
-            other = config.copy_and_resolve_references()
-            other.update(rematerialize=rematerialize)
-            other.data.batch_size = images * len(devices)
-            other.optimizer.accumulate_steps = 1
-            return compile_step(other, devices, hungriest, num_boxes)
-
-        return largest_batch(cost_of, fits, int(hbm_gib * GIB), start=max(1, round(per_chip)))
-
-    if values.suggest:
-        if not hbm_gib:
-            raise UserError("--suggest needs --hbm_gib: this machine's devices do not say how much memory they have.")
-        needed = "" if fits(costs[hungriest]) else " The batch of the config needs rematerialisation or a smaller part."
-        plain, rematerialized = search(False), search(True)
-        print(
-            f"Largest batch per chip: {plain} as it is, {rematerialized} with --config.rematerialize=True "
-            f"({plain * len(devices)} and {rematerialized * len(devices)} over {len(devices)} chips).{needed}"
-        )
-    if not all(map(fits, costs.values())):
-        largest = plain if values.suggest and not config.rematerialize else search(config.rematerialize)
-        remedy = (
-            f"the largest that fits is {largest * len(devices)}" if largest else "and not even one image a chip does"
-        )
-        raise UserError(
-            f"config.data.batch_size {config.data.batch_size} does not fit {hbm_gib:g} GiB a chip on "
-            f"{values.topology}; {remedy} ({largest} a chip)."
-        )
-
-
-def plan_buckets(config: ConfigDict, sizes: list[str]) -> tuple[list[tuple[int, int]], int]:
-    """(padded sizes, box slots): the given sizes, or what train.py would plan. Sets config.model.num_classes as it."""
-    for size in sizes:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-            raise UserError(f"--sizes has {size!r}; a size is HEIGHTxWIDTH, as in 832x1344.")
-    if sizes:
-        buckets = [size.split("x") for size in sizes]
-        return [(int(h), int(w)) for h, w in buckets], config.data.max_boxes or NOMINAL_BOXES
-    if config.data.name == "shapes" or config.data.directory:
-        source = open_source(config.data, config.data.train_split)
-        config.model.num_classes = source.classes.num_slots
-        image_sizes, num_boxes = source.sizes, source.max_boxes
-    else:
-        image_sizes, num_boxes = nominal_sizes(), NOMINAL_BOXES
-    buckets = training_buckets(image_sizes, config.data)
-    return [(int(height), int(width)) for height, width in buckets], config.data.max_boxes or num_boxes
-
-
-def local_memory(devices) -> int:
-    """Bytes that a device of this machine can hold; 0 where it does not say, as CPUs do not."""
-    return (devices[0].memory_stats() or {"bytes_limit": 0})["bytes_limit"]
+    preflight(values, config_arguments)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
 """Command lines of the programs: plain flags, a config file or a stored config, overrides of its fields, and errors.
 
     --config=configs/deperceiver.py:r50_16   a Python file with `get_config`, and its variant
+    --config=deperceiver:r50_16              the same, of the configs that are shipped, from anywhere
     --config.data.batch_size=32              an override of one field, of a config file or of a stored config
 
 Every mistake a person can make here becomes a `UserError`; `run` prints its sentence and gives exit status 1.
 """
 
+import contextlib
 import copy
 import difflib
+import importlib.machinery
 import importlib.util
 import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.field_needs import GENERAL, Need, check_needs
-from deperceiver_jax.program import processes
 
 _CONFIG_FILE = re.compile(r"^--?config(=.*)?$")
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
@@ -40,7 +42,10 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
         find_home()
         main(list(sys.argv if argv is None else argv))
     except (Exception, KeyboardInterrupt) as error:
-        processes.leave(error)
+        if "jax" in sys.modules:  # else there are no others, and JAX would be started for nothing
+            from deperceiver_jax.program import processes
+
+            processes.leave(error)
         sentence = str(error) if isinstance(error, UserError) else _lacking_platform(error)
         if not sentence:
             raise
@@ -66,6 +71,8 @@ def _lacking_platform(error: BaseException) -> str:
     """What to say when `error` is JAX's for a platform that it cannot use here; else nothing."""
     if not isinstance(error, (RuntimeError, AssertionError)) or not os.environ.get("JAX_PLATFORMS"):
         return ""
+    import jax
+
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
@@ -83,8 +90,8 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
     """
     values = flags.FlagValues()
     define(values)
-    if {"--help", "-h", "-help"} & set(argv):
-        print(f"{usage.strip()}\n{values.get_help()}")
+    if is_help(argv):
+        print(f"{usage.strip()}\n\n{describe_flags(values)}")
         raise SystemExit(0)
     try:
         rest = values(list(argv), known_only=True)
@@ -93,12 +100,31 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
     for argument in rest[1:]:
         if not (_CONFIG_FILE.match(argument) or _OVERRIDE.match(argument)):
             names = [f"--{name}" for name in values] + ["--config"]
-            raise UserError(f"There is no flag {argument.split('=')[0]}{_nearest(argument.split('=')[0], names)}.")
+            raise UserError(f"There is no flag {argument.split('=')[0]}{nearest(argument.split('=')[0], names)}.")
         if "=" not in argument and not argument.lstrip("-").startswith("noconfig."):
             raise UserError(f"{argument} needs a value: {argument}=VALUE.")
     for name in values:
         _check_text(f"--{name}", values[name].value)
     return values, rest
+
+
+def is_help(arguments: Sequence[str]) -> bool:
+    """Whether one of them asks for the help text."""
+    return bool({"--help", "-help", "-h"} & set(arguments))
+
+
+def describe_flags(values: flags.FlagValues) -> str:
+    """A line or more for each flag of a program: its name, what it means, and what it is where it is not given."""
+    lines = []
+    for name in values:
+        flag = values[name]
+        if name in ("flagfile", "undefok"):  # absl's own
+            continue
+        given = f"--[no]{name}" if flag.boolean else f"--{name}={name.split('_')[-1].upper()}"
+        default = "" if flag.default in (None, False, []) else f" Without it: {flag.default}."
+        text = textwrap.wrap(f"{flag.help}{default}", 88)
+        lines += [f"  {start:<30} {line}" for start, line in zip([given] + [""] * len(text), text, strict=False)]
+    return "\n".join(["flags:", *lines])
 
 
 def _check_text(name: str, value: object) -> None:
@@ -135,12 +161,12 @@ def parse_config(
     """
     base = _config_file(rest) if has_config_file(rest) else stored
     if base is None:
-        raise UserError("--config is missing: a file and its variant, as in --config=configs/deperceiver.py:r50_16.")
+        raise UserError("--config is missing: a config and its variant, as in --config=deperceiver:r50_16.")
     fields, overrides = list(_fields(base)), dict[str, str]()
     for argument in (argument for argument in rest[1:] if not _CONFIG_FILE.match(argument)):
         field = _OVERRIDE.findall(argument)[0]
         if field not in fields:
-            raise UserError(f"The config has no field {field}{_nearest(field, fields)}.")
+            raise UserError(f"The config has no field {field}{nearest(field, fields)}.")
         overrides.pop(field, None)
         overrides[field] = argument  # the last one of a field counts; of a tuple's, ml_collections would add them up
     arguments = [rest[0], *overrides.values()]
@@ -174,20 +200,59 @@ def _check_fields(config: ConfigDict, base: ConfigDict) -> None:
 def _config_file(rest: Sequence[str]) -> ConfigDict:
     """What `get_config` of the last `--config=FILE:VARIANT` returns; it refuses a variant with a ValueError."""
     argument = [argument for argument in rest if _CONFIG_FILE.match(argument)][-1]
-    file, colon, variant = argument.split("=", 1)[1].partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config: {file} does not exist.")
+    name, colon, variant = argument.split("=", 1)[1].partition(":")
+    file = _find_config(name)
     spec = importlib.util.spec_from_file_location("config_file", file)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: {file} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {file} has no function get_config.")
+    with _as_configs([file.parent, shipped_configs()] if file.parent.name == "configs" else [shipped_configs()]):
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config: {file} has no function get_config.")
+        try:
+            return module.get_config(*[variant] if colon else []).lock()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def shipped_configs() -> Path:
+    """The folder of the shipped configs: inside of the package where that is installed, beside it in a clone."""
+    package = Path(__file__).resolve().parent.parent
+    return inside if (inside := package / "configs").is_dir() else package.parent / "configs"
+
+
+def _find_config(name: str) -> Path:
+    """The file that `--config=NAME` means: a path, or else a shipped config, as in detr or configs/detr.py."""
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file
+    shipped = {path.stem: path for path in shipped_configs().glob("*.py") if path.stem not in ("__init__", "base")}
+    if name.removeprefix("configs/").removesuffix(".py") in shipped:
+        return shipped[file.stem]
+    if "/" in name or file.suffix:
+        raise UserError(f"--config: {name} does not exist.")
+    close = nearest(name, sorted(shipped))
+    raise UserError(f"--config: there is no config {name}{close}; shipped are {', '.join(sorted(shipped))}.")
+
+
+@contextlib.contextmanager
+def _as_configs(folders: Sequence[Path]) -> Iterator[None]:
+    """Makes `from configs.base import base` mean these folders, in a clone, installed, and beside another `configs`."""
+
+    def taken() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "configs"]
+
+    others = {name: sys.modules.pop(name) for name in taken()}
+    package = importlib.machinery.ModuleSpec("configs", None, is_package=True)
+    package.submodule_search_locations = [str(folder) for folder in folders]
+    sys.modules["configs"] = importlib.util.module_from_spec(package)
     try:
-        return module.get_config(*[variant] if colon else []).lock()
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        yield
+    finally:
+        for name in taken():
+            del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> flags.FlagValues:
@@ -214,7 +279,7 @@ def _values(config: ConfigDict, prefix: str = ""):
             yield prefix + name, value
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
     """A suggestion to append, or nothing: fields of the same name elsewhere, or else the name spelt most like it."""
     close = [n for n in names if n.split(".")[-1] == name.split(".")[-1]]
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)

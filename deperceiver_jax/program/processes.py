@@ -1,8 +1,8 @@
 """The processes of one run: how they find one another, and how one leaves that cannot go on.
 
 Each process has the devices of one machine, or one of them, and they all run the same command. Where a cluster's
-environment says how many there are (a TPU slice, Slurm, Open MPI) nothing need be said; elsewhere the flags below say
-it, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in their place.
+environment says how many there are (a TPU slice, Slurm, Open MPI) nothing need be said; elsewhere flags say it
+(flags.py), or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in their place.
 """
 
 import contextlib
@@ -35,21 +35,6 @@ LOST = re.compile("gloo|nccl|peer|heartbeat|coordination service|socket closed|c
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 _leaving = threading.Lock()
 HOST_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    """The flags that train.py and eval.py share."""
-    flags.DEFINE_bool(
-        "distributed",
-        None,
-        "Join the other processes of a cluster. Unset: when the environment says that there are any.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0, to join by hand; any free port.", flag_values=values
-    )
-    flags.DEFINE_integer("process_count", None, "How many processes there are, to join by hand.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, to join by hand.", flag_values=values)
 
 
 def join(values: flags.FlagValues, environment: Mapping[str, str] = os.environ) -> None:

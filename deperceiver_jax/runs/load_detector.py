@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -50,13 +49,6 @@ def load_stored(stored: StoredDetector, config: ConfigDict) -> LoadedDetector:
     arrays = load_params(stored.items)
     require_same_arrays({**params, **others}, {path: array.shape for path, array in arrays.items()}, stored.items)
     return LoadedDetector(skeleton, arrays, config, classes)
-
-
-def define_detector_flags(values: flags.FlagValues) -> None:
-    """Which detector a program works with."""
-    flags.DEFINE_string("workdir", None, "The run whose detector is used.", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import_weights.", flag_values=values)
 
 
 def load_for_command(

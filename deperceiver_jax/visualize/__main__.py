@@ -1,26 +1,29 @@
 """Pictures of what a detector finds and of where it looks.
 
-python -m deperceiver_jax.visualize detections --workdir=runs/demo --output=runs/demo/detections.png
-python -m deperceiver_jax.visualize attention --workdir=runs/demo --example=0 --output=runs/demo/attention.png
-python -m deperceiver_jax.visualize latents --workdir=runs/demo --example=0 --output=runs/demo/latents.png
+    deperceiver visualize detections --workdir=runs/demo --output=runs/demo/detections.png
+    deperceiver visualize attention --workdir=runs/demo --example=0 --output=runs/demo/attention.png
+    deperceiver visualize latents --workdir=runs/demo --example=0 --output=runs/demo/latents.png
+
+Each has a --help of its own.
 """
 
+import importlib
 import sys
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.program.command_line import run
-from deperceiver_jax.visualize import attention, detections, latents
+from deperceiver_jax.program.command_line import is_help, nearest, run
 
-COMMANDS = {"detections": detections.main, "attention": attention.main, "latents": latents.main}
+DRAWN = ("detections", "attention", "latents")
 
 
 def main(argv: list[str]) -> None:
-    if argv[1:2] in (["--help"], ["-h"]):
+    if is_help(argv[1:2]):
         print(__doc__.strip())
-    elif argv[1:2] and argv[1] in COMMANDS:
-        COMMANDS[argv[1]]([argv[0], *argv[2:]])
+    elif argv[1:2] and argv[1] in DRAWN:
+        importlib.import_module(f"deperceiver_jax.visualize.{argv[1]}").main([f"{argv[0]} {argv[1]}", *argv[2:]])
     else:
-        raise UserError(f"python -m deperceiver_jax.visualize draws: {' or '.join(COMMANDS)}; --help shows how.")
+        close = nearest(argv[1], DRAWN) if argv[1:2] else ""
+        raise UserError(f"visualize draws {', '.join(DRAWN[:-1])} or {DRAWN[-1]}{close}; --help shows how.")
 
 
 if __name__ == "__main__":

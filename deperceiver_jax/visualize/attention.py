@@ -1,7 +1,7 @@
 """Where a detector looks: the attention of chosen queries over one image, head by head.
 
-    python -m deperceiver_jax.visualize attention --workdir=runs/x --image=photo.jpg --output=attention.png
-    python -m deperceiver_jax.visualize attention --weights=DIR --example=5 --queries=3,17 --layer=0 --output=a.png
+    deperceiver visualize attention --workdir=runs/x --image=photo.jpg --output=attention.png
+    deperceiver visualize attention --weights=DIR --example=5 --queries=3,17 --layer=0 --output=a.png
 
 A row for each query: its answer; the Gaussian that modulates its attention (SMCA, DePerceiver with anchors); the
 attention of each head. DePerceiver's is taken through the latents, of which the strongest are shown by themselves;

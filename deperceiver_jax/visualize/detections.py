@@ -1,6 +1,6 @@
 """Sheets of ground truth beside detections, from what an evaluated run has written.
 
-    python -m deperceiver_jax.visualize detections --workdir=runs/demo --output=runs/demo/detections.png
+    deperceiver visualize detections --workdir=runs/demo --output=runs/demo/detections.png
 
 What it draws is read from the run's newest `eval/<step>`.
 """

@@ -1,7 +1,7 @@
 """Where a detector's latents sit in one image, and how they move from layer to layer.
 
-    python -m deperceiver_jax.visualize latents --workdir=runs/x --example=0 --output=latents.png
-    python -m deperceiver_jax.visualize latents --weights=DIR --image=photo.jpg --score_threshold=0.4 --output=a.png
+    deperceiver visualize latents --workdir=runs/x --example=0 --output=latents.png
+    deperceiver visualize latents --weights=DIR --image=photo.jpg --score_threshold=0.4 --output=a.png
 
 A picture for each decoder layer, and one before them for the proposals that the latents start from, where there are
 any. Every dot is the centre of the box that a latent (a query, in other detectors) answers with there, with a tail to

@@ -12,7 +12,7 @@ from deperceiver_jax.data.batches.geometry import check_augmentation, evaluation
 from deperceiver_jax.data.batches.pixels import decode_image, place_image
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.runs.load_detector import define_detector_flags
+from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.visualize.output import check_output, need
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deperceiver_jax.preflight import __main__ as preflight
+from deperceiver_jax.preflight import __main__ as program
+from deperceiver_jax.preflight import preflight
 from deperceiver_jax.preflight.chips import CHIPS, GIB
 from deperceiver_jax.preflight.program import Cost, compile_step
 from deperceiver_jax.preflight.report import bound
@@ -17,7 +18,7 @@ TINY = f"--config={Path(__file__).resolve().parent.parent / 'tiny_training.py'}"
 
 
 def command(*arguments):
-    return run(preflight.main, ["preflight", *arguments])
+    return run(program.main, ["preflight", *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-import train as train_program
 from configs import deformable_detr, demo, deperceiver, deperceiver_plus, detr, smca
 from deperceiver_jax import UserError, __version__, load_detector
+from deperceiver_jax import train as train_program
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.migrations import MIGRATIONS, migrate, renamed_paths
