@@ -8,6 +8,8 @@ import importlib
 __version__ = "0.2.0"
 
 _ROOMS = {
+    "load": "deperceiver_jax.prediction.detector",
+    "PictureDetections": "deperceiver_jax.prediction.detections",
     "build_detector": "deperceiver_jax.models",
     "load_detector": "deperceiver_jax.runs.load_detector",
     "Batch": "deperceiver_jax.structures",

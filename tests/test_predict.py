@@ -1,6 +1,8 @@
-"""predict.py as a person runs it: files of any kind and size, pictures and detections.json, and what goes wrong."""
+"""predict.py as a person runs it: files of any kind and size, what it writes in every format, and what goes wrong."""
 
+import csv
 import errno
+import io
 import json
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from deperceiver_jax import load
 from deperceiver_jax import predict as program
-from deperceiver_jax.prediction.predict import find_images, output_files
+from deperceiver_jax.prediction.files import find_images, output_files
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize.draw_boxes import READABLE_SIDE
 
@@ -121,14 +124,120 @@ def test_a_disk_that_fills_up_is_one_sentence(tiny_run, photos, tmp_path, capsys
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n and no more", b"", "half"])
-def test_a_broken_image_is_named_before_anything_is_written(tiny_run, photos, tmp_path, capsys, content):
+def test_a_broken_image_is_named_and_the_others_are_done(tiny_run, photos, tmp_path, capsys, content):
     whole = (photos / "b.PNG").read_bytes()
     (photos / "broken.png").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     arguments = [f"--workdir={tiny_run}", f"--images={photos}", f"--output={tmp_path}/out"]
     assert predict(*arguments) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and str(photos / "broken.png") in error
-    assert not (tmp_path / "out").exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("warning", "error"))]
+    assert lines[0].startswith(f"warning: {photos}/broken.png is not a whole image: it is ")
+    assert lines[1:] == ["error: 1 of 4 files could not be read; the warnings say which."]
+    assert set(picture_sizes(tmp_path / "out")) == {"a.jpg", "b.PNG", "d.bmp"}
+    assert (tmp_path / "out" / "detections.json").is_file()
+
+
+def test_every_format_says_what_python_says(tiny_run, photos, tmp_path):
+    """To the bit where a format has room for it; with the data set's own image ids, without pictures."""
+    images = [
+        {"id": 10**12 + k, "file_name": name} for k, name in enumerate(("deep/c.jpeg", "b.PNG", "a.jpg", "x.png"))
+    ]
+    (tmp_path / "info.json").write_text(json.dumps({"images": images, "categories": []}))
+    places = [photos / name for name in ("b.PNG", "deep/c.jpeg", "a.jpg")]
+    given = [f"--images={place}" for place in places[:2]] + ["--images", places[2], places[0]]
+    written = ["--format=csv,coco,yolo", f"--annotations={tmp_path}/info.json", "--nodraw", "--score_threshold=0"]
+    output = tmp_path / "out"
+    assert predict(f"--workdir={tiny_run}", *given, f"--output={output}", *written) == 0
+    assert sorted(str(path.relative_to(output)) for path in output.rglob("*.*")) == [
+        *("classes.txt", "detections.csv", "detections.json", "labels/a.txt", "labels/b.txt", "labels/deep/c.txt")
+    ]
+    found = load(tiny_run).predict(places, threshold=0)
+    entries = json.loads((output / "detections.json").read_text())
+    with open(output / "detections.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(entries) == len(rows) == 15
+    for k, (place, each) in enumerate(zip(places, found, strict=True)):
+        mine, lines = entries[5 * k : 5 * k + 5], rows[5 * k : 5 * k + 5]
+        image_id = next(image["id"] for image in images if str(place).endswith(image["file_name"]))
+        assert {entry["image_id"] for entry in mine} == {int(row["image_id"]) for row in lines} == {image_id}
+        assert {entry["file_name"] for entry in mine} == {row["file_name"] for row in lines} == {str(place)}
+        extents = each.boxes[:, 2:] - each.boxes[:, :2]
+        np.testing.assert_array_equal(np.float32([entry["bbox"] for entry in mine])[:, :2], each.boxes[:, :2])
+        np.testing.assert_array_equal(np.float32([entry["bbox"] for entry in mine])[:, 2:], extents)
+        np.testing.assert_array_equal(np.float32([entry["score"] for entry in mine]), each.scores)
+        edges = [[row[side] for side in ("left", "top", "right", "bottom")] for row in lines]
+        np.testing.assert_array_equal(np.float32(edges), each.boxes)
+        assert [row["category_name"] for row in lines] == each.names.tolist()
+        height, width = each.size
+        label = output / "labels" / place.relative_to(photos).with_suffix(".txt")
+        numbers = np.array([line.split() for line in label.read_text().splitlines()], float)
+        shares = np.clip(each.boxes / [width, height, width, height], 0, 1)
+        np.testing.assert_allclose(numbers[:, 1:3] + numbers[:, 3:5] / 2, shares[:, 2:], atol=1e-5)
+        np.testing.assert_allclose(numbers[:, 1:3] - numbers[:, 3:5] / 2, shares[:, :2], atol=1e-5)
+        names = (output / "classes.txt").read_text().split()
+        assert [names[int(number)] for number in numbers[:, 0]] == each.names.tolist()
+
+
+def test_chosen_classes_and_crops(tiny_run, photos, tmp_path):
+    arguments = [f"--images={photos}", f"--output={tmp_path}/out", "--score_threshold=0", "--save_crops"]
+    assert predict(f"--workdir={tiny_run}", *arguments, "--classes=white") == 0
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert 0 < len(entries) < 15 and {entry["category_name"] for entry in entries} == {"white"}
+    crops = list((tmp_path / "out" / "crops").rglob("*.jpg"))
+    assert 0 < len(crops) <= len(entries) and {path.parent.name for path in crops} == {"white"}
+    first = next(entry for entry in entries if entry["file_name"].endswith("b.PNG"))
+    left, top, width, height = first["bbox"]
+    edges = np.clip([top, left, top + height, left + width], 0, [700, 500] * 2)
+    size = np.ceil(edges[2:]) - np.floor(edges[:2])
+    assert cv2.imread(str(tmp_path / "out/crops/white/b.PNG-0.jpg")).shape[:2] == tuple(size)
+
+
+def write_video(path, frames, size=(48, 64)):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, size[::-1])
+    for k in range(frames):
+        writer.write(np.random.default_rng(k).integers(0, 256, (*size, 3), np.uint8))
+    writer.release()
+
+
+def test_a_video_and_a_list_on_standard_input(tiny_run, photos, tmp_path, monkeypatch):
+    """The frames are numbered after the pictures; the drawn video has all of them, at the same rate."""
+    write_video(tmp_path / "clip.avi", 19)
+    names = f"{photos}/a.jpg\n\n{tmp_path}/clip.avi\n".encode()
+    for frames in (False, True):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(names)))
+        output = tmp_path / f"out{frames}"
+        arguments = ["--images=-", f"--output={output}", "--score_threshold=0", f"--frames={frames}"]
+        assert predict(f"--workdir={tiny_run}", *arguments) == 0
+        entries = json.loads((output / "detections.json").read_text())
+        assert [(entry["image_id"], entry.get("frame")) for entry in entries[::5]] == [
+            (0, None),
+            *((2 + k, k) for k in range(19)),
+        ]
+    drawn = cv2.VideoCapture(str(tmp_path / "outFalse" / "clip.avi.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 19 and drawn.get(cv2.CAP_PROP_FPS) == 10
+    assert drawn.read()[1].shape == (384, 512, 3)
+    assert len(list((tmp_path / "outTrue" / "clip.avi.mp4.frames").iterdir())) == 19
+
+
+def test_ctrl_c_keeps_what_is_done(tiny_run, photos, tmp_path, capsys, monkeypatch):
+    from deperceiver_jax.prediction.keeper import Keeper
+
+    done, picture = [], Keeper.picture
+
+    def interrupted(keeper, looked):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(looked.file)
+        picture(keeper, looked)
+
+    monkeypatch.setattr(Keeper, "picture", interrupted)
+    arguments = [f"--images={photos}", f"--output={tmp_path}/out", "--score_threshold=0"]
+    assert predict(f"--workdir={tiny_run}", *arguments) == 1
+    out, err = capsys.readouterr()
+    assert "Wrote 2 of 3 files with 10 detections" in out
+    assert err.splitlines()[-1] == f"error: Stopped by Ctrl-C: {tmp_path}/out has what was found until then."
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {entry["file_name"] for entry in entries} == set(map(str, done))
+    assert set(picture_sizes(tmp_path / "out")) == {path.name for path in done}
 
 
 @pytest.mark.parametrize(
@@ -144,10 +253,43 @@ def test_a_broken_image_is_named_before_anything_is_written(tiny_run, photos, tm
             "--output: {0}/notes.txt/out cannot be written: {0}/notes.txt is",
         ),
         (["--images={0}", "--output={0}/out", "--weights={0}"], "Either --workdir or --weights is needed"),
+        (
+            ["--images={0}", "--output={0}/out", "--classes=whit"],
+            "--classes: the detector knows no class 'whit'; the",
+        ),
+        (["--images={0}", "--output={0}/out", "--format=voc"], "--format is 'voc'; it can be coco, csv or yolo."),
+        (
+            ["--images={0}", "--output={0}/out", "--annotations={0}/notes.txt"],
+            "--annotations: {0}/notes.txt is not",
+        ),
+        (
+            ["--images={0}", "--output={0}/out", "--annotations={0}/none.json"],
+            "--annotations: {0}/none.json cannot",
+        ),
+        (
+            ["--images={0}", "--output={0}/out", "--annotations={0}/few.json"],
+            "--annotations: {0}/few.json does not",
+        ),
+        (["--images=-", "--output={0}/out"], "--images=-: standard input is closed; give it one path a line."),
     ],
 )
-def test_mistakes_are_one_sentence(tiny_run, photos, capsys, arguments, sentence):
+def test_mistakes_are_one_sentence(tiny_run, photos, capsys, monkeypatch, arguments, sentence):
+    (photos / "few.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}]}))
+    monkeypatch.setattr("sys.stdin", None)
     before = {path: path.stat().st_mtime_ns for path in photos.rglob("*")}
     assert predict(f"--workdir={tiny_run}", *(argument.format(photos) for argument in arguments)) == 1
     assert capsys.readouterr().err.startswith("error: " + sentence.format(photos))
     assert {path: path.stat().st_mtime_ns for path in photos.rglob("*")} == before
+
+
+def test_an_empty_list_and_a_video_that_is_none(tiny_run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert predict(f"--workdir={tiny_run}", "--images=-", f"--output={tmp_path}/out") == 1
+    assert capfd.readouterr().err == "error: --images=-: standard input names no image; give it one path a line.\n"
+    (tmp_path / "clip.mp4").write_text("no video")
+    assert predict(f"--workdir={tiny_run}", f"--images={tmp_path}/clip.mp4", f"--output={tmp_path}/out") == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        f"warning: {tmp_path}/clip.mp4 is not a video that OpenCV can read.",
+        "error: 1 of 1 files could not be read; the warnings say which.",
+    ]

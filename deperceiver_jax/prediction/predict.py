@@ -1,109 +1,138 @@
 """What `deperceiver predict` does."""
 
+import contextlib
 import itertools
-import json
-import os
-from collections.abc import Sequence
-from glob import glob
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
-from PIL import Image
+from jaxtyping import UInt8
+from tqdm import tqdm
 
-from deperceiver_jax.data.batches.loader import image_batches
-from deperceiver_jax.data.batches.pixels import decode_image
-from deperceiver_jax.data.image_header import exif_orientation
-from deperceiver_jax.errors import UserError
-from deperceiver_jax.evaluation.coco_metric import coco_results
-from deperceiver_jax.evaluation.evaluate import detect, make_detect_step
-from deperceiver_jax.files import require_writable, write_whole
+from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.prediction.detections import PictureDetections
+from deperceiver_jax.prediction.detector import PictureDetector
+from deperceiver_jax.prediction.files import Video, find_files, is_video, output_files
+from deperceiver_jax.prediction.keeper import Keeper
+from deperceiver_jax.prediction.results import FORMATS, Looked, read_image_ids
+from deperceiver_jax.program.command_line import nearest
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import load_for_command
-from deperceiver_jax.sharding import make_mesh, replicated
-from deperceiver_jax.structures import Detections
-from deperceiver_jax.visualize.draw_boxes import draw_detections
-from deperceiver_jax.visualize.fonts import readable
-
-KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # pictures of other kinds become .png
-FORMATS = set("AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM PSD SGI TGA TIFF WEBP".split())  # taken from a folder
-
-
-def find_images(pattern: str) -> list[Path]:
-    """The images of a folder, a file, or the files that a pattern matches, in order of name. Raises UserError for none.
-
-    What is there by this very name comes first: [1] and * are letters of a name before they are a pattern.
-    """
-    place = os.path.expanduser(pattern)
-    try:
-        if os.path.isdir(place):
-            kinds = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-            found = [path for path in Path(place).iterdir() if kinds.get(path.suffix.lower()) in FORMATS]
-        else:
-            found = [Path(place)] if os.path.isfile(place) else map(Path, set(glob(place, recursive=True)))
-        paths = sorted(path for path in found if path.is_file())
-    except OSError as error:
-        raise UserError(f"--images: {error.filename} cannot be read: {error.strerror}.") from error
-    if not paths:
-        raise UserError(f"--images: there is no image at {pattern}.")
-    return paths
-
-
-def output_files(paths: list[Path], output: Path) -> list[Path]:
-    """Where each picture goes: under `output` as the images lie under their common folder, each by a name of its own.
-
-    Raises UserError.
-    """
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    if output.resolve() == common.resolve():
-        raise UserError(f"--output: {output} is where the images are; take another folder.")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is not a folder.")
-    require_writable("--output", output)
-    targets = [output / path.relative_to(common) for path in paths]
-    taken = {target for target in targets if target.suffix.lower() in KEPT_ENDINGS}
-    for i, target in enumerate(targets):
-        if target not in taken:
-            names = (Path(f"{target}{f'-{k}' if k > 1 else ''}.png") for k in itertools.count(1))
-            targets[i] = next(name for name in names if name not in taken)
-            taken.add(targets[i])
-    return targets
 
 
 def predict(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
     """The program. values: flags of deperceiver_jax/predict.py; config_arguments: `--config...`. Raises UserError."""
     for name in ("images", "output"):
-        if values[name].value is None:
+        if not values[name].value:
             raise UserError(f"--{name} is needed: {values[name].help}")
-    paths, output = find_images(values.images), Path(values.output).expanduser()
-    targets = output_files(paths, output)
+    for name in values.format:
+        check_choice("--format", name, FORMATS)
+    files, output = find_files(values.images), Path(values.output).expanduser()
+    places = [target.relative_to(output) for target in output_files(files, output)]
+    image_ids = choose_image_ids(values.annotations, files)
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
-    config, classes = loaded.config, loaded.classes
+    slots = choose_slots(values.classes, loaded.classes)
+    keep_compiled(loaded.config.train.compilation_cache)
+    detector = PictureDetector(loaded)
+    print(f"Detecting with {stored.items} in {len(files)} files.", flush=True)
 
-    keep_compiled(config.train.compilation_cache)
-    mesh = make_mesh(config.mesh.model)
-    detect_step = make_detect_step(loaded.skeleton.merge, config, mesh)
-    print(f"Detecting with {stored.items} in {len(paths)} images.")
-    batches = image_batches(paths, config.data, batch_size=config.eval.batch_size)
-    arrays = jax.device_put(loaded.arrays, replicated(mesh))
-    _, detections = detect(detect_step, arrays, batches, len(paths), mesh, "Detecting")
-
-    name_of = readable(classes)
-    # Nothing is written before every image has been read: a broken one has ended the program by now.
-    keep = (detections.scores >= values.score_threshold) & np.isin(detections.labels, classes.slots)
-    entries = []
+    interrupted = False
+    jobs = list(zip(files, places, image_ids, strict=True))
     try:
-        for i, (path, target) in enumerate(zip(paths, targets, strict=True)):
-            scores, labels, boxes = (x[i][keep[i]] for x in detections)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes()
-            picture = draw_detections(decode_image(data, exif_orientation(data)), boxes, labels, scores, name_of)
-            Image.fromarray(picture).save(target, quality=92)
-            found = coco_results(Detections(scores[None], labels[None], boxes[None]), [i], classes)
-            for entry, label in zip(found, labels.tolist(), strict=True):
-                entries.append(entry | {"file_name": str(path), "category_name": classes.name(label)})
-        write_whole(output / "detections.json", json.dumps(entries, indent=1, allow_nan=False) + "\n")
+        output.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as until_end:
+            formats = [until_end.enter_context(FORMATS[name](output, loaded.classes)) for name in set(values.format)]
+            keeper = Keeper(output, formats, loaded.classes, draw=values.draw, crops=values.save_crops)
+            find = Find(detector, values.score_threshold, slots)
+            try:
+                look_at_pictures(find, keeper, [job for job in jobs if not is_video(job[0])])
+                look_at_videos(find, keeper, [job for job in jobs if is_video(job[0])], values.frames, len(files))
+            except KeyboardInterrupt:  # what is done is kept
+                interrupted = True
     except OSError as error:
         raise UserError(f"--output: {error.filename or output} cannot be written: {error.strerror}.") from error
-    print(f"Wrote {len(paths)} pictures with {len(entries)} detections and {output}/detections.json.")
+    print(f"Wrote {keeper.done} of {len(files)} files with {keeper.objects} detections to {output}.")
+    if interrupted:
+        raise UserError(f"Stopped by Ctrl-C: {output} has what was found until then.")
+    if keeper.unread:
+        raise UserError(f"{keeper.unread} of {len(files)} files could not be read; the warnings say which.")
+
+
+class Find:
+    """Pictures -> what is in them, of the classes and scores that are asked for."""
+
+    def __init__(self, detector: PictureDetector, threshold: float, slots: Sequence[int]):
+        self._detector, self._threshold, self._slots = detector, threshold, slots
+
+    def __call__(self, pictures: Iterable[Any], total: int | None) -> Iterator[PictureDetections | UserError]:
+        answers = self._detector.stream(pictures, threshold=self._threshold)
+        for found in tqdm(answers, "Detecting", total, unit=" images", disable=None):
+            yield found if isinstance(found, UserError) else found.take(np.isin(found.labels, self._slots))
+
+
+def look_at_pictures(find: Find, keeper: Keeper, jobs: Sequence[tuple[Path, Path, int]]) -> None:
+    """jobs: (file, place below the output folder, image_id) of each."""
+    for job, found in zip(jobs, find((job[0] for job in jobs), len(jobs)), strict=True):
+        if isinstance(found, UserError):
+            warn(keeper, found)
+        else:
+            keeper.picture(Looked(*job, found))
+
+
+def look_at_videos(
+    find: Find, keeper: Keeper, jobs: Sequence[tuple[Path, Path, int]], as_frames: bool, first_id: int
+) -> None:
+    """Frame by frame; as_frames: draws each into a file of its own. Frames have the image_ids from first_id on."""
+    image_ids = itertools.count(first_id)
+    for file, place, _ in jobs:
+        try:
+            video = Video(file)
+        except UserError as error:
+            warn(keeper, error)
+            continue
+        frames = Retained(video)
+        with keeper.video(place, video.frames_per_second, as_frames) as keep:
+            for number, found in enumerate(find(frames, video.num_frames or None)):
+                assert isinstance(found, PictureDetections)  # frames are in memory: none of them cannot be read
+                keep(Looked(file, place, next(image_ids), found, number), frames.waiting.pop(number))
+
+
+class Retained:
+    """Frames that are kept until somebody takes them from `waiting`, where they are by number."""
+
+    def __init__(self, frames: Iterable[UInt8[np.ndarray, "h w 3"]]):
+        self._frames, self.waiting = frames, dict[int, np.ndarray]()
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        for number, frame in enumerate(self._frames):
+            self.waiting[number] = frame
+            yield frame
+
+
+def warn(keeper: Keeper, error: UserError) -> None:
+    """Names a file that cannot be read, and counts it."""
+    keeper.unread += 1
+    print(f"warning: {error}", file=sys.stderr, flush=True)
+
+
+def choose_image_ids(annotations: str | None, files: Sequence[Path]) -> list[int]:
+    """Of --annotations, or else the files' numbers. Raises UserError."""
+    if annotations is None:
+        return list(range(len(files)))
+    if videos := [file for file in files if is_video(file)]:
+        raise UserError(f"--annotations lists pictures, not the frames of a video such as {videos[0]}.")
+    return read_image_ids(Path(annotations), files)
+
+
+def choose_slots(names: Sequence[str], classes: ClassMap) -> list[int]:
+    """The class slots of --classes, names or category ids; all without it. Raises UserError."""
+    slots = {name: slot for name, slot in zip(classes.names, classes.slots, strict=True)}
+    by_id = {str(id): slot for id, slot in zip(classes.category_ids, classes.slots, strict=True)}
+    for name in names:
+        if name not in slots and name not in by_id:
+            raise UserError(f"--classes: the detector knows no class {name!r}{nearest(name, classes.names)}.")
+    return [slots.get(name, by_id.get(name, -1)) for name in names] or list(classes.slots)

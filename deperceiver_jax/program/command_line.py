@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -93,8 +93,9 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
     if is_help(argv):
         print(f"{usage.strip()}\n\n{describe_flags(values)}")
         raise SystemExit(0)
+    several = {name for name in values if isinstance(values[name], flags.MultiFlag)}
     try:
-        rest = values(list(argv), known_only=True)
+        rest = values(_repeat_names(argv, several), known_only=True)
     except flags.Error as error:
         raise UserError(str(error).rstrip(".") + ".") from None
     for argument in rest[1:]:
@@ -104,8 +105,22 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
         if "=" not in argument and not argument.lstrip("-").startswith("noconfig."):
             raise UserError(f"{argument} needs a value: {argument}=VALUE.")
     for name in values:
-        _check_text(f"--{name}", values[name].value)
+        value = values[name].value
+        for text in value if isinstance(value, list) else [value]:
+            _check_text(f"--{name}", text)
     return values, rest
+
+
+def _repeat_names(argv: Sequence[str], several: Collection[str]) -> list[str]:
+    """`--images a b` as `--images=a --images=b`, for flags of several values: a shell writes many for one pattern."""
+    arguments, name = [], ""
+    for argument in argv:
+        if argument.startswith("-") and argument != "-":
+            name, equals, _ = argument.lstrip("-").partition("=")
+            arguments += [argument] if equals or name not in several else []
+        else:
+            arguments.append(f"--{name}={argument}" if name in several else argument)
+    return arguments
 
 
 def is_help(arguments: Sequence[str]) -> bool:

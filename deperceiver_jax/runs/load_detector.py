@@ -35,7 +35,7 @@ def load_detector(directory: str | Path, checkpoint: str = "latest") -> tuple[nn
     Use: `predictions = detector(*normalize_images(image, size))`.
     Raises UserError for a directory without a detector, and for one whose parameters are not those of its config.
     """
-    stored = find_detector(Path(directory), checkpoint)
+    stored = find_detector(directory, checkpoint)
     loaded = load_stored(stored, read_config(stored.directory / CONFIG))
     detector = loaded.skeleton.merge({path: jnp.asarray(array) for path, array in loaded.arrays.items()})
     return detector, loaded.config, loaded.classes
@@ -61,6 +61,6 @@ def load_for_command(
     """
     if (workdir is None) == (weights is None):
         raise UserError("Either --workdir or --weights is needed: a run, or the output of import_weights.")
-    stored = find_detector(Path(workdir or weights or "").expanduser(), checkpoint)
+    stored = find_detector(workdir or weights or "", checkpoint)
     own = None if has_config_file(config_arguments) else read_config(stored.directory / CONFIG)
     return stored, load_stored(stored, parse_config(config_arguments, own, needs=field_needs))

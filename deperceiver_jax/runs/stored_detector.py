@@ -35,9 +35,15 @@ class StoredDetector(NamedTuple):
     step: int | None  # None for parameters that no run here has trained
 
 
-def find_detector(directory: Path, checkpoint: str = "latest") -> StoredDetector:
+def local_directory(place: str | Path) -> Path:
+    """The directory on this machine that a workdir, --weights or config.init_from means; all of them pass here."""
+    return Path(place).expanduser()
+
+
+def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetector:
     """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
     (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
+    directory = local_directory(place)
     if not os.path.isdir(directory):  # Path.is_dir raises OSError for a name that is too long
         raise UserError(f"{directory} is not a directory.")
     if (directory / WEIGHTS).is_dir():

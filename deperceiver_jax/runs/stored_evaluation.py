@@ -12,7 +12,7 @@ def newest_evaluation(workdir: Path) -> Path:
     """The directory of the run's latest evaluation. Raises UserError when it has none."""
     done = [path.parent for path in (workdir / "eval").glob("*/metrics.json")]
     if not done:
-        raise UserError(f"{workdir} has no evaluation; make one with: python eval.py --workdir={workdir}.")
+        raise UserError(f"{workdir} has no evaluation; make one with: deperceiver eval --workdir={workdir}.")
     return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
 
 

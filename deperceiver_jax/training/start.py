@@ -34,7 +34,7 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
     if weights and config.init_from:
         raise UserError("config.init_from and config.model.backbone.weights are both given; only one can be.")
     if config.init_from:
-        stored = find_detector(Path(config.init_from).expanduser())
+        stored = find_detector(config.init_from)
         arrays = load_params(stored.items)
         expected = {**plan.abstract.params, **plan.abstract.frozen}
         if reason := other_classes(read_classes(stored.directory / CLASSES), classes):

@@ -182,3 +182,16 @@ def test_other_errors_are_not_hidden():
 
     with pytest.raises(RuntimeError, match="a fault"):
         run(broken, ["program"])
+
+
+def test_a_flag_of_several_values_takes_what_a_shell_makes_of_a_pattern():
+    def define_several(values):
+        flags.DEFINE_multi_string("images", [], "Some.", flag_values=values)
+        flags.DEFINE_string("output", None, "One.", flag_values=values)
+
+    arguments = ["--images", "a", "b", "-", "--output", "out", "--images=c", "d", "--config.seed=3"]
+    values, rest = parse_flags(["program", *arguments], define_several, "")
+    assert values.images == ["a", "b", "-", "c", "d"] and values.output == "out" and rest[1:] == ["--config.seed=3"]
+    for wrong, sentence in ((["--output=out", "c"], "no flag c"), (["--images", "a", "gs://b"], "addresses with ://")):
+        with pytest.raises(UserError, match=sentence):
+            parse_flags(["program", *wrong], define_several, "")

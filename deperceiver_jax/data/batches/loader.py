@@ -1,12 +1,10 @@
-"""Batches for training, evaluation and prediction: the plan's images, loaded by Grain's workers.
+"""Batches for training and evaluation: the plan's images, loaded by Grain's workers.
 
 A step's batch depends on the step number alone, whatever the number of workers, so that number is the whole position of
 the data. Workers make NumPy arrays and never touch an accelerator; pixels stay uint8 until they are on the device.
 """
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +28,7 @@ from deperceiver_jax.data.batches.plan import (
     training_plan,
 )
 from deperceiver_jax.data.batches.workers import Empty, Stream
-from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size, is_swapped
+from deperceiver_jax.data.image_header import CorruptImage
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.structures import Batch
 
@@ -98,7 +96,7 @@ class EvaluationBatches:
     """Every image of a split once, in host-local batches of one bucket each; a ragged last one is filled up.
 
     An image that only fills up is black, as large as its frame, and its `example` is -1. `batch_size` counts over all
-    hosts, of which each gets its share of every batch. in_process: no worker processes, which take seconds to start.
+    hosts, of which each gets its share of every batch.
     """
 
     def __init__(
@@ -109,7 +107,6 @@ class EvaluationBatches:
         batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
-        in_process: bool = False,
     ):
         check_augmentation(config)
         rows = host_rows(batch_size, process_index, process_count, "config.eval.batch_size")
@@ -119,7 +116,7 @@ class EvaluationBatches:
         geometry = evaluation_geometry(source.sizes, config)
         plan = evaluation_plan(geometry.size, buckets, batch_size)
         self._make = _EvaluationStep(source, plan, geometry, buckets, rows, _box_slots(source, config))
-        self._num_workers = 0 if in_process else config.num_workers
+        self._num_workers = config.num_workers
         self._image_bytes = _image_bytes(buckets, rows)
         self.num_batches = len(plan.bucket)
         self.buckets = [(int(height), int(width)) for height, width in buckets]
@@ -129,55 +126,6 @@ class EvaluationBatches:
 
     def __iter__(self) -> Stream:
         return Stream(self._make, range(self.num_batches), self._num_workers, self._image_bytes)
-
-
-def image_batches(paths: Sequence[Path | str], config: ConfigDict, batch_size: int) -> EvaluationBatches:
-    """Any image files, upright as a viewer shows them, in evaluation batches; `example` is the position in `paths`.
-
-    Raises UserError that names the file for one that cannot be read.
-    """
-    files = _ImageFiles([Path(path) for path in paths])
-    return EvaluationBatches(files, config, batch_size=batch_size, in_process=True)
-
-
-class _ImageFiles:
-    """Files without targets, seen as a split."""
-
-    max_boxes = 0
-
-    def __init__(self, paths: list[Path]):
-        if not paths:
-            raise UserError("There are no images to read.")
-        self._paths = paths
-        sizes, self._orientation = zip(*(self._header(position) for position in range(len(paths))), strict=True)
-        self.sizes = np.array(sizes, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def filename(self, position: int) -> str:
-        return str(self._paths[position])
-
-    def image_bytes(self, position: int) -> bytes:
-        try:
-            return self._paths[position].read_bytes()
-        except OSError as error:
-            raise UserError(f"{self._paths[position]} cannot be read: {error.strerror}.") from error
-
-    def orientation(self, position: int) -> int:
-        return self._orientation[position]
-
-    def targets(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-
-    def _header(self, position):
-        """((height, width), orientation) as a viewer shows the file."""
-        image = self.image_bytes(position)
-        try:
-            size, orientation = image_size(image), exif_orientation(image)
-            return size[::-1] if is_swapped(orientation) else size, orientation
-        except CorruptImage as error:
-            raise UserError(f"{self._paths[position]} is not a whole image: {error}.") from error
 
 
 class _TrainingStep:

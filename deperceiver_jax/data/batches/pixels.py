@@ -29,7 +29,11 @@ def decode_image(data: bytes, orientation: int = 1) -> UInt8[np.ndarray, "h w 3"
     Pictures of more than 8 bits are brought to 8 as bit_depth.py says. JPEGs of three colours or grey take a faster way
     to the same pixels. Raises CorruptImage.
     """
-    image = _decode(data)
+    return turn_upright(_decode(data), orientation)
+
+
+def turn_upright(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "..."]:
+    """Stored pixels as a viewer shows them, by an EXIF orientation of 1 to 8."""
     if orientation >= 5:
         image = cv2.transpose(image)
     if orientation in (2, 3, 6, 7):

@@ -6,12 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from benchmarks.input_pipeline import photograph
 from configs.base import base
 from deperceiver_jax.data.batches.geometry import evaluation_geometry, training_geometry, transform_boxes
-from deperceiver_jax.data.batches.loader import EvaluationBatches, TrainBatches, image_batches
+from deperceiver_jax.data.batches.loader import EvaluationBatches, TrainBatches
 from deperceiver_jax.errors import UserError
 from tests.data.fake_source import FakeSource
 
@@ -115,30 +113,6 @@ def test_every_image_is_evaluated_once():
     halves = [list(EvaluationBatches(source, config, batch_size=4, process_index=i, process_count=2)) for i in (0, 1)]
     joined = [type(one)(*map(np.concatenate, zip(one, other, strict=True))) for one, other in zip(*halves, strict=True)]
     _assert_equal(joined, found)
-
-
-def test_image_files(tmp_path):
-    paths = [tmp_path / f"{name}.png" for name in "abc"]
-    for seed, path in enumerate(paths):
-        Image.fromarray(photograph(*SHAPES[seed], seed)).save(path)
-    batches = list(image_batches(paths, _config(num_workers=4), 2))
-    examples = np.concatenate([batch.example for batch in batches])
-    assert sorted(examples[examples >= 0]) == [0, 1, 2]
-    assert not any(batch.box_valid.any() for batch in batches)
-    for batch in batches:
-        for row, example in enumerate(batch.example):
-            if example >= 0:
-                assert tuple(batch.original_size[row]) == SHAPES[example]
-
-
-def test_image_files_that_cannot_be_read(tmp_path):
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"\xff\xd8 no")
-    for path in (broken, tmp_path / "missing.jpg"):
-        with pytest.raises(UserError, match=path.name):
-            image_batches([path], _config(), 2)
-    with pytest.raises(UserError, match="no images"):
-        image_batches([], _config(), 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,0 +1,249 @@
+"""Two lines of Python: a detector from a directory, and what it finds in pictures of any kind and size.
+
+from deperceiver_jax import load
+detections = load("runs/x").predict(["a.jpg", pil_image, rgb_array])
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from deperceiver_jax.data.batches.geometry import check_augmentation
+from deperceiver_jax.errors import UserError, check_at_least, check_between
+from deperceiver_jax.evaluation.evaluate import make_detect_step
+from deperceiver_jax.models import field_needs
+from deperceiver_jax.prediction.detections import PictureDetections, Reader
+from deperceiver_jax.prediction.pictures import Picture, Prepared, padded_sizes, prepare, read_pixels
+from deperceiver_jax.program.command_line import parse_config
+from deperceiver_jax.program.compilation_cache import keep_compiled
+from deperceiver_jax.runs.load_detector import LoadedDetector, load_stored
+from deperceiver_jax.runs.stored_detector import find_detector
+from deperceiver_jax.runs.workdir import CONFIG, read_config
+from deperceiver_jax.sharding import make_mesh, replicated, shard_batch
+from deperceiver_jax.structures import Batch, Detections
+
+THREADS = 4  # that read and scale pictures while the devices are busy
+Result = TypeVar("Result")
+PATIENCE = 8  # batches that may pass a picture which waits for others of its padded size
+
+
+def load(
+    directory: str | Path, checkpoint: str = "latest", config: Mapping[str, object] | None = None
+) -> "PictureDetector":
+    """A detector to be used on pictures, from a workdir, a checkpoint step or an output of import-weights.
+
+    checkpoint: which one of a workdir: latest, best, or a step. Its moving average is taken where it has one.
+    config: fields of the stored config to change, as {"eval.max_detections": 300, "precision": "bfloat16"}.
+    Compiled programs are kept where config.train.compilation_cache says, unless JAX has been given a place already.
+    Raises UserError for a directory without a detector, and for a field that does not exist.
+
+    >>> detector = load("runs/x", checkpoint="best")
+    """
+    stored = find_detector(directory, checkpoint)
+    overrides = [f"--config.{field}={value}" for field, value in (config or {}).items()]
+    settings = parse_config(["load", *overrides], read_config(stored.directory / CONFIG), needs=field_needs)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        keep_compiled(settings.train.compilation_cache)
+    return PictureDetector(load_stored(stored, settings))
+
+
+class PictureDetector:
+    """Finds objects in pictures of any size, one or many. Several threads may use one at the same time.
+
+    Pictures are scaled as evaluation scales them and padded to one of `padded_sizes`, of which there are at most five.
+    Each is compiled twice at most: for batches, and for a single picture (as many as there are devices).
+    """
+
+    def __init__(self, loaded: LoadedDetector):
+        """Raises UserError for fields of the config that are out of range, or do not fit the devices."""
+        self.config, self.classes = loaded.config, loaded.classes
+        check_augmentation(self.config.data)
+        check_at_least("config.eval.batch_size", self.config.eval.batch_size, 1)
+        self.padded_sizes = padded_sizes(self.config.data)
+        self._mesh = make_mesh(self.config.mesh.model)
+        self.config.eval.batch_size = self._for_devices(self.config.eval.batch_size)
+        self._step = make_detect_step(loaded.skeleton.merge, self.config, self._mesh)
+        self._arrays = jax.device_put(loaded.arrays, replicated(self._mesh))
+        self._reader = Reader(self.classes)
+        self._one_compiles = threading.Lock()
+
+    @overload
+    def predict(
+        self,
+        pictures: Picture,
+        *,
+        threshold: float = ...,
+        max_detections: int | None = ...,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+    ) -> PictureDetections: ...
+    @overload
+    def predict(
+        self,
+        pictures: Iterable[Picture],
+        *,
+        threshold: float = ...,
+        max_detections: int | None = ...,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+    ) -> list[PictureDetections]: ...
+
+    def predict(
+        self,
+        pictures: Any,
+        *,
+        threshold: float = 0.5,
+        max_detections: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Any:
+        """What is in each picture, in their order; for one picture by itself, its detections by themselves.
+
+        pictures: a path, a PIL image or a uint8 array ([height, width, 3] in RGB, or [height, width] in grey), or any
+          number of them. Those with an EXIF orientation are turned, as viewers do, and boxes are in the turned picture.
+        threshold: detections with a lower score, in [0, 1], are left out.
+        max_detections: of a picture, the best ones; at most config.eval.max_detections, which is what None means.
+        batch_size: pictures that are computed together, config.eval.batch_size without it.
+        progress: show a bar.
+        Raises UserError for no pictures, and for one that cannot be read.
+
+        >>> found = load("runs/x").predict("a.jpg", threshold=0.3)
+        >>> found.names, found.scores, found.boxes
+        """
+        single = isinstance(pictures, str | Path | Image.Image) or _is_one_array(pictures)
+        given = [pictures] if single else list(pictures)
+        if not given:
+            raise UserError("There are no pictures to look at.")
+        check_between("threshold", threshold, 0, 1)
+        if max_detections is not None:
+            check_between("max_detections", max_detections, 1, self.config.eval.max_detections)
+        found = []
+        with tqdm(total=len(given), desc="Detecting", unit=" pictures", disable=not progress) as bar:
+            stream = self.stream(given, threshold=threshold, max_detections=max_detections, batch_size=batch_size)
+            for number, answer in enumerate(stream):
+                if isinstance(answer, UserError):
+                    raise UserError(str(answer) if len(given) == 1 else f"Picture {number}: {answer}")
+                found.append(answer)
+                bar.update()
+        return found[0] if single else found
+
+    def stream(
+        self,
+        pictures: Iterable[Picture],
+        *,
+        threshold: float = 0.5,
+        max_detections: int | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[PictureDetections | UserError]:
+        """As `predict`, but a picture at a time, in order: for a video, or a folder of any length.
+
+        A few batches of pictures are in memory, never more. For one that cannot be read the UserError that says why is
+        the answer.
+
+        >>> for found in detector.stream(frames): ...
+        """
+        check_at_least("batch_size", 1 if batch_size is None else batch_size, 1)
+        size = self._for_devices(batch_size or self.config.eval.batch_size)
+        single = self._for_devices(1)
+        most = max_detections or self.config.eval.max_detections
+        done: dict[int, PictureDetections | UserError] = {}
+        waiting: dict[tuple[int, ...], list[tuple[int, Prepared]]] = {}
+        running: deque = deque()
+        position = 0  # of the next answer
+
+        def start(members: list[tuple[int, Prepared]], count: int) -> None:
+            """Runs a batch, and reads the answer of the one before while the devices are busy."""
+            running.append((members, self._run([prepared for _, prepared in members], count)))
+            if len(running) > 1:
+                finish()
+
+        def finish() -> None:
+            members, detections = running.popleft()
+            detections = Detections(*map(np.asarray, detections))
+            if not all(np.isfinite(x[: len(members)]).all() for x in (detections.scores, detections.boxes)):
+                raise UserError("The detector's answers are not finite numbers: its parameters are broken.")
+            for row, (number, prepared) in enumerate(members):
+                answer = Detections(*(column[row] for column in detections))
+                done[number] = self._reader.read(answer, prepared.original_size, threshold, most)
+
+        def flush(members: list[tuple[int, Prepared]]) -> None:
+            """Runs fewer pictures than a batch has: together if they fill half of it, or else one by one."""
+            if 2 * len(members) > size:
+                start(members, size)
+            else:
+                for first in range(0, len(members), single):
+                    start(members[first : first + single], single)
+
+        for number, prepared in enumerate(_ahead(self._prepare, pictures)):
+            if isinstance(prepared, UserError):
+                done[number] = prepared
+            else:
+                members = waiting.setdefault(prepared.frame.shape, [])
+                members.append((number, prepared))
+                if len(members) == size:
+                    start(waiting.pop(prepared.frame.shape), size)
+            for shape in [shape for shape, members in waiting.items() if members[0][0] <= number - PATIENCE * size]:
+                flush(waiting.pop(shape))
+            while position in done:
+                yield done.pop(position)
+                position += 1
+        for members in waiting.values():
+            flush(members)
+        while running:
+            finish()
+        yield from (done[number] for number in sorted(done))
+
+    def _prepare(self, picture: Picture) -> Prepared | UserError:
+        try:
+            return prepare(read_pixels(picture), self.config.data, self.padded_sizes)
+        except UserError as error:
+            return error
+
+    def _run(self, members: list[Prepared], count: int) -> Detections:
+        """Starts a batch of `count`, filled up with black pictures; the answer is on its way."""
+        frames, sizes, original_sizes = zip(*members, strict=True)
+        fill = count - len(members)
+        image = np.concatenate([np.stack(frames), np.zeros((fill, *frames[0].shape), np.uint8)])
+        frame = [np.array(image.shape[1:3], np.int32)] * fill
+        nothing = dict(
+            boxes=np.zeros((count, 1, 4), np.float32),
+            labels=np.zeros((count, 1), np.int32),
+            box_valid=np.zeros((count, 1), bool),
+        )
+        example = np.arange(count, dtype=np.int32)
+        batch = Batch(image, np.stack([*sizes, *frame]), np.stack([*original_sizes, *frame]), example, **nothing)
+        with self._one_compiles:
+            return self._step(self._arrays, shard_batch(batch, self._mesh))[1]
+
+    def _for_devices(self, count: int) -> int:
+        """The next number of pictures that divides over the devices."""
+        return -(-count // self._mesh.size) * self._mesh.size
+
+
+def _is_one_array(pictures: object) -> bool:
+    """An array of pictures has a leading axis more."""
+    return isinstance(pictures, np.ndarray) and pictures.ndim != 4
+
+
+def _ahead(function: Callable[[Picture], Result], items: Iterable[Picture]) -> Iterator[Result]:
+    """function(item) of each in order, a few of them ahead of their use in threads."""
+    running: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > 2 * THREADS:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
