@@ -1,6 +1,7 @@
 """What `deperceiver train` does, in the order in which it does it."""
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
