@@ -21,6 +21,7 @@ ROOMS = {
     "losses": FOUNDATION,
     "weights": FOUNDATION | {"models"},
     "evaluation": LIBRARY | KEEPERS,
+    "export": LIBRARY | KEEPERS | {"evaluation"},  # it compares APs
     "visualize": LIBRARY | KEEPERS,
     "report": LIBRARY | KEEPERS | {"evaluation"},
     "compare": LIBRARY | KEEPERS | {"evaluation", "report"},

@@ -44,11 +44,11 @@ def _check_sizes(section: ConfigDict, prefix: str = "config.model.") -> None:
             check_between(f"{prefix}{name}", value, -LARGEST_SIZE, LARGEST_SIZE)
 
 
-def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> Detector:
+def build_detector(config: ConfigDict, *, rngs: nnx.Rngs, portable: bool = False) -> Detector:
     """The detector that `config.model` describes, with new parameters (`backbone.weights` is not read here).
 
-    Called as `detector(image, pixel_valid) -> Predictions`; see Detector. Raises UserError for a name, a precision or a
-    field that does not exist.
+    Called as `detector(image, pixel_valid) -> Predictions`; see Detector. portable: see layers/compute.py. Raises
+    UserError for a name, a precision or a field that does not exist.
     """
     for field in ("precision", "attention", "rematerialize"):
         if field not in config:
@@ -60,7 +60,8 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs) -> Detector:
     check_choice("config.precision", config.precision, _COMPUTE_TYPES)
     check_choice("config.attention", config.attention, IMPLEMENTATIONS)
     model["backbone"].pop("weights")
-    compute = Compute(_COMPUTE_TYPES[config.precision], config.attention, config.rematerialize)
+    rematerialize = config.rematerialize and not portable
+    compute = Compute(_COMPUTE_TYPES[config.precision], config.attention, rematerialize, portable)
     shared = {f.name: model.pop(f.name) for f in dataclasses.fields(DetectorFields) if f.name in model}
     fields = build_part(DetectorFields, "config.model", shared)
     return build_part(DETECTORS[name], "config.model", model, fields, compute=compute, rngs=rngs)

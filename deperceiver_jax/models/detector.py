@@ -63,6 +63,11 @@ class Detector(nnx.Module):
         """Pixels between the cells of each map that becomes tokens, in the order of the tokens."""
         return self.strides
 
+    @property
+    def fewest_tokens(self) -> int:
+        """That an image must have; as many as there are queries where each of these starts from a token."""
+        return 1
+
     def __call__(
         self,
         image: Float[Array, "B H W 3"],

@@ -38,16 +38,20 @@ def attention(
     """dense_attention, or what replaces it; `implementation` is config.attention.
 
     auto: dense for small matrices, else the kernel of the target platform, or blocks where it has none that fits;
-    xla: always dense; chunked: always in blocks; cudnn, flash: that kernel, and blocks wherever it does not run.
+    xla: always dense; chunked: always in blocks; cudnn, flash: that kernel, and blocks wherever it does not run;
+    portable, of Compute: dense for small matrices, else blocks.
     Kernels have no dropout, so attention that drops goes in blocks. A LogGaussian is never a whole map: blocks and
     the TPU's kernel compute their own part of it.
     """
-    large = query.shape[2] * key.shape[2] >= LARGE
+    entries = query.shape[2] * key.shape[2]
+    large = isinstance(entries, int) and entries >= LARGE  # a file for pictures of any size has symbols for sizes
     drops: dict = dict(dropout_rate=dropout_rate, dropout_key=dropout_key)
     arrays = (query, key, value, key_valid, bias)
-    if implementation == "xla" or (implementation == "auto" and not large):
+    if implementation == "xla" or (implementation in ("auto", "portable") and not large):
         return dense_attention(*arrays, **drops)
     in_blocks = functools.partial(chunked_attention, **drops)
+    if implementation == "portable":
+        return chunked_attention(*arrays, **drops)
     kernels = {}
     if implementation != "chunked" and (dropout_rate == 0.0 or dropout_key is None):
         if implementation != "cudnn":

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.models.attention.level_sampling import SAMPLINGS, sample_levels
+from deperceiver_jax.models.attention.level_sampling import PORTABLE, SAMPLINGS, sample_levels
+from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.linear import linear, xavier_start
 from deperceiver_jax.models.layers.recorder import record_points
 
@@ -26,7 +27,15 @@ class MultiScaleDeformableAttention(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, *, num_heads: int, num_levels: int, num_points: int, sampling: str, dtype, rngs: nnx.Rngs
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        sampling: str,
+        compute: Compute,
+        rngs: nnx.Rngs,
     ):
         if num_heads < 1 or dim % num_heads:
             raise UserError(f"{num_heads} heads do not divide a deformable attention of width {dim}.")
@@ -34,10 +43,10 @@ class MultiScaleDeformableAttention(nnx.Module):
             raise UserError(f"A deformable attention with {num_points} points looks nowhere; num_points is at least 1.")
         check_choice("sampling", sampling, SAMPLINGS)
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
-        self.sampling = sampling
+        self.sampling = PORTABLE if compute.portable else sampling
         zeros = nnx.initializers.zeros
         points = num_heads * num_levels * num_points
-        self.value, self.out = (linear(dim, dim, **xavier_start(dim, dim), dtype=dtype, rngs=rngs) for _ in range(2))
+        self.value, self.out = (linear(dim, dim, **xavier_start(dim, dim), dtype=compute.dtype, rngs=rngs) for _ in range(2))
         # Where to look and how much is decided in float32: a bfloat16 offset would be coarser than a cell.
         exact = dict(kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
         self.sampling_offsets = linear(dim, 2 * points, bias_init=self._star, **exact)

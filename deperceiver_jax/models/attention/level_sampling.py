@@ -22,6 +22,7 @@ from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.sampling_kernel import sample_level
 
 SAMPLINGS = ("auto", "gather")
+PORTABLE = "portable"
 GATHER_QUERIES = 256  # read at one time: 4 MB each image and level, for 8 heads of 32 channels and 4 points
 
 
@@ -42,11 +43,14 @@ def sample_levels(
 
     `sampling` is gather, or auto: the kernel where the program runs on a TPU, else gather. In bfloat16, the kernel
     rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the order of sums.
+    portable, of Compute: gather, all queries at one time.
     """
-    check_choice("sampling", sampling, SAMPLINGS)
+    check_choice("sampling", sampling, (*SAMPLINGS, PORTABLE))
     gather = functools.partial(_gather, tuple(level_sizes))
     kernel = on_each_device(functools.partial(sample_by_kernel, tuple(level_sizes)))
     arguments = value, location.astype(jnp.float32), weight.astype(jnp.float32)
+    if sampling == PORTABLE:
+        return _gather_at_once(tuple(level_sizes), *arguments)
     if sampling == "gather":
         return gather(*arguments)
     # A switch between platforms keeps for the backward pass what each would; the checkpoint keeps the arguments.
@@ -90,7 +94,7 @@ def _split_levels(value: Float[Array, "B S *rest"], level_sizes) -> list[Float[A
     maps, start = [], 0
     for height, width in level_sizes:
         cells = value[:, start : start + height * width]
-        maps.append(cells.reshape(len(value), height, width, *value.shape[2:]))
+        maps.append(cells.reshape(value.shape[0], height, width, *value.shape[2:]))
         start += height * width
     return maps
 
@@ -103,6 +107,20 @@ def _gather(level_sizes, value, location, weight):
     return _gather_quads(level_sizes, quads, location, weight).astype(value.dtype)
 
 
+def _gather_at_once(level_sizes, value, location, weight):
+    quads = [_quads(cells) for cells in _split_levels(value.astype(jnp.float32), level_sizes)]
+    return _gather_block(level_sizes, quads, location, weight).astype(value.dtype)
+
+
+def _gather_block(level_sizes, quads, location, weight):
+    total = 0.0
+    for level, size in enumerate(level_sizes):
+        points = location[:, :, :, level]
+        found = _read(quads[level], _rows(points, size))
+        total += _weigh_quads(found, points, weight[:, :, :, level], size)
+    return total
+
+
 def _quads(cells: Float[Array, "B h w H D"]) -> Float[Array, "B rows 4*D"]:
     """Any four cells around a point as one row, zeros where they lie outside: one read for each point in place of four.
 
@@ -110,7 +128,7 @@ def _quads(cells: Float[Array, "B h w H D"]) -> Float[Array, "B rows 4*D"]:
     """
     cells = jnp.pad(cells, [(0, 0), (1, 2), (1, 2), (0, 0), (0, 0)])
     around = [cells[:, :-1, :-1], cells[:, :-1, 1:], cells[:, 1:, :-1], cells[:, 1:, 1:]]
-    return jnp.concatenate(around, axis=-1).reshape(len(cells), -1, 4 * cells.shape[-1])
+    return jnp.concatenate(around, axis=-1).reshape(cells.shape[0], -1, 4 * cells.shape[-1])
 
 
 def _rows(location: Float[Array, "B q H K 2"], size: tuple[int, int]) -> Int[Array, "B q*H*K"]:
@@ -138,13 +156,7 @@ def _gather_quads(
     1.2 GB for each encoder layer of an 800 x 1066 image."""
 
     def one_block(arguments):
-        location, weight = arguments
-        total = 0.0
-        for level, size in enumerate(level_sizes):
-            points = location[:, :, :, level]
-            found = _read(quads[level], _rows(points, size))
-            total += _weigh_quads(found, points, weight[:, :, :, level], size)
-        return total
+        return _gather_block(level_sizes, quads, *arguments)
 
     blocks = _in_blocks(location, GATHER_QUERIES), _in_blocks(weight, GATHER_QUERIES)
     return _out_of_blocks(jax.lax.map(one_block, blocks), location.shape[1])

@@ -43,7 +43,7 @@ class MultiHeadAttention(nnx.Module):
             raise UserError(f"{num_heads} heads do not divide an attention of width {query_dim}.")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.implementation = compute.attention
+        self.implementation = "portable" if compute.portable else compute.attention
         self.query = layer(query_dim, query_dim, parts=3)
         self.key = layer(key_dim or query_dim, query_dim, parts=3)
         self.value = layer(key_dim or query_dim, query_dim, parts=3)

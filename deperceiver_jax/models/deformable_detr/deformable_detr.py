@@ -94,11 +94,15 @@ class DeformableDETR(Detector):
         extra = (self.strides[-1] * 2**i for i in range(1, self.extra_levels + 1))
         return (*self.strides, *extra)
 
+    @property
+    def fewest_tokens(self) -> int:
+        return 1 if self.proposals is None else self.proposals.num_proposals
+
     def predict(self, image, pixel_valid, dropout_key) -> Predictions:
         key_encoder, key_decoder = split_key(dropout_key, 2)
         memory = self.encoder(self._tokens(self.backbone(image, pixel_valid), pixel_valid), dropout_key=key_encoder)
         if self.proposals is None:
-            proposals, (content, query_position, reference) = None, self._learned_queries(len(image))
+            proposals, (content, query_position, reference) = None, self._learned_queries(image.shape[0])
         else:
             proposals, content, query_position, reference = self.proposals(memory)
         predictions = self.decoder(content, query_position, reference, memory, dropout_key=key_decoder)

@@ -65,7 +65,7 @@ class DeformableEncoderLayer(TransformerLayer):
         self.across_levels = fields.across_levels or num_levels == 1
         levels = num_levels if fields.across_levels else 1
         self.attention = MultiScaleDeformableAttention(
-            dim, **fields.attention, num_levels=levels, dtype=compute.dtype, rngs=rngs
+            dim, **fields.attention, num_levels=levels, compute=compute, rngs=rngs
         )
         self.attention_norm = LayerNorm(dim, dtype=compute.dtype)
 
@@ -121,7 +121,7 @@ class DeformableDecoderLayer(QueryLayer):
         layer: dict = dict(mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
         super().__init__(dim, fields.num_heads, **layer)
         self.cross_attention = MultiScaleDeformableAttention(
-            dim, **fields.attention, num_levels=num_levels, dtype=compute.dtype, rngs=rngs
+            dim, **fields.attention, num_levels=num_levels, compute=compute, rngs=rngs
         )
         self.heads = RelativeHeads(dim, num_logits, size_bias=0.0, rngs=rngs) if refine else None
 

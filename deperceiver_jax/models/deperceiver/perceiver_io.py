@@ -180,6 +180,7 @@ class PerceiverEncoder(nnx.Module):
         self.fields = fields
         self.anchors = Anchors(fields.num_latents) if fields.anchors else None
         self.rematerialize = compute.rematerialize
+        self.portable = compute.portable
         self.dtype = compute.dtype
         init, shape = LATENT_INITS[fields.latent_init](fields.latent_scale), (fields.num_latents, fields.latent_dim)
         self.latents = nnx.Param(init(rngs.params(), shape))
@@ -196,7 +197,7 @@ class PerceiverEncoder(nnx.Module):
     def __call__(self, image: LevelTokens, *, dropout_key=None) -> Float[Array, "B N D"]:
         """Latents after the last block; a norm is the decoder's matter."""
         keys = split_key(dropout_key, 2 * self.fields.num_blocks)
-        latents = jnp.broadcast_to(self.latents[...].astype(self.dtype), (len(image.tokens), *self.latents.shape))
+        latents = jnp.broadcast_to(self.latents[...].astype(self.dtype), (image.tokens.shape[0], *self.latents.shape))
         places = None if self.anchors is None else (self.anchors()[None], image.places)
         last = len(self.cross_attentions) - 1
         for block, cross_attention in enumerate(self.cross_attentions):
@@ -223,7 +224,7 @@ class PerceiverEncoder(nnx.Module):
     def _apply_remaining_blocks(self, first, latents, keys):
         if not self.fields.share_blocks:
             return self.blocks(latents, start=first * self.fields.layers_per_block, dropout_key=keys[first])
-        if is_recording():  # a loop of JAX would keep what happens inside to itself
+        if is_recording() or self.portable:  # a loop of JAX would keep what happens inside to itself
             for key in keys[first:]:
                 latents = self.blocks(latents, dropout_key=key)
             return latents

@@ -77,6 +77,10 @@ class DePerceiverPlus(Detector):
         layer: dict = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute)
         self.decoder = LatentDecoder(dim, fields.num_logits, decoder, **layer, rngs=rngs)
 
+    @property
+    def fewest_tokens(self) -> int:
+        return self.start.proposals.num_proposals if isinstance(self.start, ProposedStart) else 1
+
     def __call__(self, image, pixel_valid, *, targets=None, dropout_key: jax.Array | None = None) -> Predictions:
         """Detector's call. Of `targets` it makes denoising queries, whose answers are `Predictions.denoising`.
 

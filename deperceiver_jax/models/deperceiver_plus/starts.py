@@ -32,7 +32,7 @@ class LearnedStart(nnx.Module):
         """(no proposals, content, boxes)."""
         if denoising is not None:
             raise UserError("config.model.denoising.copies needs config.model.start=proposals: they start from tokens.")
-        batch, dtype = len(image.tokens), image.tokens.dtype
+        batch, dtype = image.tokens.shape[0], image.tokens.dtype
         content, boxes = self.content[...].astype(dtype), jax.nn.sigmoid(self.boxes[...])
         content, boxes = (jnp.broadcast_to(x[None], (batch, *x.shape)) for x in (content, boxes))
         return None, content, boxes

@@ -85,6 +85,11 @@ class PositionEncoding(nnx.Module):
             return sine_encoding(token_valid, self.dim)
         if self.encoding == "fourier":
             return self.projection(fourier_encoding(token_valid, self.fourier_bands))
+        if not isinstance(height, int):
+            raise UserError(
+                "config.model.position.encoding is learned, for maps of at most config.model.position.learned_size "
+                "cells a side: a file for frames of any size cannot have it; give --size=HEIGHTxWIDTH."
+            )
         if max(height, width) > self.learned_size:
             raise UserError(
                 f"A feature map of {height} x {width} cells needs config.model.position.learned_size >= "

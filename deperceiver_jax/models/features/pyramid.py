@@ -47,7 +47,7 @@ class LevelTokens(struct.PyTreeNode):
 
     def maps(self, x: Float[Array, "B S C"]) -> list[Float[Array, "B h w C"]]:
         """The same as maps."""
-        return [part.reshape(len(x), *size, -1) for part, size in zip(self.split(x), self.sizes, strict=True)]
+        return [part.reshape(x.shape[0], *size, -1) for part, size in zip(self.split(x), self.sizes, strict=True)]
 
 
 def make_level_tokens(

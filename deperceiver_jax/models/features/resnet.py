@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.models.layers.compute import Compute
-from deperceiver_jax.models.layers.convolution import convolution
+from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
 
 # depth: (blocks of each stage, whether they are bottlenecks)
@@ -37,15 +37,17 @@ class Frozen(nnx.Variable):
 class Conv(nnx.Module):
     """A square convolution without bias; pads (size - 1) / 2 * dilation on every side. Kernel [size, size, in, out]."""
 
-    def __init__(self, in_dim, out_dim, size, *, stride=1, dilation=1, frozen, dtype, rngs: nnx.Rngs):
+    def __init__(self, in_dim, out_dim, size, *, stride=1, dilation=1, frozen, compute: Compute, rngs: nnx.Rngs):
         variable = Frozen if frozen else nnx.Param
         self.kernel = variable(kaiming_normal_fan_out(rngs.params(), (size, size, in_dim, out_dim), jnp.float32))
         self.stride = stride
         self.dilation = dilation
-        self.dtype = dtype
+        self.dtype = compute.dtype
+        self.portable = compute.portable
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.dilation)
+        convolve = plain_convolution if self.portable else convolution
+        return convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.dilation)
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -87,7 +89,7 @@ class GroupNorm(nnx.Module):
 
         def group_mean(x):
             """Of each channel's group. Only sums of channels take the shape of groups, whose few channels are slow."""
-            sums = jnp.sum(x, axis=(1, 2)).reshape(len(x), self.num_groups, -1).sum(axis=2)
+            sums = jnp.sum(x, axis=(1, 2)).reshape(x.shape[0], self.num_groups, -1).sum(axis=2)
             return jnp.repeat(sums / count, x.shape[-1] // self.num_groups, axis=1)[:, None, None]
 
         x = x.astype(jnp.float32) * weight
@@ -104,7 +106,9 @@ def _channels(vector):
 
 def _subsample(valid, stride):
     """The mask after a layer of this stride: cell i stands for pixel stride * i, so ceil(n / stride) stay valid."""
-    return valid if valid is None or stride == 1 else valid[:, ::stride, ::stride]
+    if valid is None or stride == 1:
+        return valid
+    return jax.lax.slice(valid, (0, 0, 0), valid.shape, (1, stride, stride))
 
 
 class Block(nnx.Module):
@@ -119,7 +123,7 @@ class Block(nnx.Module):
         self.bottleneck = bottleneck
 
         def conv(in_dim, out_dim, size, **kwargs):
-            return Conv(in_dim, out_dim, size, frozen=frozen, dtype=compute.dtype, rngs=rngs, **kwargs)
+            return Conv(in_dim, out_dim, size, frozen=frozen, compute=compute, rngs=rngs, **kwargs)
 
         if bottleneck:
             self.conv1, self.norm1 = conv(in_dim, dim, 1), make_norm(dim)
@@ -197,7 +201,8 @@ class ResNet(nnx.Module):
             return GroupNorm(dim, initial_scale=0.0 if last else 1.0, dtype=dtype)
 
         self.frozen_stages = frozen_stages
-        self.stem_conv = Conv(3, width, 7, stride=2, frozen=frozen_stages > 0, dtype=dtype, rngs=rngs)
+        self.portable = compute.portable
+        self.stem_conv = Conv(3, width, 7, stride=2, frozen=frozen_stages > 0, compute=compute, rngs=rngs)
         self.stem_norm = make_norm(width)
         self.stages: nnx.List[Stage] = nnx.List()
         self.strides = tuple(strides)
@@ -220,7 +225,7 @@ class ResNet(nnx.Module):
         """{stride: features of ceil(size / stride) cells}. Only group norm looks at `pixel_valid`; None is all real."""
         valid = _subsample(pixel_valid, 2)
         x = jax.nn.relu(self.stem_norm(self.stem_conv(image), valid))
-        x = _max_pool(x)
+        x = _max_pool_of_slices(x) if self.portable else _max_pool(x)
         valid = _subsample(valid, 2)
         if valid is not None and isinstance(self.stem_norm, GroupNorm):
             # The first padded cell behind an even number of real ones pools the last of them; padding stays zero.
@@ -241,6 +246,17 @@ class ResNet(nnx.Module):
 def _max_pool(x):
     """3x3, stride 2, one row and column of -infinity around."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _max_pool_of_slices(x):
+    """The same, without an operation on windows: rows, then columns, two cells further each."""
+    for axis in (1, 2):
+        edges = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]
+        padded, length = jnp.pad(x, edges, constant_values=-jnp.inf), x.shape[axis]
+        ends = (start + (length - 1) // 2 * 2 + 1 for start in range(3))
+        slices = [jax.lax.slice_in_dim(padded, start, end, 2, axis) for start, end in enumerate(ends)]
+        x = jnp.maximum(jnp.maximum(slices[0], slices[1]), slices[2])
+    return x
 
 
 def _check(depth, width, strides, norm, frozen_stages, dilation) -> tuple[int | None, ...]:

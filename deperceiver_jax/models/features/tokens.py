@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -19,6 +20,9 @@ def feature_valid(pixel_valid: Bool[Array, "B H W"], height: int, width: int) ->
         scale = np.float32(size_in / size_out)
         return np.minimum(np.floor(np.arange(size_out, dtype=np.float32) * scale).astype(np.int32), size_in - 1)
 
+    if not isinstance(height, int):  # symbols, in a file for pictures of any size that the map's size divides
+        steps = (1, pixel_valid.shape[1] // height, pixel_valid.shape[2] // width)
+        return jax.lax.slice(pixel_valid, (0, 0, 0), pixel_valid.shape, steps)
     rows, columns = source(pixel_valid.shape[1], height), source(pixel_valid.shape[2], width)
     return pixel_valid[:, rows][:, :, columns]
 
@@ -49,9 +53,9 @@ def cell_places(height: int, width: int, extent: Float[Array, "B 2"]) -> Float[A
     """
     x = (jnp.arange(width)[None] + 0.5) / extent[:, :1]
     y = (jnp.arange(height)[None] + 0.5) / extent[:, 1:]
-    shape = (len(extent), height, width)
+    shape = (extent.shape[0], height, width)
     grid = [jnp.broadcast_to(x[:, None, :], shape), jnp.broadcast_to(y[:, :, None], shape)]
-    return jnp.stack(grid, axis=-1).reshape(len(extent), height * width, 2)
+    return jnp.stack(grid, axis=-1).reshape(extent.shape[0], height * width, 2)
 
 
 def grid_points(num: int) -> Float[np.ndarray, "num 2"]:

@@ -60,7 +60,7 @@ class TokenProposals(RelativeHeads):
         trained to stay low. Invalid tokens propose the whole frame, (1, 1, 1, 1).
         """
         num_tokens = memory.tokens.shape[1]
-        if num_tokens < self.num_proposals:
+        if isinstance(num_tokens, int) and num_tokens < self.num_proposals:
             raise UserError(
                 f"config.model.num_queries is {self.num_proposals}, more than the {num_tokens} tokens that an image of "
                 "this size has to propose boxes."

@@ -11,3 +11,6 @@ class Compute:
     dtype: Any  # of activations and matrix products; parameters are float32
     attention: str  # one of models/attention/choice.py's IMPLEMENTATIONS
     rematerialize: bool  # layers compute their activations again in the backward pass: less memory, more work
+    # For a file that another runtime reads: no switch between platforms, no kernel, layers one after the other instead
+    # of in a loop, and no operation but those that every runtime has. Forward only.
+    portable: bool = False

@@ -38,7 +38,8 @@ class LayerStack(nnx.Module):
     ):
         self.num_layers = num_layers
         self.unroll_on_cpu = unroll_on_cpu
-        self.rematerialize = compute.rematerialize or keep_inputs
+        self.portable = compute.portable
+        self.rematerialize = compute.rematerialize or (keep_inputs and not compute.portable)
 
         @nnx.split_rngs(splits=num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -89,7 +90,7 @@ class LayerStack(nnx.Module):
                 outputs.append(output)
             return x, (jax.tree.map(lambda *layers: jnp.stack(layers), *outputs) if collect else None)
 
-        if is_recording():
+        if is_recording() or self.portable:
             last, outputs = loop_layers(x, stacked, keys)
         elif self.unroll_on_cpu:
             last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=loop_layers, default=scan_layers)

@@ -22,8 +22,12 @@ from deperceiver_jax.models.layers.linear import linear, split_key, torch_bias_i
 from deperceiver_jax.models.layers.transformer_layer import TransformerLayer
 
 
-def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """[size_out, size_in] linear interpolation in which first and last cells coincide (PyTorch's align_corners)."""
+def interpolation_matrix(size_in: int, size_out: int) -> Float[Array, "size_out size_in"]:
+    """Linear interpolation in which first and last cells coincide (PyTorch's align_corners)."""
+    if not isinstance(size_out, int):  # a symbol, in a file for pictures of any size: in whole numbers for exactness
+        steps, rows, columns = size_out - 1, jnp.arange(size_out)[:, None], jnp.arange(size_in)[None]
+        steps = jnp.maximum(steps, 1)
+        return jnp.maximum(0.0, 1.0 - jnp.abs(rows * (size_in - 1) - columns * steps) / steps)
     place = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
     return np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(size_in)[None]))
 

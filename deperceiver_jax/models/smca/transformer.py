@@ -205,7 +205,7 @@ class ModulatedDecoder(nnx.Module):
             center_logit = self.center(first.norm(self.query_position[...][None]))[0]
             center = jax.nn.sigmoid(center_logit)[None] * image_size[:, None]
         query_position = self.query_position[...].astype(self.dtype)
-        query_position = jnp.broadcast_to(query_position, (len(image_size), *query_position.shape))
+        query_position = jnp.broadcast_to(query_position, (image_size.shape[0], *query_position.shape))
         content = jnp.zeros_like(query_position)
         decoded = self.layers(content, query_position, center, memory, dropout_key=dropout_key, collect=True)
         return self.norm(decoded), center_logit

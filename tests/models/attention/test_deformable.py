@@ -1,5 +1,6 @@
 """Multi-scale deformable attention: by hand, against the published formulation, and by finite differences."""
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from deperceiver_jax.models.attention import level_sampling
 from deperceiver_jax.models.attention.deformable import MultiScaleDeformableAttention
 from deperceiver_jax.models.attention.level_sampling import sample_by_kernel, sample_levels
 from deperceiver_jax.models.kernels import sampling_kernel
+from tests.drawn_arrays import FLOAT32
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deformable_attention.npz")
 SIZES = ((5, 7), (3, 4), (1, 2))
@@ -226,13 +228,15 @@ def test_bfloat16_kernel_is_as_good_as_bfloat16():
 
 def new_attention(dtype=jnp.float32, **changes):
     sizes = dict(num_heads=4, num_levels=2, num_points=3, sampling="gather") | changes
-    return MultiScaleDeformableAttention(16, **sizes, dtype=dtype, rngs=nnx.Rngs(0))
+    return MultiScaleDeformableAttention(
+        16, **sizes, compute=dataclasses.replace(FLOAT32, dtype=dtype), rngs=nnx.Rngs(0)
+    )
 
 
 def test_start_is_a_star():
     """Eight heads look along eight directions, points one step further each; all weigh alike."""
     attention = MultiScaleDeformableAttention(
-        16, num_heads=8, num_levels=2, num_points=4, sampling="auto", dtype=jnp.float32, rngs=nnx.Rngs(0)
+        16, num_heads=8, num_levels=2, num_points=4, sampling="auto", compute=FLOAT32, rngs=nnx.Rngs(0)
     )
     star = np.asarray(attention.sampling_offsets.bias[...]).reshape(8, 2, 4, 2)
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]

@@ -111,7 +111,7 @@ def convolve_by_hand(x, kernel, stride, dilation, padding):
 
 @pytest.mark.parametrize(("size", "stride", "dilation"), [(7, 2, 1), (3, 2, 1), (3, 1, 2), (1, 2, 1), (3, 1, 1)])
 def test_padding_is_symmetric(size, stride, dilation):
-    conv = Conv(3, 5, size, stride=stride, dilation=dilation, frozen=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv = Conv(3, 5, size, stride=stride, dilation=dilation, frozen=False, compute=FLOAT32, rngs=nnx.Rngs(0))
     for shape in ((12, 9), (11, 10)):
         image = random_image(1, *shape)
         expected = convolve_by_hand(image[0], conv.kernel[...], stride, dilation, size // 2 * dilation)
@@ -175,7 +175,7 @@ def test_blocks_of_a_new_group_norm_network_are_identities():
         bottleneck=True,
         make_norm=lambda dim, last=False: GroupNorm(dim, initial_scale=0.0 if last else 1.0, dtype=jnp.float32),
         frozen=False,
-        dtype=jnp.float32,
+        compute=FLOAT32,
         rngs=nnx.Rngs(0),
     )
     x = jnp.abs(jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 16)), jnp.float32))
@@ -246,7 +246,7 @@ def test_what_is_frozen():
 
 
 def test_kaiming_start():
-    conv = Conv(64, 32, 3, frozen=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv = Conv(64, 32, 3, frozen=False, compute=FLOAT32, rngs=nnx.Rngs(0))
     assert abs(float(jnp.std(conv.kernel[...])) / (2 / (32 * 9)) ** 0.5 - 1) < 0.03
     first, second = initialized(34, strides=(4,)).stages[0].rest.layers.conv1.kernel[...]
     assert float(jnp.max(jnp.abs(first - second))) > 0  # the layers of a stack start apart

@@ -60,7 +60,7 @@ def test_probabilities_times_values_are_the_output(how):
 def test_points_and_weights_are_what_was_read():
     sizes = [(3, 4), (2, 2)]
     attention = MultiScaleDeformableAttention(
-        16, num_heads=4, num_levels=2, num_points=3, sampling="gather", dtype=jnp.float32, rngs=nnx.Rngs(0)
+        16, num_heads=4, num_levels=2, num_points=3, sampling="gather", compute=FLOAT32, rngs=nnx.Rngs(0)
     )
     attention.attention_weights.kernel[...] = normal(0, 16, 24)
     query, tokens, valid = normal(1, 2, 5, 16), normal(2, 2, 16, 16), jnp.ones((2, 16), bool)
