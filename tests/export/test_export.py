@@ -1,8 +1,11 @@
 """export as a person runs it: every family as ONNX and as StableHLO, and files that are not written."""
 
 import json
+import re
 import zipfile
+from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import onnx
@@ -24,6 +27,8 @@ from deperceiver_jax.runs.load_detector import load_detector
 from deperceiver_jax.runs.stored_detector import save_params
 from deperceiver_jax.runs.workdir import config_text, read_classes, read_config
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILES = {
     "detr": detr,
     "deformable_detr": deformable_detr,
@@ -192,12 +197,19 @@ def test_onnx_without_its_packages(tmp_path, tiny_run, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_file_alone(tmp_path, trained):
+def test_the_file_alone(tmp_path, trained, monkeypatch):
     """What docs/export.md says: other numbers of pictures, boxes in pixels of the originals, best score first."""
     weights = trained("deperceiver", "r50_16")
     file = tmp_path / "x.onnx"
     assert export(f"--weights={weights}", f"--output={file}", "--batch=dynamic", "--check_images=0") == 0
     detector, _, _ = load_detector(weights)
+    cv2.imwrite(str(tmp_path / "photo.jpg"), np.random.default_rng(0).integers(0, 256, (70, 110, 3), np.uint8))
+    (code,) = (body for body in PYTHON.findall(PAGE.read_text()) if "onnxruntime" in body)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("demo.onnx", "x.onnx").replace("score > 0.5", "score > 0.0"), names)
+    assert names["image"].shape == (1, 96, 160, 3) and (names["height"], names["width"]) == (96, 151)
+    assert len(names["found"]) == 7 and {name for name, _, _ in names["found"]} <= {"white", "green"}
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["image", "size", "original_size"]
     assert session.get_inputs()[0].shape == ["batch", "32*h", "32*w", 3]
