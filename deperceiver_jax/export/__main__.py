@@ -69,7 +69,13 @@ def main(argv: list[str]) -> None:
 
     with written_whole(output) as partial, jax.default_device(jax.local_devices(backend="cpu")[0]):
         began = time.perf_counter()
-        write(partial, file_program(loaded), sizes, metadata(loaded, sizes))
+        try:
+            write(partial, file_program(loaded), sizes, metadata(loaded, sizes))
+        except jax.errors.InconclusiveDimensionOperation as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"--size: this detector takes no frames of any size ({reason}); give HEIGHTxWIDTH."
+            ) from error
         seconds, megabytes = time.perf_counter() - began, partial.stat().st_size / 1e6
         for sentence in compare(output.name, open_file(partial), loaded, sizes, source, values):
             print(sentence, flush=True)

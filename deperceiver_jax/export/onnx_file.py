@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from deperceiver_jax.export.onnx_graph import Graph, Value, onnx_type
-from deperceiver_jax.export.onnx_operations import full, lower
+from deperceiver_jax.export.onnx_graph import Graph, Value, full, onnx_type
+from deperceiver_jax.export.onnx_lowering import lower
 from deperceiver_jax.export.program import INPUTS, Answers, Sizes
 
 OPSET = 18

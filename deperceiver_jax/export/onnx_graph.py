@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+LARGEST_KNOWN = 2**16  # elements that a result known now may have beyond its arguments; larger ones are computed later
 TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -124,6 +126,34 @@ class Graph:
 # Sizes are never negative, so that ONNX's division of integers, which cuts towards zero, is the one that rounds down.
 _ARITHMETIC = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
 _FUNCTIONS = {"floordiv": "Div", "mod": "Mod", "max": "Max", "min": "Min"}
+
+
+def full(graph: Graph, value: Value, shape: tuple) -> Value:
+    """The value with all its repetitions."""
+    if len(value.shape) == len(shape) and all(map(same_size, value.shape, shape)):
+        return value
+    if value.is_known and not has_symbols(shape) and math.prod(shape) <= LARGEST_KNOWN:
+        return known(np.broadcast_to(value.what, shape))
+    return Value(graph.add("Expand", graph.name(value), graph.sizes(shape)), tuple(shape))
+
+
+def reshape(graph: Graph, value: Value, shape: tuple) -> Value:
+    """Of a value that has all its repetitions, or that stays alike along them."""
+    if len(value.shape) == len(shape) and all(map(same_size, value.shape, shape)):
+        return value
+    if value.is_known and not has_symbols(shape):
+        return known(value.what.reshape(shape))
+    return Value(graph.add("Reshape", graph.name(value), graph.sizes(shape)), tuple(shape))
+
+
+def ordered(graph: Graph, value: Value, order: list[int]) -> Value:
+    order = [int(axis) for axis in order]
+    if order == sorted(order):
+        return value
+    if value.is_known:
+        return known(np.ascontiguousarray(value.what.transpose(order)))
+    shape = tuple(value.shape[axis] for axis in order)
+    return Value(graph.add("Transpose", graph.name(value), perm=order), shape)
 
 
 def result_shape(*shapes: tuple) -> tuple:

@@ -9,8 +9,8 @@ from onnx import helper
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.export.onnx_file import IR_VERSION, OPSET
-from deperceiver_jax.export.onnx_graph import Graph, Value, onnx_type
-from deperceiver_jax.export.onnx_operations import full, lower
+from deperceiver_jax.export.onnx_graph import Graph, Value, full, onnx_type
+from deperceiver_jax.export.onnx_lowering import lower
 from deperceiver_jax.models.attention.choice import chunked_attention
 from deperceiver_jax.models.features.resnet import _max_pool, _max_pool_of_slices
 
