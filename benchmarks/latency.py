@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         size = np.tile(np.int32(frame), (batch, 1))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "detector.onnx")
-            write_onnx(path, file_program(loaded), Sizes(batch, frame, 1, 1), {})
+            write_onnx(path, file_program(loaded, config.precision), Sizes(batch, frame, 1, 1), {})
             megabytes = path.stat().st_size / 1e6
             programs: dict[str, Callable] = {f"JAX, {jax.devices()[0].platform}": reference}
             programs |= {f"ONNX, {provider}": session for provider, session in sessions(path)}

@@ -63,13 +63,17 @@ def sizes_of(loaded: LoadedDetector, batch: int | None, frame: tuple[int, int] |
     return Sizes(batch, frame, multiple, least=math.isqrt(-(-detector.fewest_tokens // cells) - 1) + 1)
 
 
-def file_program(loaded: LoadedDetector) -> Callable[..., Answers]:
+def file_program(loaded: LoadedDetector, precision: str) -> Callable[..., Answers]:
     """program(image, size, original_size) of the portable detector (models/layers/compute.py), parameters inside.
+
+    precision: float32 or float16, of its activations and matrix products.
 
     image uint8 [B, H, W, 3]: RGB, each picture at the top left of its frame. size int32 [B, 2]: (height, width) of its
     pixels there; original_size int32 [B, 2]: of the picture that it was resized from.
     """
-    skeleton, _, _ = take_apart(nnx.eval_shape(lambda: build_detector(loaded.config, rngs=nnx.Rngs(0), portable=True)))
+    config = loaded.config.copy_and_resolve_references()
+    config.precision = precision
+    skeleton, _, _ = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0), portable=True)))
     answer = _answer_of(loaded.config)
 
     def program(image: UInt8[Array, "B H W 3"], size: Int32[Array, "B 2"], original_size: Int32[Array, "B 2"]):

@@ -27,6 +27,7 @@ DETECTORS: dict[str, type[Detector]] = {
 }
 LARGEST_SIZE = 100_000  # of anything in a detector
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_PORTABLE_TYPES = {"float16": jnp.float16}  # besides: too narrow for gradients
 
 
 def field_needs(config: ConfigDict) -> dict[str, Need]:
@@ -57,11 +58,12 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs, portable: bool = False
     model = config.model.to_dict()
     name = model.pop("name")
     check_choice("config.model.name", name, DETECTORS)
-    check_choice("config.precision", config.precision, _COMPUTE_TYPES)
+    types = _COMPUTE_TYPES | (_PORTABLE_TYPES if portable else {})
+    check_choice("config.precision", config.precision, types)
     check_choice("config.attention", config.attention, IMPLEMENTATIONS)
     model["backbone"].pop("weights")
     rematerialize = config.rematerialize and not portable
-    compute = Compute(_COMPUTE_TYPES[config.precision], config.attention, rematerialize, portable)
+    compute = Compute(types[config.precision], config.attention, rematerialize, portable)
     shared = {f.name: model.pop(f.name) for f in dataclasses.fields(DetectorFields) if f.name in model}
     fields = build_part(DetectorFields, "config.model", shared)
     return build_part(DETECTORS[name], "config.model", model, fields, compute=compute, rngs=rngs)
