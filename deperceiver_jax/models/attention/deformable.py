@@ -46,7 +46,9 @@ class MultiScaleDeformableAttention(nnx.Module):
         self.sampling = PORTABLE if compute.portable else sampling
         zeros = nnx.initializers.zeros
         points = num_heads * num_levels * num_points
-        self.value, self.out = (linear(dim, dim, **xavier_start(dim, dim), dtype=compute.dtype, rngs=rngs) for _ in range(2))
+        self.value, self.out = (
+            linear(dim, dim, **xavier_start(dim, dim), dtype=compute.dtype, rngs=rngs) for _ in range(2)
+        )
         # Where to look and how much is decided in float32: a bfloat16 offset would be coarser than a cell.
         exact = dict(kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
         self.sampling_offsets = linear(dim, 2 * points, bias_init=self._star, **exact)
