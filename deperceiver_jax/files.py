@@ -33,7 +33,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all. Raises OSError."""
+def write_whole(path: Path, text: str | bytes) -> None:
+    """Writes a text file, whole or not at all; bytes are UTF-8. Raises OSError."""
     with written_whole(path) as partial:
-        partial.write_text(text)
+        if isinstance(text, bytes):
+            partial.write_bytes(text)
+        else:
+            partial.write_text(text)

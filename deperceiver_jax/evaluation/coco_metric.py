@@ -108,18 +108,17 @@ def count(truth: dict, results: list[dict], *, max_detections: int = 100, area_s
         for key in ("images", "categories")
     )
 
-    def columns(entries):
-        image = np.array([images[entry["image_id"]] for entry in entries], int)
-        category = np.array([categories[entry["category_id"]] for entry in entries], int)
-        return image, category, np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+    def columns(entries, *more):
+        """image, category, boxes and `more` of those entries that count."""
+        image = np.array([images.get(entry["image_id"], 0) for entry in entries], int)
+        category = np.array([categories.get(entry["category_id"], 0) for entry in entries], int)
+        boxes = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+        known = (image > 0) & (category > 0)
+        others = (np.array([entry[key] for entry in entries], float) for key in more)
+        return [column[known] for column in (image, category, boxes, *others)]
 
-    annotations, known = (
-        [entry for entry in entries if entry["image_id"] in images and entry["category_id"] in categories]
-        for entries in (truth["annotations"], results)
-    )
-    image, category, boxes = columns(annotations)
-    area = np.array([entry["area"] for entry in annotations], float)
-    crowd = np.array([entry["iscrowd"] for entry in annotations], bool)
+    image, category, boxes, area, crowd = columns(truth["annotations"], "area", "iscrowd")
+    crowd = crowd.astype(bool)
     classes = sorted(truth["categories"], key=lambda item: item["id"])
     index = hotcoco.COCO.from_arrays(
         [item | {"id": images[item["id"]]} for item in truth["images"]],
@@ -128,8 +127,7 @@ def count(truth: dict, results: list[dict], *, max_detections: int = 100, area_s
         area=area,
         iscrowd=crowd,
     )
-    image, found_class, boxes = columns(known)
-    score = np.array([entry["score"] for entry in known], float)
+    image, found_class, boxes, score = columns(results, "score")
     found = index.load_res(np.column_stack([image, boxes, score, found_class]))
     limits = sorted({min(n, max_detections) for n in (1, 10, 100)} | {max_detections})
     run = _run(index, found, [(0, EVERYTHING), *_between(BOUNDS)], AREAS, limits, area_scale)

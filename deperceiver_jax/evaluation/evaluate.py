@@ -146,7 +146,8 @@ def _no_collection() -> Iterator[None]:
 
 def write_results(directory: Path, metrics: dict, results: list[dict]) -> None:
     """Writes detections.json and then, if there are any, metrics.json; each appears whole or not. Raises UserError."""
-    texts = {"detections.json": orjson.dumps(results).decode() + "\n"}  # as quick as the metric, which json is not
+    # As quick as the metric, which json is not.
+    texts: dict[str, str | bytes] = {"detections.json": orjson.dumps(results, option=orjson.OPT_APPEND_NEWLINE)}
     if metrics:
         texts["metrics.json"] = json.dumps(metrics, allow_nan=False) + "\n"
     try:
