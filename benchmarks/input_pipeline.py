@@ -4,6 +4,7 @@
     python benchmarks/input_pipeline.py                     # without COCO: generated photographs of COCO's sizes
     python benchmarks/input_pipeline.py --annotations=/data/coco/annotations/instances_train2017.json
     python benchmarks/input_pipeline.py --workers=0,1,2,4   # only what worker processes add: see input_workers.py
+    python benchmarks/input_pipeline.py --augmentations     # only what pasted objects cost: see input_augmentation.py
 
 Both pipelines get the same images and the same drawn flips, scales and crops, and do all of an image's work in one
 thread: bytes -> pixels in a padded uint8 frame and boxes (ours), bytes -> normalised float32 pixels and boxes
@@ -23,7 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import input_workers  # noqa: E402
+from benchmarks import input_augmentation, input_workers  # noqa: E402
 from configs.base import base  # noqa: E402
 from deperceiver_jax.data.batches.geometry import Geometry, training_geometry, transform_boxes  # noqa: E402
 from deperceiver_jax.data.batches.pixels import decode_image, place_image  # noqa: E402
@@ -33,6 +34,7 @@ COCO = flags.DEFINE_string("coco", "", "A folder in COCO's layout, whose trainin
 ANNOTATIONS = flags.DEFINE_string("annotations", "", "A COCO annotation file, whose image sizes are planned.")
 IMAGES = flags.DEFINE_integer("images", 80, "Number of photographs.")
 WORKERS = flags.DEFINE_list("workers", [], "Numbers of worker processes to time; 0: threads of the training process.")
+AUGMENTATIONS = flags.DEFINE_bool("augmentations", False, "Time the loader with pasted objects.")
 BATCH = flags.DEFINE_integer("batch", 64, "Images in a batch of --workers.")
 BATCHES = flags.DEFINE_integer("batches", 6, "Batches that --workers counts.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that every photograph is loaded; the median round counts.")
@@ -189,6 +191,9 @@ def main(_) -> None:
     if WORKERS.value:
         config = ConfigDict({**config, "batch_size": BATCH.value})
         input_workers.report(data, sizes, config, [int(count) for count in WORKERS.value], BATCHES.value)
+        return
+    if AUGMENTATIONS.value:
+        input_augmentation.report(data, sizes, config, ROUNDS.value)
         return
     ours, pillow = images_per_second(data, sizes, config, ROUNDS.value)
     print(

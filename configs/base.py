@@ -48,6 +48,8 @@ def base() -> ConfigDict:
     config.data.crop_scales = (400, 500, 600)  # short side before the crop
     config.data.crop_min = 384
     config.data.crop_max = 600
+    config.data.paste_objects = 0  # up to so many small objects from pictures of the batch are pasted into each
+    config.data.paste_max_side = 32.0  # longer side of a small object, in pixels of the output
     config.data.eval_buckets = 4  # padded sizes of evaluation batches
     config.data.eval_scale = 800
     config.data.eval_max_size = 1333

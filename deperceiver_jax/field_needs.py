@@ -53,6 +53,7 @@ GENERAL: Mapping[str, Need] = {
     **{f"data.{split}_{part}": _COCO for split in ("train", "val") for part in ("annotations", "images")},
     **dict.fromkeys(("data.layout", "data.val_share", "data.split_seed"), _FOLDER),
     **{f"data.crop_{part}": _CROPS for part in ("scales", "min", "max")},
+    "data.paste_max_side": at_least("data.paste_objects", 1),
     "loss.no_object_weight": _classification("softmax_no_object"),
     "loss.focal_alpha": _classification("sigmoid_focal"),
     "loss.focal_gamma": _classification("sigmoid_focal"),

@@ -67,6 +67,7 @@ def _to_0_2_0(config: dict) -> None:
     loss, model = config["loss"], config["model"]
     data = config["data"]
     data.update(exif_orientation="annotated", allow_changed=False, layout="auto", val_share=0.2, split_seed=0)
+    data.update(paste_objects=0, paste_max_side=32.0)
     for split in ("train", "val"):  # what was the default is found by its name
         for part, name in (("annotations", f"annotations/instances_{split}2017.json"), ("images", f"{split}2017")):
             data[f"{split}_{part}"] = "" if data[f"{split}_{part}"] == name else data[f"{split}_{part}"]

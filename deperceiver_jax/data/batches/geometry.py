@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.errors import UserError, check_at_least, check_between
 
 LARGEST_SIDE = 100_000  # pixels that a field may ask for
-GEOMETRY, ORDER, BATCH_ORDER = range(3)  # what a stream of random numbers is for
+GEOMETRY, ORDER, BATCH_ORDER, PASTED = 0, 1, 2, 4  # what a stream of random numbers is for
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,16 @@ class Geometry:
         return np.concatenate([self.corner * scale, (self.corner + self.extent) * scale], axis=1)
 
 
-def uniform(seed: int, epoch: int, stream: int, shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
+def uniform(seed: int, epoch: int, stream: int | tuple[int, int], shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
     """Numbers in [0, 1) that depend on (seed, epoch, stream, position) alone: the first rows do not on their count.
+
+    stream: what the numbers are for, or (what for, which example).
 
     Raw Philox words, because NumPy promises their sequence for all its versions and that of `Generator` for none.
     """
-    words = np.random.Philox(np.random.SeedSequence((seed, epoch, stream))).random_raw(int(np.prod(shape)))
+    words = np.random.Philox(np.random.SeedSequence((seed, epoch, *np.atleast_1d(stream).tolist()))).random_raw(
+        int(np.prod(shape))
+    )
     return ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
 

@@ -5,6 +5,7 @@ the data. Workers make NumPy arrays and never touch an accelerator; pixels stay 
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from deperceiver_jax.data.batches.geometry import (
     training_geometry,
     transform_boxes,
 )
-from deperceiver_jax.data.batches.pixels import decode_image, place_image
+from deperceiver_jax.data.batches.pasting import GROUP, Member, Pasted, Piece, check_pasting, draw_pasted
+from deperceiver_jax.data.batches.pixels import decode_image, paste_window, place_image
 from deperceiver_jax.data.batches.plan import (
     Plan,
     evaluation_buckets,
@@ -31,6 +33,8 @@ from deperceiver_jax.data.batches.workers import Empty, Stream
 from deperceiver_jax.data.image_header import CorruptImage
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.structures import Batch
+
+DrawPasted = Callable[[Sequence[Member], int, int], Pasted]  # of (a group, which of it, its example)
 
 
 class Images(Protocol):
@@ -65,6 +69,7 @@ class TrainBatches:
         start_step: int = 0,
     ):
         check_augmentation(config)
+        check_pasting(config)
         rows = host_rows(config.batch_size, process_index, process_count, "config.data.batch_size")
         if len(source) < config.batch_size:
             raise UserError(
@@ -140,7 +145,14 @@ class _TrainingStep:
         epoch, position = divmod(step, len(self._source) // self._config.batch_size)
         plan, geometry = self._epoch(epoch)
         frame = self._buckets[plan.bucket[position]]
-        return load_batch(self._source, geometry, plan.example[position, self._rows], frame, self._box_slots, empty)
+        examples, config = plan.example[position], self._config
+
+        def pasted(members, own, example):
+            room = self._box_slots - len(members[own].boxes)
+            return draw_pasted(members, own, room, config, (self._seed, epoch, example))
+
+        how = pasted if config.paste_objects else None
+        return load_batch(self._source, geometry, examples, self._rows, frame, self._box_slots, empty, how)
 
     def _epoch(self, epoch):
         planned = self._epochs
@@ -164,44 +176,88 @@ class _EvaluationStep:
 
     def __call__(self, step: int, empty: Empty) -> Batch:
         frame = self._buckets[self._plan.bucket[step]]
-        examples = self._plan.example[step, self._rows]
-        return load_batch(self._source, self._geometry, examples, frame, self._box_slots, empty)
+        examples = self._plan.example[step]
+        return load_batch(self._source, self._geometry, examples, self._rows, frame, self._box_slots, empty)
 
 
 def load_batch(
     source: Images,
     geometry: Geometry,
-    examples: Int32[np.ndarray, " B"],
+    examples: Int32[np.ndarray, " G"],
+    rows: slice,
     frame: Int32[np.ndarray, "2"],
     box_slots: int,
     empty: Empty,
+    pasted: DrawPasted | None = None,
 ) -> Batch:
-    """Reads these examples (-1: none) into a frame of (height, width). UserError names an image that is corrupt."""
-    count = len(examples)
+    """Reads those of a global batch's examples (-1: none) that are this host's rows, into a frame of (height, width).
+
+    pasted: what is pasted into a picture of a group; None: nothing. UserError names an image that is corrupt.
+    """
+    examples, drawn = examples.tolist(), geometry.take(np.maximum(examples, 0))
+    windows = drawn.window()
+    own = range(len(examples))[rows]
+    count = len(own)
     batch = Batch(
         image=empty((count, *(int(side) for side in frame), 3)),
         size=np.tile(np.int32(frame), (count, 1)),
         original_size=np.tile(np.int32(frame), (count, 1)),
-        example=np.array(examples, np.int32),
+        example=np.array(examples[rows], np.int32),
         boxes=np.zeros((count, box_slots, 4), np.float32),
         labels=np.zeros((count, box_slots), np.int32),
         box_valid=np.zeros((count, box_slots), bool),
     )
-    drawn = geometry.take(np.maximum(examples, 0))
-    windows = drawn.window()
-    for row, example in enumerate(examples):
-        if example < 0:
+    size = GROUP if pasted else 1  # a decoded picture is kept as long as its group
+    group = None
+    for row, position in enumerate(own):
+        if examples[position] < 0:
             batch.image[row] = 0
             continue
-        image = _decode(source, int(example))
-        place_image(batch.image[row], image, drawn.flip[row], windows[row], drawn.size[row])
-        batch.size[row], batch.original_size[row] = drawn.size[row], drawn.original[row]
-        boxes, labels = source.targets(int(example))
-        boxes, kept = transform_boxes(boxes, drawn, row)
+        if group is None or position not in group.positions:
+            first = position // size * size
+            group = _Group(source, examples, drawn, windows, range(first, min(first + size, len(examples))))
+        member = position - group.positions.start
+        place_image(
+            batch.image[row], group.image(member), drawn.flip[position], windows[position], drawn.size[position]
+        )
+        batch.size[row], batch.original_size[row] = drawn.size[position], drawn.original[position]
+        _, _, boxes, labels = group.members[member]
+        if pasted:
+            pieces, more_boxes, more_labels = pasted(group.members, member, examples[position])
+            group.paste(batch.image[row], pieces)
+            boxes, labels = np.concatenate([boxes, more_boxes]), np.concatenate([labels, more_labels])
         batch.boxes[row, : len(boxes)] = boxes
-        batch.labels[row, : len(boxes)] = labels[kept]
+        batch.labels[row, : len(boxes)] = labels
         batch.box_valid[row, : len(boxes)] = True
     return batch
+
+
+class _Group:
+    """Some pictures of a batch, each as geometry.py makes it; decoded when they are first needed."""
+
+    def __init__(self, source: Images, examples: list[int], drawn: Geometry, windows: np.ndarray, positions: range):
+        self._source, self._examples, self._drawn, self._windows = source, examples, drawn, windows
+        self._images: dict[int, np.ndarray] = {}
+        self.positions = positions  # in the batch
+        self.members = [self._member(position) for position in positions]
+
+    def image(self, member: int) -> np.ndarray:
+        """The stored picture, uint8 [h, w, 3]."""
+        if member not in self._images:
+            self._images[member] = _decode(self._source, self._examples[self.positions[member]])
+        return self._images[member]
+
+    def paste(self, output: np.ndarray, pieces: list[Piece]) -> None:
+        """Lays pieces of the group over an output, uint8 [H, W, 3]."""
+        for member, window, (top, left, bottom, right), fade in pieces:
+            flip = self._drawn.flip[self.positions[member]]
+            paste_window(output[top:bottom, left:right], self.image(member), flip, window, fade)
+
+    def _member(self, position):
+        boxes, labels = self._source.targets(self._examples[position])
+        boxes, kept = transform_boxes(boxes, self._drawn, position)
+        height, width = self._drawn.size[position].tolist()
+        return Member((height, width), tuple(self._windows[position].tolist()), boxes, labels[kept])
 
 
 def _decode(source, example):

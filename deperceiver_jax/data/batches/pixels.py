@@ -7,7 +7,9 @@ it keeps the detail that the first of the two blurs away. tests/data/test_pixels
 """
 
 import io
+import math
 import struct
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -76,11 +78,16 @@ def place_image(
 
     window: (top, left, bottom, right) of the output in pixels of the image after the flip, see geometry.py.
     """
-    if flip:
-        image = cv2.flip(image, 1)
     height, width = (int(side) for side in size)
-    output = frame[:height, :width]
     frame[height:], frame[:height, width:] = 0, 0
+    place_window(frame[:height, :width], cv2.flip(image, 1) if flip else image, window)
+
+
+def place_window(
+    output: UInt8[np.ndarray, "H W 3"], image: UInt8[np.ndarray, "h w 3"], window: Sequence[float]
+) -> None:
+    """Fills `output` with a window, (top, left, bottom, right) in pixels, of the image."""
+    height, width = output.shape[:2]
     top, left, bottom, right = (float(edge) for edge in window)
     step_y, step_x = (bottom - top) / height, (right - left) / width  # stored pixels per output pixel
     if max(step_y, step_x) > 1:
@@ -92,3 +99,30 @@ def place_image(
         to_image = np.array([[step_x, 0, step_x / 2 - 0.5 + left], [0, step_y, step_y / 2 - 0.5 + top]])
         how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         cv2.warpAffine(image, to_image, (width, height), output, how, cv2.BORDER_REPLICATE)
+
+
+def paste_window(
+    output: UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "h w 3"],
+    flip: bool,
+    window: Sequence[float],
+    fade: int,
+) -> None:
+    """Lays a window of the image after the flip over `output`, into which it fades at its border over `fade` pixels.
+
+    No more of the image is touched than that needs.
+    """
+    top, left, bottom, right = window
+    reach = 2 + int(max((bottom - top) / output.shape[0], (right - left) / output.shape[1]))  # of a resize's filter
+    rows = slice(max(int(top) - reach, 0), min(math.ceil(bottom) + reach, image.shape[0]))
+    columns = slice(max(int(left) - reach, 0), min(math.ceil(right) + reach, image.shape[1]))
+    if flip:
+        width = image.shape[1]
+        cut = cv2.flip(image[rows, width - columns.stop : width - columns.start], 1)
+    else:
+        cut = image[rows, columns]
+    patch = np.empty_like(output)
+    place_window(patch, cut, (top - rows.start, left - columns.start, bottom - rows.start, right - columns.start))
+    down, across = (np.minimum(np.arange(side) + 0.5, side - 0.5 - np.arange(side)) for side in output.shape[:2])
+    share = np.float32(np.minimum(down / fade, 1)[:, None] * np.minimum(across / fade, 1))[..., None]
+    output[:] = np.rint(output + share * (patch - output.astype(np.float32)))
