@@ -37,7 +37,8 @@ class StoredDetector(NamedTuple):
 
 def local_directory(place: str | Path) -> Path:
     """The directory on this machine that a workdir, --weights or config.init_from means; all of them pass here."""
-    return Path(place).expanduser()
+    path = Path(place).expanduser()
+    return path.resolve() if ".." in path.parts else path  # which TensorStore does not read
 
 
 def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetector:
