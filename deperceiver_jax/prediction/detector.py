@@ -75,8 +75,8 @@ class PictureDetector:
         self._reader = Reader(self.classes)
         self._one_compiles = threading.Lock()
 
-    @overload
-    def predict(
+    @overload  # a str is one picture, though also an iterable of them
+    def predict(  # type: ignore[overload-overlap]
         self,
         pictures: Picture,
         *,
