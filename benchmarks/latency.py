@@ -1,11 +1,12 @@
 """Milliseconds that a picture takes: by JAX, by the exported ONNX file, by Hugging Face's same detector, in one run.
 
     python benchmarks/latency.py --config=configs/detr.py:r50 [--torch_python=/envs/torch/bin/python] \\
-        [--size=800x1066] [--batches=1,8] [--rounds=20]
+        [--size=800x1066] [--batches=1,8] [--rounds=20] [--threads=1]
 
 From pixels (uint8) to scored boxes, with random parameters. A round is one batch; rounds of JAX and ONNX alternate, and
 Hugging Face's, eager, come from a process of their own before and after them. onnxruntime runs on the CPU, and besides
-with CUDA's and TensorRT's providers where it has them.
+with CUDA's and TensorRT's providers where it has them. The processor's time, over all threads, is what to compare where
+other programs run at the same time; with several threads it counts their waiting too.
 """
 
 import json
@@ -45,6 +46,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("size", "800x1066", "HEIGHTxWIDTH of the pictures, all of it real.", flag_values=values)
     flags.DEFINE_list("batches", ["1", "8"], "Pictures at one time.", flag_values=values)
     flags.DEFINE_integer("rounds", 20, "Batches that are timed.", flag_values=values, lower_bound=2)
+    flags.DEFINE_integer("threads", 0, "Of onnxruntime and PyTorch; 0: their own choice.", flag_values=values)
     flags.DEFINE_string("torch_python", "", "A Python with torch and transformers; empty: none.", flag_values=values)
 
 
@@ -62,7 +64,9 @@ def main(argv: list[str]) -> None:
     print(
         f"{config.model.name}, {values.size} pixels, {count / 1e6:.1f} M parameters, {os.cpu_count()} CPUs", flush=True
     )
-    print("| program | batch | ms a picture, median | 99th percentile | MB |\n|---|---|---|---|---|")
+    print(
+        "| program | batch | ms a picture, median | 99th percentile | processor's ms | MB |\n|---|---|---|---|---|---|"
+    )
     for batch in map(int, values.batches):
         images = np.random.default_rng(0).integers(0, 256, (batch, *frame, 3), np.uint8)
         size = np.tile(np.int32(frame), (batch, 1))
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> None:
             write_onnx(path, file_program(loaded, config.precision), Sizes(batch, frame, 1, 1), {})
             megabytes = path.stat().st_size / 1e6
             programs: dict[str, Callable] = {f"JAX, {jax.devices()[0].platform}": reference}
-            programs |= {f"ONNX, {provider}": session for provider, session in sessions(path)}
+            programs |= {f"ONNX, {provider}": session for provider, session in sessions(path, values.threads)}
         before = peer_times(values, config, batch)
         times = measure(programs, (images, size, size), values.rounds)
         after = peer_times(values, config, batch)
@@ -91,27 +95,28 @@ def random_detector(config) -> LoadedDetector:
     return LoadedDetector(skeleton, arrays, config, CLASSES)
 
 
-def sessions(path: Path):
+def sessions(path: Path, threads: int):
     """(provider, program) of each way that onnxruntime has here."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     for provider in PROVIDERS:
         if provider in onnxruntime.get_available_providers():
             session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
             yield provider, lambda *x, s=session: s.run(OUTPUTS, dict(zip(INPUTS, x, strict=True)))
 
 
-def measure(programs: dict[str, Callable], inputs, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each program, round by round in turn."""
-    times: dict[str, list[float]] = {name: [] for name in programs}
+def measure(programs: dict[str, Callable], inputs, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, the processor's seconds) of each round of each program, round by round in turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for number in range(rounds + WARM_UP):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             jax.block_until_ready(program(*inputs))
             if number >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start, time.process_time() - used))
     return times
 
 
@@ -120,7 +125,12 @@ def peer_times(values, config, batch: int) -> dict:
     model = peer_model(config)
     if not values.torch_python or model is None:
         return {}
-    flags = [f"--size={values.size}", f"--batch={batch}", f"--rounds={-(-values.rounds // 2)}"]
+    flags = [
+        f"--size={values.size}",
+        f"--batch={batch}",
+        f"--rounds={-(-values.rounds // 2)}",
+        f"--threads={values.threads}",
+    ]
     command = [
         values.torch_python,
         str(ROOT / "benchmarks" / "latency_torch.py"),
@@ -130,9 +140,10 @@ def peer_times(values, config, batch: int) -> dict:
     return call(command, float("inf"))
 
 
-def row(name: str, batch: int, seconds: list[float], megabytes: str) -> str:
-    milliseconds = 1e3 * np.asarray(seconds) / batch
-    return f"| {name} | {batch} | {np.median(milliseconds):.1f} | {np.percentile(milliseconds, 99):.1f} | {megabytes} |"
+def row(name: str, batch: int, seconds: list[tuple[float, float]], megabytes: str) -> str:
+    wall, used = 1e3 * np.asarray(seconds).T / batch
+    numbers = (np.median(wall), np.percentile(wall, 99), np.median(used))
+    return f"| {name} | {batch} | {' | '.join(f'{number:.1f}' for number in numbers)} | {megabytes} |"
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ def main() -> None:
     parser.add_argument("--size")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(**arguments.model).to(device).eval()
     height, width = map(int, arguments.size.split("x"))
@@ -43,11 +46,11 @@ def main() -> None:
 
     seconds = []
     for number in range(arguments.rounds + WARM_UP):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         detect()
         synchronize(device)
         if number >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
+            seconds.append((time.perf_counter() - start, time.process_time() - used))
     parameters = sum(p.numel() for p in model.parameters())
     stored = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     print(json.dumps({"platform": device.type, "seconds": seconds, "parameters": parameters, "bytes": stored}))
