@@ -36,6 +36,7 @@ def train_on_few(config: ConfigDict) -> None:
     data.batch_size = min(data.batch_size, train.overfit)
     optimizer.accumulate_steps = data.batch_size // part if data.batch_size % part == 0 else 1
     data.flip_probability = data.crop_probability = 0.0
+    data.paste_objects = 0
     data.scales, data.max_size = (data.eval_scale,), data.eval_max_size
     data.buckets = data.eval_buckets = 1
     _no_dropout(config.model)
