@@ -10,10 +10,9 @@ from scipy.spatial.distance import cdist
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.export.choices import TOLERANCE
 from deperceiver_jax.export.program import Answers
 from deperceiver_jax.structures import Batch
-
-TOLERANCE = 1e-4  # of logits, of boxes in [0, 1] and of scores
 
 
 @dataclass

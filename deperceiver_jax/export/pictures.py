@@ -53,7 +53,8 @@ def split_batches(source: Source, count: int, sizes: Sizes, config: ConfigDict) 
         buckets = buckets[np.argsort(buckets.prod(1), kind="stable")]
     plan = evaluation_plan(geometry.size, buckets, sizes.batch or min(2, count))
     for bucket, examples in zip(plan.bucket, plan.example, strict=True):
-        yield load_batch(source, geometry, examples, buckets[bucket], max(source.max_boxes, 1), _empty)
+        rows = slice(0, len(examples))
+        yield load_batch(source, geometry, examples, rows, buckets[bucket], max(source.max_boxes, 1), _empty)
 
 
 def _empty(shape) -> np.ndarray:

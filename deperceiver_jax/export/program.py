@@ -18,7 +18,6 @@ from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.runs.load_detector import LoadedDetector
 from deperceiver_jax.structures import Predictions
 
-DYNAMIC = "dynamic"
 INPUTS = ("image", "size", "original_size")
 COARSEST = 32  # stride of a ResNet's last features
 

@@ -17,6 +17,7 @@ from configs import deformable_detr, deperceiver, deperceiver_plus, detr, smca
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.export import __main__ as program
+from deperceiver_jax.export import export_detector as steps
 from deperceiver_jax.export.stablehlo_file import METADATA, PROGRAM, open_stablehlo
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.models import build_detector
@@ -131,14 +132,14 @@ def test_stablehlo(tmp_path, trained, capsys):
 @pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path, trained, capsys, monkeypatch):
     weights = trained("detr", "r50")
-    write, read = program.writer_and_reader("onnx")
+    write, read = steps.writer_and_reader("onnx")
 
     def run_otherwise(*inputs):
         found = read(tmp_path / ".x.onnx.partial")(*inputs)
         found.query_boxes[0, 3, 1] += 1e-3
         return found
 
-    monkeypatch.setattr(program, "writer_and_reader", lambda _: (write, lambda path: run_otherwise))
+    monkeypatch.setattr(steps, "writer_and_reader", lambda _: (write, lambda path: run_otherwise))
     before = sorted(tmp_path.rglob("*"))
     arguments = [f"--weights={weights}", f"--output={tmp_path}/x.onnx", "--size=64x96", "--check_images=0"]
     assert export(*arguments) == 1
@@ -152,7 +153,7 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, trained, capsys,
 def test_a_file_with_another_ap_is_not_written(tmp_path, trained, capsys, monkeypatch, precision, found, written):
     weights = trained("detr", "r50")
     precisions = iter([0.5, found])
-    monkeypatch.setattr(program, "average_precision", lambda *_: next(precisions))
+    monkeypatch.setattr(steps, "average_precision", lambda *_: next(precisions))
     arguments = [f"--weights={weights}", f"--output={tmp_path}/x.onnx", "--size=64x96", "--check_images=2"]
     assert export(*arguments, f"--precision={precision}") == (0 if written else 1)
     assert (tmp_path / "x.onnx").exists() == written
