@@ -51,10 +51,14 @@ from deperceiver_jax.training.train_state import TrainState
 WORTH_SHARING = 2**20  # bytes of an array for each of its replicas, from which on they share the writing of it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
-# Orbax's threads log every error with its traceback, and then raise it where it becomes a UserError.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what Orbax's threads log of an error, which becomes a UserError, nor that the lines below take effect."""
+    said = record.exc_info or "overriding" in record.msg
+    return not (said and "orbax" in record.pathname)
 
 
+logging.getLogger("absl").addFilter(_is_news)
 # Orbax cuts every array into a slice a replica, which for small ones takes longer than writing them.
 _ARRAYS = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WORTH_SHARING)
 ocp.type_handlers.register_type_handler(jax.Array, _ARRAYS, override=True)

@@ -84,7 +84,9 @@ def place_image(
 
 
 def place_window(
-    output: UInt8[np.ndarray, "H W 3"], image: UInt8[np.ndarray, "h w 3"], window: Sequence[float]
+    output: UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "h w 3"],
+    window: Sequence[float] | Float64[np.ndarray, "4"],
 ) -> None:
     """Fills `output` with a window, (top, left, bottom, right) in pixels, of the image."""
     height, width = output.shape[:2]
@@ -124,5 +126,5 @@ def paste_window(
     patch = np.empty_like(output)
     place_window(patch, cut, (top - rows.start, left - columns.start, bottom - rows.start, right - columns.start))
     down, across = (np.minimum(np.arange(side) + 0.5, side - 0.5 - np.arange(side)) for side in output.shape[:2])
-    share = np.float32(np.minimum(down / fade, 1)[:, None] * np.minimum(across / fade, 1))[..., None]
+    share = (np.minimum(down / fade, 1)[:, None] * np.minimum(across / fade, 1)).astype(np.float32)[..., None]
     output[:] = np.rint(output + share * (patch - output.astype(np.float32)))
