@@ -1,6 +1,6 @@
 """Compares evaluated runs of one data set: a table here, and compare.html with curves, classes and sizes.
 
-    python -m deperceiver_jax.compare runs/a runs/b [runs/c ...] [--published=detr,smca] [--median_of_last=10]
+    deperceiver compare runs/a runs/b [runs/c ...] [--published=detr,smca] [--median_of_last=10]
 
 Differences are to the first run, with 95 % intervals from drawing the split's images anew. Runs of one config that
 differ in their seed are one row with its standard deviation.

@@ -1,6 +1,6 @@
 """Looks at pictures and annotations before a model is trained on them.
 
-    python -m deperceiver_jax.data check DIR [--decode] [--sheet=contact_sheet.png]
+    deperceiver data check DIR [--decode] [--sheet=contact_sheet.png]
 
 DIR is in any layout that train.py reads (docs/own_pictures.md). What is in it, what a run would stop with, what
 config.data would suit it, and a sheet of pictures as the loader makes them, augmented and with their boxes. Status 1
@@ -25,7 +25,7 @@ from deperceiver_jax.program.command_line import has_config_file, parse_config, 
 from deperceiver_jax.visualize.contact_sheet import contact_sheet
 from deperceiver_jax.visualize.fonts import readable
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "deperceiver_plus.py"
+DEFAULT_CONFIG = "deperceiver_plus"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,15 +37,15 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h"} & set(argv):
         parse_flags([argv[0], "--help"], define_flags, __doc__)
     if argv[1:2] != ["check"]:
-        raise UserError("python -m deperceiver_jax.data does one thing: check DIR; --help shows how.")
+        raise UserError("deperceiver data does one thing: check DIR; --help shows how.")
     places = [argument for argument in argv[2:] if not argument.startswith("-")]
     if len(places) != 1:
-        raise UserError("check needs one folder: python -m deperceiver_jax.data check DIR.")
+        raise UserError("check needs one folder: deperceiver data check DIR.")
     rest = [argument for argument in argv[2:] if argument.startswith("-")]
     values, config_arguments = parse_flags([argv[0], *rest], define_flags, __doc__)
     from deperceiver_jax.models import field_needs  # not above: it starts JAX, which no help text needs
 
-    if not has_config_file(config_arguments) and DEFAULT_CONFIG.exists():
+    if not has_config_file(config_arguments):
         config_arguments.insert(1, f"--config={DEFAULT_CONFIG}")
     config = parse_config([*config_arguments, f"--config.data.directory={places[0]}"], needs=field_needs)
     sheet = Path(values.sheet).expanduser()

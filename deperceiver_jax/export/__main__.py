@@ -1,7 +1,7 @@
 """Writes a trained detector as one file for other runtimes, after comparing it with JAX.
 
-    python -m deperceiver_jax.export --workdir=runs/x --format=onnx --output=x.onnx [--batch=1|N|dynamic]
-    python -m deperceiver_jax.export --weights=DIR --format=stablehlo --output=x.stablehlo [--size=HxW|dynamic]
+    deperceiver export --workdir=runs/x --format=onnx --output=x.onnx [--batch=1|N|dynamic]
+    deperceiver export --weights=DIR --format=stablehlo --output=x.stablehlo [--size=HxW|dynamic]
 
 The file takes RGB pictures as bytes, with their sizes, and gives boxes in pixels of the original pictures, scores and
 labels; docs/export.md shows how. Before it gets its name it is run beside JAX, on drawn pictures of several sizes and

@@ -42,6 +42,9 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
         find_home()
         main(list(sys.argv if argv is None else argv))
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and "jax" not in sys.modules:  # a help text, of which head has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         if "jax" in sys.modules:  # else there are no others, and JAX would be started for nothing
             from deperceiver_jax.program import processes
 

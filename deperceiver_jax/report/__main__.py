@@ -1,6 +1,6 @@
 """Writes the report of an evaluation that was made: tables, charts and pictures in one HTML file.
 
-    python -m deperceiver_jax.report --workdir=runs/x [--output=report.html]
+    deperceiver report --workdir=runs/x [--output=report.html]
 
 It reads the run's newest `eval/<step>`, beside whose files it puts report.html, and the pictures of the run's data set.
 """

@@ -1,4 +1,4 @@
-"""`python -m deperceiver_jax.data check`: what it says of folders with known faults, and its status."""
+"""`deperceiver data check`: what it says of folders with known faults, and its status."""
 
 import json
 import shutil
