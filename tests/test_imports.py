@@ -25,7 +25,7 @@ ROOMS = {
     "visualize": LIBRARY | KEEPERS,
     "report": LIBRARY | KEEPERS | {"evaluation"},
     "compare": LIBRARY | KEEPERS | {"evaluation", "report"},
-    "training": LIBRARY | KEEPERS | {"evaluation"},
+    "training": LIBRARY | KEEPERS | {"evaluation", "visualize"},  # pictures for trackers
     "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that a training run takes
     "prediction": LIBRARY | KEEPERS | {"evaluation", "visualize"},
 }
