@@ -44,6 +44,7 @@ PARTS = ("metric", "report", "pycocotools")
 class SyntheticSplit:
     """As much of `data.Source` as evaluation and the report read; every picture is the same."""
 
+    annotated = True
     area_scale = 1.0
     classes = ClassMap.from_categories(COCO_CATEGORIES.items())
 

@@ -75,7 +75,7 @@ def crowded(tmp_path_factory):
 def overfit(shared, tmp_path, monkeypatch, capsys):
     """A run with these fields -> (status, stdout, stderr), on one device."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(program, "make_mesh", lambda model: make_mesh(model, jax.devices()[:1]))
+    monkeypatch.setattr("deperceiver_jax.training.train.make_mesh", lambda model: make_mesh(model, jax.devices()[:1]))
 
     def start(*fields, backbone=Patches):
         with monkeypatch.context() as patch:

@@ -113,10 +113,10 @@ class DeformableDETR(Detector):
         map_valid = [feature_valid(pixel_valid, *x.shape[1:3]) for x in maps]
         exact = self.exact_places
         extent = size_in_cells(pixel_valid, self.token_strides) if exact else size_in_whole_cells(map_valid)
+        tokens = make_level_tokens(maps, map_valid, extent)
         # The released positions, but not the points, are shares of this much more than the image.
         encoded = make_level_tokens(maps, map_valid, extent + 1e-6)
-        position = sine_positions(encoded, self.level_embedding[...]).astype(self.dtype)
-        return make_level_tokens(maps, map_valid, extent).replace(position=position)
+        return tokens.replace(position=sine_positions(encoded, self.level_embedding[...]).astype(self.dtype))
 
     def _learned_queries(self, batch: int):
         """Content, position and reference points; the same for every image."""
