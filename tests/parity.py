@@ -184,7 +184,7 @@ def compare(
     if steps:
         with double_precision():
             trained = train(case, steps, optimized=optimized)
-            figures += _compare_training(*trained, golden, "float64", gradient=1e-6, update=1e-8, loss=1e-6)
+            figures += _compare_training(*trained, golden, "float64", gradient=1e-10, update=1e-12, loss=1e-10)
     figures.append(Figure("seconds", time.perf_counter() - start, np.inf))
     if single:
         figures += _compare_training(*train(case), golden, "float32", gradient=1e-3, update=1e-6, loss=1e-3)
