@@ -198,8 +198,15 @@ _OF_ELEMENTS: dict[str, Callable[..., str]] = {
 
 def _scan(graph: Graph, equation, *arguments: Value) -> list[Value]:
     """Round after round: ONNX's loops run slowly and are not optimised."""
-    parameters = equation.params
-    num_constants, num_carried, inner = parameters["num_consts"], parameters["num_carry"], parameters["jaxpr"]
+    parameters, inner = equation.params, equation.params["jaxpr"]
+    # By their ranks, since versions of JAX name the numbers differently: what is read or stacked round by round has an
+    # axis more outside.
+    rows_in = [len(x.aval.shape) > len(y.shape) for x, y in zip(equation.invars, inner.in_avals, strict=True)]
+    rows_out = [
+        len(x.aval.shape) > len(array.shape) for x, array in zip(equation.outvars, inner.out_avals, strict=True)
+    ]
+    num_carried = rows_out.count(False)
+    num_constants = rows_in.count(False) - num_carried
     constants = arguments[:num_constants]
     carried = list(arguments[num_constants : num_constants + num_carried])
     rows = arguments[num_constants + num_carried :]
