@@ -158,9 +158,9 @@ def _more_objects_than_queries(run: Circumstances, rows: Rows) -> str:
 
 
 def _frozen_at_random(run: Circumstances, rows: Rows) -> str:
-    return (
-        "parts of the backbone are frozen and as random as they began, because no weights were loaded" * run.untrained
-    )
+    if not run.untrained:
+        return ""
+    return "parts of the backbone are frozen and as random as they began, because no weights were loaded"
 
 
 def _rate_far_too_low(run: Circumstances, rows: Rows) -> str:
@@ -223,8 +223,5 @@ def _losses(rows: Rows) -> Float[np.ndarray, " rows"]:
 def _sides(source: Source, config: ConfigDict) -> Float[np.ndarray, " targets"]:
     """Roots of the targets' areas as evaluation shows the images; `config` is config.data."""
     scale = np.sqrt(np.prod(evaluation_geometry(source.sizes, config).size / source.sizes, axis=1))
-    sides = []
-    for position in range(len(source)):
-        boxes, _ = source.targets(position)
-        sides.append(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)) * scale[position])
-    return np.concatenate(sides)
+    image, boxes, _ = source.all_targets()
+    return np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)) * scale[image]

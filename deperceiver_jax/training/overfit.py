@@ -20,13 +20,13 @@ OVERFIT = "overfit"  # what the evaluations are called in metrics.jsonl
 
 def few_pictures(source: Source, count: int) -> Source:
     """`count` of the pictures that have a target, spread evenly over the split. Raises UserError for too few."""
-    useful = [position for position in range(len(source)) if len(source.targets(position)[0])]
+    useful = np.unique(source.all_targets()[0])
     if len(useful) < count:
         raise UserError(
             f"config.train.overfit is {count}, but only {len(useful)} of the training split's {len(source)} images "
             "have a box to learn."
         )
-    return source.take(np.asarray(useful)[np.linspace(0, len(useful) - 1, count).round().astype(int)])
+    return source.take(useful[np.linspace(0, len(useful) - 1, count).round().astype(int)])
 
 
 def train_on_few(config: ConfigDict) -> None:
