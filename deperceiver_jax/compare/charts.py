@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import altair as alt
 
 from deperceiver_jax.compare.rows import Row, Run, learning_curves
+from deperceiver_jax.report.charts import side_range
 
 
 def all_charts(rows: Sequence[Row], runs: Sequence[Run]) -> dict[str, dict]:
@@ -68,7 +69,7 @@ def _title(row: Row) -> str:
 def sizes(runs: Sequence[Run]) -> alt.Chart:
     """AP by side of a square of the object's area."""
     rows = [
-        {"run": run.name, "side": _range(row), "AP": row["AP"]}
+        {"run": run.name, "side": side_range(row), "AP": row["AP"]}
         for run in runs
         for row in run.metrics["by_size"]
         if row["AP"] >= 0
@@ -85,7 +86,3 @@ def sizes(runs: Sequence[Run]) -> alt.Chart:
         )
         .properties(height=260)
     )
-
-
-def _range(row: dict) -> str:
-    return f"from {row['from']:.3g}" if row["to"] is None else f"{row['from']:.3g} to {row['to']:.3g}"

@@ -93,13 +93,16 @@ def thresholds(analysis: Analysis) -> alt.Chart:
     )
 
 
+def side_range(row: dict) -> str:
+    """The title of a row of metrics.json's `by_size`."""
+    return f"from {row['from']:.3g}" if row["to"] is None else f"{row['from']:.3g} to {row['to']:.3g}"
+
+
 def sizes(by_size: list[dict]) -> alt.LayerChart:
     """AP by side of a square of the object's area."""
-    rows = []
-    for row in by_size:
-        least = f"{row['from']:.3g}"
-        side = f"from {least}" if row["to"] is None else f"{least} to {row['to']:.3g}"
-        rows.append({"side": side, "AP": row["AP"] if row["AP"] >= 0 else None, "boxes": row["boxes"]})
+    rows = [
+        {"side": side_range(row), "AP": row["AP"] if row["AP"] >= 0 else None, "boxes": row["boxes"]} for row in by_size
+    ]
     base = alt.Chart(alt.Data(values=rows)).encode(
         alt.X("side:N", sort=None, title="side in pixels", axis=alt.Axis(labelAngle=-35, labelOverlap=False)),
         _share(alt.Y, "AP", "AP"),
