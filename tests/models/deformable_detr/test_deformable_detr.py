@@ -30,7 +30,6 @@ from tests.torch_state import load_torch_state, to_torch_state
 
 pytestmark = pytest.mark.slow
 
-VARIANTS = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 SINGLE = {"strides": (16,), "extra_levels": 0}
 REFINE = {"refine": True}
 TWO_STAGE = {"refine": True, "two_stage": True}
@@ -97,12 +96,19 @@ def test_sizes_and_groups_of_the_released_models(variant, trained, points, rest)
 
 
 def test_variants():
-    assert deformable_detr.VARIANTS == VARIANTS
-    with pytest.raises(ValueError, match="no variant 'r101'; it has r50_single_scale, r50_single_scale_dc5, r50, r50_"):
-        deformable_detr.get_config("r101")
+    released = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
+    assert deformable_detr.VARIANTS == (*released, "r101_two_stage", "r50_150ep")
+    with pytest.raises(ValueError, match="no variant 'r18'; it has r50_single_scale, r50_single_scale_dc5, r50, r50_"):
+        deformable_detr.get_config("r18")
     config = deformable_detr.get_config()
     assert (config.data.batch_size, config.train.num_epochs, config.optimizer.drop_epochs) == (32, 50, (40,))
     assert (config.loss.weight_class, config.matcher.cost_class, config.optimizer.learning_rate) == (2, 2, 2e-4)
+    long = deformable_detr.get_config("r50_150ep")
+    assert (long.train.num_epochs, long.optimizer.drop_epochs) == (150, (120,))
+    assert long.model.to_dict() == config.model.to_dict()
+    deep, shallow = (deformable_detr.get_config(f"{net}_two_stage") for net in ("r101", "r50"))
+    shallow.model.backbone.depth = 101
+    assert deep.to_json() == shallow.to_json()
 
 
 @pytest.mark.parametrize("changes", [{}, REFINE, TWO_STAGE])

@@ -12,6 +12,7 @@ from configs import detr
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.detr.transformer import TransformerDecoder, TransformerEncoder
 from deperceiver_jax.models.features.resnet import ResNet
+from deperceiver_jax.runs.workdir import flat_fields
 from tests.drawn_arrays import FLOAT32, abstract_detector, start_beside_backbone
 
 
@@ -91,10 +92,9 @@ def example(height=64, width=64, valid_width=48):
 
 
 def test_variants():
-    assert set(detr.VARIANTS) == {
-        f"{net}{dilation}{epochs}" for net in ("r50", "r101") for dilation in ("", "_dc5") for epochs in ("", "_50ep")
-    }
-    with pytest.raises(ValueError, match="no variant 'r18'; it has r50, r50_dc5, r101, r101_dc5, r50_50ep"):
+    models = {f"{net}{dilation}" for net in ("r50", "r101") for dilation in ("", "_dc5")} | {"r50_dc5_plus"}
+    assert set(detr.VARIANTS) == models | {f"{model}_50ep" for model in models}
+    with pytest.raises(ValueError, match="no variant 'r18'; it has r50, r50_dc5, r101, r101_dc5, r50_dc5_plus, r50_"):
         detr.get_config("r18")
     long, short = detr.get_config("r101_dc5"), detr.get_config("r101_dc5_50ep")
     assert (long.train.num_epochs, long.optimizer.drop_epochs) == (300, (200,))
@@ -102,6 +102,18 @@ def test_variants():
     assert short.model.to_dict() == long.model.to_dict()
     assert long.loss.auxiliary and long.model.dropout == 0.1
     assert (long.model.backbone.depth, long.model.backbone.dilation, long.model.strides) == (101, True, (16,))
+
+
+def test_dc5_plus_is_dc5_with_the_focal_loss_and_300_queries():
+    """As Deformable DETR's paper compares with; the weights of the focal loss are its own."""
+    before, plus = (flat_fields(detr.get_config(name)) for name in ("r50_dc5", "r50_dc5_plus"))
+    assert {name: value for name, value in plus.items() if value != before[name]} == {
+        "model.num_queries": 300,
+        "model.no_object_logit": False,
+        "loss.classification": "sigmoid_focal",
+        "loss.weight_class": 2.0,
+        "matcher.cost_class": 2.0,
+    }
 
 
 @pytest.mark.parametrize(
