@@ -112,17 +112,21 @@ def _names(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def train(row: str, seed: int, output: Path, fields: list[str]) -> None:
-    """A run in output/row/seed, unless it has finished. Ends the program if it fails or has other fields."""
+def train(row: str, seed: int, output: Path, fields: list[str], config: str = "") -> Path:
+    """A run in output/row/seed, unless it has finished; returns its workdir.
+
+    `config`: FILE:VARIANT in configs/, if it is not configs/ladder.py's row. Ends the program if a run fails or has
+    finished with other fields.
+    """
     workdir = output / row / str(seed)
     done = workdir / "run.json"
     if done.exists():
         if (before := json.loads(done.read_text())["fields"]) != fields:
             told = " ".join(before) or "no further fields"
             sys.exit(f"{workdir} is a finished run with {told}. For other fields, take another --output.")
-        return
+        return workdir / "run"
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs/ladder.py'}:{row}"]
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs' / (config or f'ladder.py:{row}')}"]
     command += [f"--workdir={workdir / 'run'}", f"--config.seed={seed}", *fields]
     print(f"{row}, seed {seed}: {workdir / 'log'}", flush=True)
     start = time.perf_counter()
@@ -134,6 +138,7 @@ def train(row: str, seed: int, output: Path, fields: list[str]) -> None:
     facts = {"seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20, "machine": machine()}
     facts["fields"] = fields
     done.write_text(json.dumps(facts) + "\n")
+    return workdir / "run"
 
 
 def read_rows(directory: Path, rows: list[str]) -> dict[str, list[Run]]:

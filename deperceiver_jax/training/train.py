@@ -152,14 +152,17 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
         if steps:
             with log.paused():
                 train_step = compile_sizes(train_step, plan.abstract, batches, config.data.batch_size, mesh)
-        unread = []  # the last step's metrics: reading them earlier would let the devices wait for the host
+        # Waiting for the last step's metrics would let the devices wait for the host: they are read after the next step
+        # has begun, or where they are there at once, as CPUs often have them. The log's rates are of finished steps.
+        unread = []
         for step, batch in zip(steps, stream, strict=False):
             if shutdown.before(step):
                 break
             state, metrics = train_step(state, shard_batch(batch, mesh))
             unread.append((step, metrics))
             pause = is_evaluated(step) or is_saved(step)
-            while len(unread) > (not pause):
+            there = jax.process_count() == 1 and all(value.is_ready() for value in metrics.values())
+            while len(unread) > (not (pause or there)):
                 note(*unread.pop(0))
             if pause:
                 checkpoints.save(state, log.progress())

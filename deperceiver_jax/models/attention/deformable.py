@@ -38,7 +38,7 @@ class MultiScaleDeformableAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if num_heads < 1 or dim % num_heads:
-            raise UserError(f"{num_heads} heads do not divide a deformable attention of width {dim}.")
+            raise UserError(f"num_heads is {num_heads}; it must divide {dim}, the width of the deformable attention.")
         if num_points < 1:
             raise UserError(f"A deformable attention with {num_points} points looks nowhere; num_points is at least 1.")
         check_choice("sampling", sampling, SAMPLINGS)

@@ -40,7 +40,7 @@ class MultiHeadAttention(nnx.Module):
             return linear(in_dim, dim, **start, dtype=compute.dtype, rngs=rngs)
 
         if num_heads < 1 or query_dim % num_heads:
-            raise UserError(f"{num_heads} heads do not divide an attention of width {query_dim}.")
+            raise UserError(f"num_heads is {num_heads}; it must divide {query_dim}, the width of the attention.")
         self.num_heads = num_heads
         self.dropout = dropout
         self.implementation = "portable" if compute.portable else compute.attention

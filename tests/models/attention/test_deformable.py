@@ -275,7 +275,7 @@ def test_padded_tokens_are_zeros(dtype):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"num_heads": 3}, "3 heads do not divide"),
+        ({"num_heads": 3}, "num_heads is 3; it must divide"),
         ({"num_points": 0}, "0 points looks nowhere"),
         ({"sampling": "scatter"}, "sampling is 'scatter'; it can be auto or gather"),
     ],

@@ -98,5 +98,5 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(UserError, match="3 heads do not divide an attention of width 8"):
+    with pytest.raises(UserError, match="num_heads is 3; it must divide 8"):
         MultiHeadAttention(8, 3, compute=FLOAT32, rngs=nnx.Rngs(0))

@@ -296,7 +296,7 @@ def test_copies_in_the_state_dict(changes, copies):
         ({"extra_levels": -1}, "config.model.extra_levels is -1; it must be at least 0"),
         ({"encoder__num_layers": 0}, "config.model.encoder.num_layers is 0; it must be at least 1"),
         ({"decoder__mlp_dim": 0}, "config.model.decoder.mlp_dim is 0; it must be at least 1"),
-        ({"decoder__num_heads": 5}, "5 heads do not divide"),
+        ({"decoder__num_heads": 5}, "num_heads is 5; it must divide"),
         ({"strides": (8, 64)}, r"config.model.strides is \(8, 64\); a ResNet has the strides 4, 8, 16, 32"),
     ],
 )

@@ -184,7 +184,7 @@ def test_tokens_of_several_strides_have_channels_for_their_level():
     [
         ("name", "yolo", "it can be deperceiver, deperceiver_plus, detr, deformable_detr or smca"),
         ("position.use", "multiply", "add or keys"),
-        ("encoder.self_heads", 5, "5 heads do not divide"),
+        ("encoder.self_heads", 5, "num_heads is 5; it must divide"),
         ("encoder.num_cross_attentions", 3, "with 2 blocks it can be 1 to 2"),
         ("encoder.latent_init", "uniform", "normal or truncated_normal"),
         ("decoder.residual", "all", "none, content or query"),

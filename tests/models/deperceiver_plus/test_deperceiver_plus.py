@@ -111,7 +111,7 @@ def test_places_are_shares_of_the_pixels():
         ({"denoising__noise": -1.0}, "config.model.denoising.noise is -1.0; it must be at least 0."),
         ({"neck_blocks": -1}, "config.model.neck_blocks is -1; it must be at least 0."),
         ({"decoder__num_layers": 0}, "config.model.decoder.num_layers is 0; it must be at least 1."),
-        ({"decoder__num_heads": 5}, "5 heads do not divide"),
+        ({"decoder__num_heads": 5}, "num_heads is 5; it must divide"),
     ],
 )
 def test_bad_fields(changes, sentence):

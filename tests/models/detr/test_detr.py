@@ -291,7 +291,7 @@ def test_queries_follow_their_positions(halves):
         ({"decoder__num_layers": 0}, "config.model.decoder.num_layers is 0; it must be at least 1."),
         ({"decoder__query_position": "none"}, "config.model.decoder.query_position is 'none'"),
         ({"embed_dim": 33, "encoder__num_heads": 3, "decoder__num_heads": 3}, "config.model.embed_dim is 33"),
-        ({"encoder__num_heads": 3}, "3 heads do not divide"),
+        ({"encoder__num_heads": 3}, "num_heads is 3; it must divide"),
     ],
 )
 def test_bad_fields_are_named(changes, sentence):

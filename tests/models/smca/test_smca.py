@@ -287,7 +287,7 @@ def test_the_demo_takes_gradients():
         ({"encoder__kind": "convolution"}, "config.model.encoder lacks kernel_size, num_layers, pointwise"),
         ({"extra_levels": -1}, "config.model.extra_levels is -1; it must be at least 0."),
         ({"embed_dim": 15}, "config.model.embed_dim is 15"),
-        ({"encoder__num_heads": 3}, "3 heads do not divide"),
+        ({"encoder__num_heads": 3}, "num_heads is 3; it must divide"),
     ],
 )
 def test_bad_fields_are_named(changes, sentence):
