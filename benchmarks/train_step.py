@@ -37,6 +37,7 @@ from benchmarks.synthetic_batches import (  # noqa: E402
     planned_batches,
     write_batches,
 )
+from configs.base import resnet  # noqa: E402
 from deperceiver_jax.errors import UserError  # noqa: E402
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
 
@@ -159,9 +160,9 @@ def batch_maker(size: str, batch_size: int) -> Callable[[ConfigDict], list]:
 def peer_model(config: ConfigDict) -> dict | None:
     """The same detector for train_step_torch.py; None where transformers has none."""
     model = config.model
-    if model.name not in ("detr", "deformable_detr") or model.backbone.dilation:
-        return None
-    if model.backbone.norm != "frozen_batch_norm" or (model.backbone.width, model.backbone.frozen_stages) != (64, 2):
+    plain = resnet()
+    plain.update(depth=model.backbone.depth, weights=model.backbone.weights)
+    if model.name not in ("detr", "deformable_detr") or model.backbone != plain:
         return None
     fields = {
         "name": model.name,

@@ -123,5 +123,8 @@ def resnet() -> ConfigDict:
     b.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained: needs weights) | group_norm (from scratch)
     b.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
     b.dilation = False  # DC5: the last stage keeps stride 16
-    b.weights = ""  # a torchvision or timm ResNet state dict, .pth or .safetensors
+    # ResNeXt, with bottlenecks (depth 50 or 101): 64 and 4 for 64x4d, 32 and 2 for 32x4d, 32 and 4 for 32x8d
+    b.groups = 1  # of the 3x3 convolutions
+    b.inner_ratio = 1  # of their channels to those of a ResNet
+    b.weights = ""  # a torchvision or timm ResNet or ResNeXt state dict, .pth or .safetensors
     return b

@@ -71,6 +71,7 @@ BACKBONE = "detr"  # the family whose fields of the backbone are tried; the othe
 TOGETHER = {
     "backbone.norm": {"backbone.frozen_stages": 0},
     "backbone.dilation": {"backbone.depth": 50, "strides": (16,), "backbone.width": 2},
+    **dict.fromkeys(("backbone.groups", "backbone.inner_ratio"), {"backbone.depth": 50}),
     "encoder.num_cross_attentions": {"encoder.num_blocks": 2},
     "relative_boxes": {"decoder.anchors": True},
     "two_stage": {"refine": True},

@@ -57,10 +57,12 @@ def tiny(family: str) -> ConfigDict:
 class CheckedPatches(Patches):
     """Patches, with what a ResNet refuses."""
 
-    def __init__(self, *, depth, width, strides, norm, frozen_stages, dilation, **how):
+    def __init__(self, *, depth, width, strides, norm, frozen_stages, dilation, groups, inner_ratio, **how):
         fields = dict(depth=depth, width=width, norm=norm, frozen_stages=frozen_stages, dilation=dilation)
+        channels = dict(groups=groups, inner_ratio=inner_ratio)
+        resnet._check_groups(depth, width, **channels)
         resnet._check(strides=tuple(strides), **fields)
-        super().__init__(strides=strides, **fields, **how)
+        super().__init__(strides=strides, **fields, **channels, **how)
 
 
 def model_before_compiling(config: ConfigDict) -> None:

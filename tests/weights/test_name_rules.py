@@ -140,10 +140,10 @@ def test_values_take_the_type_of_the_parameter():
     assert module.kernel.dtype == jnp.float32 and float(module.kernel[...].sum()) == 6
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth, groups", [(18, 1), (50, 1), (50, 4)])
 @pytest.mark.parametrize("prefix", ["", "backbone.0.body.", "backbone.backbone.body.", "module."])
-def test_pretrained_backbones(tmp_path, depth, prefix):
-    """A whole torchvision network, or a detector's backbone, into one that ends at stride 16."""
+def test_pretrained_backbones(tmp_path, depth, groups, prefix):
+    """A whole torchvision network, the last of them a ResNeXt, or a detector's backbone, into one to stride 16."""
 
     def resnet(strides):
         return ResNet(
@@ -153,6 +153,8 @@ def test_pretrained_backbones(tmp_path, depth, prefix):
             norm="frozen_batch_norm",
             frozen_stages=2,
             dilation=False,
+            groups=groups,
+            inner_ratio=groups,
             compute=FLOAT32,
             rngs=nnx.Rngs(0),
         )
@@ -178,6 +180,9 @@ def test_pretrained_backbones(tmp_path, depth, prefix):
     np.testing.assert_array_equal(
         arrays["backbone/stages/2/rest/layers/norm2/mean"][0], state["layer3.1.bn2.running_mean"]
     )
+    kernel = state["layer3.0.conv2.weight"]
+    assert kernel.shape[:2] == (8 * groups, 8)  # of width 2
+    np.testing.assert_array_equal(arrays["backbone/stages/2/first/conv2/kernel"], kernel.transpose(2, 3, 1, 0))
 
 
 def test_wrong_backbones(tmp_path):

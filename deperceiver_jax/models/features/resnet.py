@@ -1,8 +1,8 @@
-"""ResNet, the convolutional backbone of every detector here: an image in, features keyed by stride out.
+"""ResNet and ResNeXt, the convolutional backbones of every detector here: an image in, features keyed by stride out.
 
-Source: arXiv:1512.03385 in torchvision's "v1.5" form (the stride of a bottleneck lies on its 3x3 convolution), whose
-published weights fit without change. All padding is symmetric, as PyTorch's: XLA's SAME pads (2, 3) where (3, 3) is
-meant, and shifts every feature map by a pixel.
+Source: arXiv:1512.03385 in torchvision's "v1.5" form (the stride of a bottleneck lies on its 3x3 convolution), and
+arXiv:1611.05431 for groups. Published weights of torchvision and timm fit without change. All padding is symmetric, as
+PyTorch's: XLA's SAME pads (2, 3) where (3, 3) is meant, and shifts every feature map by a pixel.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_at_least, check_choice
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
@@ -35,11 +35,14 @@ class Frozen(nnx.Variable):
 
 
 class Conv(nnx.Module):
-    """A square convolution without bias; pads (size - 1) / 2 * dilation on every side. Kernel [size, size, in, out]."""
+    """A square convolution without bias; pads (size - 1) / 2 * dilation on every side.
 
-    def __init__(self, in_dim, out_dim, size, *, stride=1, dilation=1, frozen, compute: Compute, rngs: nnx.Rngs):
-        variable = Frozen if frozen else nnx.Param
-        self.kernel = variable(kaiming_normal_fan_out(rngs.params(), (size, size, in_dim, out_dim), jnp.float32))
+    Kernel [size, size, in / groups, out]: each group of outputs sees its own inputs.
+    """
+
+    def __init__(self, in_dim, out_dim, size, *, stride=1, dilation=1, groups=1, frozen, compute: Compute, rngs):
+        variable, shape = Frozen if frozen else nnx.Param, (size, size, in_dim // groups, out_dim)
+        self.kernel = variable(kaiming_normal_fan_out(rngs.params(), shape, jnp.float32))
         self.stride = stride
         self.dilation = dilation
         self.dtype = compute.dtype
@@ -114,11 +117,26 @@ def _subsample(valid, stride):
 class Block(nnx.Module):
     """Residual block: convolutions, each followed by its norm, beside a shortcut; ReLU between and at the end.
 
-    Bottleneck: 1x1, 3x3 (stride, dilation), 1x1 with four times the channels. Basic: 3x3 (stride), 3x3.
+    Bottleneck: 1x1, 3x3 (stride, dilation, groups) of `inner_ratio` times `dim` channels, 1x1 to four times `dim`.
+    Basic: 3x3 (stride), 3x3.
     """
 
-    def __init__(self, in_dim, dim, *, bottleneck, stride=1, dilation=1, make_norm, frozen, compute, rngs: nnx.Rngs):
-        out_dim = 4 * dim if bottleneck else dim
+    def __init__(
+        self,
+        in_dim,
+        dim,
+        *,
+        bottleneck,
+        stride=1,
+        dilation=1,
+        groups=1,
+        inner_ratio=1,
+        make_norm,
+        frozen,
+        compute,
+        rngs: nnx.Rngs,
+    ):
+        out_dim, inner = 4 * dim if bottleneck else dim, inner_ratio * dim
         self.stride = stride
         self.bottleneck = bottleneck
 
@@ -126,9 +144,10 @@ class Block(nnx.Module):
             return Conv(in_dim, out_dim, size, frozen=frozen, compute=compute, rngs=rngs, **kwargs)
 
         if bottleneck:
-            self.conv1, self.norm1 = conv(in_dim, dim, 1), make_norm(dim)
-            self.conv2, self.norm2 = conv(dim, dim, 3, stride=stride, dilation=dilation), make_norm(dim)
-            self.conv3, self.norm3 = conv(dim, out_dim, 1), make_norm(out_dim, last=True)
+            how = dict(stride=stride, dilation=dilation, groups=groups)
+            self.conv1, self.norm1 = conv(in_dim, inner, 1), make_norm(inner)
+            self.conv2, self.norm2 = conv(inner, inner, 3, **how), make_norm(inner)
+            self.conv3, self.norm3 = conv(inner, out_dim, 1), make_norm(out_dim, last=True)
         else:
             self.conv1, self.norm1 = conv(in_dim, dim, 3, stride=stride), make_norm(dim)
             self.conv2, self.norm2 = conv(dim, dim, 3), make_norm(dim, last=True)
@@ -156,8 +175,8 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Blocks of one resolution: the first changes stride and channels, the rest are alike and stacked."""
 
-    def __init__(self, in_dim, dim, num_blocks, *, bottleneck, stride, dilation, make_norm, frozen, compute, rngs):
-        shared = dict(bottleneck=bottleneck, make_norm=make_norm, frozen=frozen, compute=compute, rngs=rngs)
+    def __init__(self, in_dim, dim, num_blocks, *, bottleneck, stride, dilation, compute, rngs, **how):
+        shared = dict(bottleneck=bottleneck, compute=compute, rngs=rngs, **how)
         out_dim = 4 * dim if bottleneck else dim
         # torchvision's DC5: the block that would have had the stride keeps dilation 1, only the later ones have 2.
         self.first = Block(in_dim, dim, stride=stride, **shared)
@@ -175,7 +194,9 @@ class ResNet(nnx.Module):
 
     The stem counts as the first of the `frozen_stages` (0 trains everything, 2 freezes the stem and the first stage as
     the published detectors do, 5 freezes all). No gradient passes through frozen stages. `dilation` keeps the last
-    stage at stride 16 (DC5). Parameters are float32 and computation is in `dtype`.
+    stage at stride 16 (DC5). ResNeXt divides the 3x3 convolutions of bottlenecks, `inner_ratio` times as wide, into
+    `groups`: 64x4d (64 groups of 4 channels in the first stage) has an `inner_ratio` of 4. Parameters are float32 and
+    computation is in `dtype`.
     """
 
     def __init__(
@@ -187,10 +208,13 @@ class ResNet(nnx.Module):
         norm: str,
         frozen_stages: int,
         dilation: bool,
+        groups: int,
+        inner_ratio: int,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         dtype = compute.dtype
+        _check_groups(depth, width, groups, inner_ratio)
         stage_strides = _check(depth, width, tuple(strides), norm, frozen_stages, dilation)
         blocks, bottleneck = DEPTHS[depth]
 
@@ -209,7 +233,8 @@ class ResNet(nnx.Module):
         self.stage_strides = stage_strides
         self.channels = {}
         in_dim = width
-        shared = dict(bottleneck=bottleneck, make_norm=make_norm, compute=compute, rngs=rngs)
+        shared = dict(bottleneck=bottleneck, groups=groups, inner_ratio=inner_ratio, make_norm=make_norm)
+        shared |= dict(compute=compute, rngs=rngs)
         for s, stride in enumerate(stage_strides):
             dim = width * 2**s
             dilated = dilation and s == 3
@@ -259,9 +284,22 @@ def _max_pool_of_slices(x):
     return x
 
 
+def _check_groups(depth, width, groups, inner_ratio) -> None:
+    """Raises UserError for groups that do not divide the channels, and for blocks that have none."""
+    check_choice("config.model.backbone.depth", depth, DEPTHS)
+    for name, value in (("groups", groups), ("inner_ratio", inner_ratio)):
+        check_at_least(f"config.model.backbone.{name}", value, 1)
+        if value > 1 and not DEPTHS[depth][1]:
+            raise UserError(f"config.model.backbone.{name} needs bottlenecks (depth 50 or 101), not depth {depth}.")
+    if (inner := inner_ratio * width) % groups:
+        raise UserError(
+            f"config.model.backbone.groups is {groups}, which does not divide the {inner} channels of the first 3x3 "
+            "convolutions (config.model.backbone.width times inner_ratio)."
+        )
+
+
 def _check(depth, width, strides, norm, frozen_stages, dilation) -> tuple[int | None, ...]:
     """The stride of each stage that must exist; a UserError for settings that contradict each other."""
-    check_choice("config.model.backbone.depth", depth, DEPTHS)
     check_choice("config.model.backbone.norm", norm, ("frozen_batch_norm", "group_norm"))
     if not 0 <= frozen_stages <= 5:
         raise UserError(f"config.model.backbone.frozen_stages is {frozen_stages}; it can be 0 to 5.")

@@ -1,4 +1,7 @@
-"""Square convolutions, written for each platform as its compiler runs them best; the numbers are the same."""
+"""Square convolutions, written for each platform as its compiler runs them best; the numbers are the same.
+
+Where x has more channels than the kernel takes, both are divided into groups, each of which sees its own channels only.
+"""
 
 import functools
 
@@ -9,9 +12,9 @@ from jaxtyping import Array, Float
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolution(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int, dilation: int
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C/groups D"], stride: int, dilation: int
 ) -> Float[Array, "B h w D"]:
-    """Pads (k - 1) / 2 * dilation on every side.
+    """Pads (k - 1) / 2 * dilation on every side. A convolution of size 1 has one group.
 
     XLA's CPU code for a convolution of size 1 takes several times as long as for the same matrix product, above all for
     the kernel's gradient. Other platforms get the convolution.
@@ -50,6 +53,7 @@ def _plain(stride: int, dilation: int):
             padding=((padding, padding), (padding, padding)),
             rhs_dilation=(dilation, dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[3] // kernel.shape[2],
         )
 
     return convolve
@@ -72,7 +76,7 @@ def _forward_on_cpu(stride, dilation, x, kernel):
 def _backward_on_cpu(stride, dilation, x, kernel, gradient):
     if len(kernel) > 1:
         of_x, of_kernel = _transposed(stride, dilation, x, kernel, gradient)
-        if (len(kernel), stride, dilation) == (3, 2, 1):
+        if (len(kernel), stride, dilation) == (3, 2, 1) and kernel.shape[2] == x.shape[3]:
             of_x = _gradient_of_halved(x.shape, kernel, gradient)
         return of_x, of_kernel
     seen = x[:, ::stride, ::stride]

@@ -1,6 +1,7 @@
 """The backbone: sizes, paddings and freezing by hand; values of the published networks are in the golden tests."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,30 @@ from flax import nnx
 from jax.interpreters import partial_eval
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.features.resnet import Block, Conv, Frozen, FrozenBatchNorm, GroupNorm, ResNet, _max_pool
+from deperceiver_jax.models.features.resnet import (
+    Block,
+    Conv,
+    Frozen,
+    FrozenBatchNorm,
+    GroupNorm,
+    ResNet,
+    Stage,
+    _max_pool,
+)
 from deperceiver_jax.models.layers.compute import Compute
-from deperceiver_jax.weights.name_rules import NameRules, torch_shapes
+from deperceiver_jax.weights.name_rules import NameRules, to_torch, torch_shapes
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from tests.drawn_arrays import FLOAT32
 from tests.seeded import seeded_state_dict
 from tests.torch_state import load_torch_state
 
+GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "backbone.npz")
 
-def resnet(depth=18, *, width=4, strides=(32,), norm="frozen_batch_norm", frozen_stages=2, dilation=False, **kwargs):
-    kwargs = {"compute": FLOAT32, "rngs": nnx.Rngs(0), **kwargs}
-    return ResNet(
-        depth=depth, width=width, strides=strides, norm=norm, frozen_stages=frozen_stages, dilation=dilation, **kwargs
-    )
+
+def resnet(depth=18, *, width=4, strides=(32,), norm="frozen_batch_norm", frozen_stages=2, **kwargs):
+    fields = dict(depth=depth, width=width, strides=strides, norm=norm, frozen_stages=frozen_stages)
+    others = dict(dilation=False, groups=1, inner_ratio=1, compute=FLOAT32, rngs=nnx.Rngs(0))
+    return ResNet(**fields, **{**others, **kwargs})
 
 
 def abstract(*args, **kwargs):
@@ -61,12 +72,19 @@ def random_image(*shape):
 
 
 @pytest.mark.parametrize(
-    ("depth", "count", "channels"),
-    [(18, 11_176_512, 64), (34, 21_284_672, 64), (50, 23_508_032, 256), (101, 42_500_160, 256)],
+    ("depth", "inner", "count", "channels"),
+    [
+        (18, {}, 11_176_512, 64),
+        (34, {}, 21_284_672, 64),
+        (50, {}, 23_508_032, 256),
+        (101, {}, 42_500_160, 256),
+        (50, {"groups": 32, "inner_ratio": 2}, 22_979_904, 256),
+        (101, {"groups": 64, "inner_ratio": 4}, 81_406_272, 256),
+    ],
 )
-def test_published_sizes(depth, count, channels):
-    """Weights and batch norm scales and biases of torchvision's networks without their classifier."""
-    network = abstract(depth, width=64, strides=(4, 8, 16, 32))
+def test_published_sizes(depth, inner, count, channels):
+    """Weights and batch norm scales and biases of torchvision's networks without their classifier, ResNeXts last."""
+    network = abstract(depth, width=64, strides=(4, 8, 16, 32), **inner)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(network))}
     trained = [leaf for path, leaf in leaves.items() if not path.endswith(("mean", "var"))]
     assert sum(np.prod(leaf.get_value().shape) for leaf in trained) == count
@@ -116,6 +134,38 @@ def test_padding_is_symmetric(size, stride, dilation):
         image = random_image(1, *shape)
         expected = convolve_by_hand(image[0], conv.kernel[...], stride, dilation, size // 2 * dilation)
         np.testing.assert_allclose(conv(image)[0], expected, atol=1e-5)
+
+
+def test_a_stage_of_torchvisions_resnext():
+    """Values, and the gradients of the input and of every kernel; see golden/README.md."""
+    golden = {n.removeprefix("resnext_stage/"): GOLDEN[n] for n in GOLDEN if n.startswith("resnext_stage/")}
+    how = dict(bottleneck=True, stride=2, dilation=1, groups=4, inner_ratio=2, frozen=False)
+
+    def make_norm(dim, last=False):
+        return FrozenBatchNorm(dim, dtype=jnp.float32)
+
+    def make():
+        return Stage(16, 8, 2, make_norm=make_norm, compute=FLOAT32, rngs=nnx.Rngs(0), **how)
+
+    stage = nnx.eval_shape(make)
+    rules = NameRules(tuple(rule._replace(path=rule.path.removeprefix("stages/1/")) for rule in resnet_rules()))
+    load_torch_state(stage, seeded_state_dict(torch_shapes(stage, rules)), rules)
+    graphdef, kernels, rest = nnx.split(stage, nnx.Param, ...)
+    x, y, cotangent = (jnp.asarray(golden[name]).transpose(0, 2, 3, 1) for name in ("x", "y", "cotangent"))
+
+    @jax.jit
+    def value_and_gradients(kernels, x):
+        ours, backward = jax.vjp(lambda kernels, x: nnx.merge(graphdef, kernels, rest)(x, None), kernels, x)
+        return ours, *backward(cotangent)
+
+    ours, of_kernels, of_x = value_and_gradients(kernels, x)
+    np.testing.assert_allclose(ours, y, atol=1e-5)
+    np.testing.assert_allclose(of_x, golden["of_x"].transpose(0, 2, 3, 1), atol=1e-5)
+    of_kernels = {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(of_kernels)}
+    found = {f"of_{name}": array for name, array in to_torch(of_kernels, rules).items()}
+    assert set(found) == set(golden) - {"x", "y", "cotangent", "of_x"} and len(found) == 7
+    for name, array in found.items():
+        np.testing.assert_allclose(array, golden[name], atol=2e-4 * np.abs(golden[name]).max(), err_msg=name)
 
 
 def test_max_pool():
@@ -281,6 +331,10 @@ def test_scanned_and_unrolled_blocks_agree():
         ({"frozen_stages": 6}, "frozen_stages is 6; it can be 0 to 5"),
         ({"norm": "group_norm"}, "group_norm, which trains from scratch, but frozen_stages is 2"),
         ({"width": 3}, "width is 3; it must be an even number"),
+        ({"groups": 2}, "groups needs bottlenecks .depth 50 or 101., not depth 18"),
+        ({"inner_ratio": 2}, "inner_ratio needs bottlenecks"),
+        ({"groups": 0}, "groups is 0; it must be at least 1"),
+        ({"groups": 3, "depth": 50}, "groups is 3, which does not divide the 4 channels of the first 3x3"),
         ({"strides": (16, 64)}, "config.model.strides is .16, 64.; a ResNet has the strides 4, 8, 16, 32"),
         ({"strides": ()}, "config.model.strides is .."),
         ({"dilation": True, "depth": 18, "strides": (16,)}, "dilation needs bottleneck blocks"),

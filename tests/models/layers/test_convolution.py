@@ -11,24 +11,30 @@ from deperceiver_jax.models.layers.convolution import convolution
 def plain(x, kernel, stride, dilation):
     edge = kernel.shape[0] // 2 * dilation
     how = dict(rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if x.shape[3] > kernel.shape[2]:  # groups: each on its own
+        groups = x.shape[3] // kernel.shape[2]
+        parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3), strict=True)
+        return jnp.concatenate([plain(*part, stride, dilation) for part in parts], axis=3)
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((edge, edge), (edge, edge)), **how)
 
 
 @pytest.mark.parametrize(
-    "frame, channels, size, stride, dilation",
+    "frame, channels, size, stride, dilation, groups",
     [
-        ((7, 9), (3, 5), 1, 1, 1),
-        ((7, 10), (3, 5), 1, 2, 1),
-        ((8, 9), (6, 4), 1, 2, 1),  # narrower behind than before
-        ((7, 10), (3, 5), 3, 2, 1),
-        ((8, 9), (3, 5), 3, 2, 1),
-        ((8, 9), (3, 5), 3, 1, 2),
-        ((9, 8), (3, 4), 7, 2, 1),
+        ((7, 9), (3, 5), 1, 1, 1, 1),
+        ((7, 10), (3, 5), 1, 2, 1, 1),
+        ((8, 9), (6, 4), 1, 2, 1, 1),  # narrower behind than before
+        ((7, 10), (3, 5), 3, 2, 1, 1),
+        ((8, 9), (3, 5), 3, 2, 1, 1),
+        ((8, 9), (3, 5), 3, 1, 2, 1),
+        ((9, 8), (3, 4), 7, 2, 1, 1),
+        ((8, 9), (2, 6), 3, 1, 2, 3),
+        ((8, 9), (2, 6), 3, 2, 1, 3),
     ],
 )
-def test_values_and_gradients_are_those_of_a_convolution(frame, channels, size, stride, dilation):
+def test_values_and_gradients_are_those_of_a_convolution(frame, channels, size, stride, dilation, groups):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, *frame, channels[0])), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2, *frame, groups * channels[0])), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((size, size, *channels)), jnp.float32)
 
     def value_and_gradients(function):
