@@ -71,6 +71,8 @@ def model() -> ConfigDict:
     m.places = "cells"  # of tokens, as shares of: cells (whole ones, as released) | pixels (exact, as boxes are)
     m.strides = (8, 16, 32)  # of the backbone's feature maps that become levels
     m.extra_levels = 1  # further levels, each of half the size, below the last
+    m.neck = "none"  # none | fpn | bifpn: what mixes the backbone's maps before they become levels
+    m.neck_layers = 3  # of a bifpn
 
     m.backbone = resnet()
 

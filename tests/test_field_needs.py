@@ -56,6 +56,7 @@ OTHERS = {
     "encoder.num_cross_attentions": 2,
     "encoder.sampling": "gather",
     "level_dim": 2,
+    "neck": "fpn",
     "no_object_logit": None,  # goes with loss.classification
     "places": "pixels",
     "position.decoder": "input",
@@ -73,6 +74,7 @@ TOGETHER = {
     "backbone.dilation": {"backbone.depth": 50, "strides": (16,), "backbone.width": 2},
     **dict.fromkeys(("backbone.groups", "backbone.inner_ratio"), {"backbone.depth": 50}),
     "encoder.num_cross_attentions": {"encoder.num_blocks": 2},
+    "neck": {"strides": (8, 16)},
     "relative_boxes": {"decoder.anchors": True},
     "two_stage": {"refine": True},
     "start": {"denoising.copies": 0},

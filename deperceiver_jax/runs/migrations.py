@@ -76,6 +76,8 @@ def _to_0_2_0(config: dict) -> None:
     _drop(loss, "proposal_repeats", 1)
     if model["name"] == "deperceiver_plus":
         model["denoising"] = denoising
+    if model["name"] == "deformable_detr":
+        model.update(neck="none", neck_layers=3)
     if model["name"] == "detr":
         model["strides"] = [model.pop("stride")]
     if model["name"] == "deperceiver":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.field_needs import Need
+from deperceiver_jax.field_needs import Need, equal
 from deperceiver_jax.models.config_section import build_part
 from deperceiver_jax.models.deformable_detr.proposals import Proposals
 from deperceiver_jax.models.deformable_detr.transformer import (
@@ -18,6 +18,8 @@ from deperceiver_jax.models.deformable_detr.transformer import (
     HalfFields,
 )
 from deperceiver_jax.models.detector import Detector, DetectorFields
+from deperceiver_jax.models.features.bifpn import BiFPN
+from deperceiver_jax.models.features.feature_pyramid import FeaturePyramid, sources
 from deperceiver_jax.models.features.projected_levels import ProjectedLevels
 from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens, sine_positions
 from deperceiver_jax.models.features.tokens import feature_valid, size_in_cells, size_in_whole_cells
@@ -33,12 +35,15 @@ class DeformableDETR(Detector):
     the best proposals of the encoder rather than learned ones; all proposals come along in `Predictions.proposals`.
     `places`: an image is a whole number of `cells` for its tokens' places, as in the released code, or has the exact
     size in `pixels` that its boxes are measured by.
+    `neck`: the backbone's maps are levels as they are (`none`), or are mixed before by a feature pyramid (`fpn`) or
+    `neck_layers` of a `bifpn`: the last rows of the paper's Table 2.
     """
 
     needs = {
         "model.encoder.across_levels": Need(
             lambda config: len(config.model.strides) + config.model.extra_levels > 1, "two or more config.model.strides"
         ),
+        "model.neck_layers": equal("model.neck", "bifpn"),
         "loss.auxiliary": Need(
             lambda config: config.model.decoder.num_layers > 1 or config.model.two_stage,
             "config.model.decoder.num_layers of at least 2",
@@ -53,6 +58,8 @@ class DeformableDETR(Detector):
         two_stage: bool,
         places: str,
         extra_levels: int,
+        neck: str,
+        neck_layers: int,
         encoder: dict,
         decoder: dict,
         compute: Compute,
@@ -64,11 +71,17 @@ class DeformableDETR(Detector):
                 "layers answer relative to boxes."
             )
         check_choice("config.model.places", places, ("cells", "pixels"))
-        super().__init__(fields, compute=compute, rngs=rngs)
+        check_choice("config.model.neck", neck, ("none", "fpn", "bifpn"))
+        needed = tuple(sorted({*fields.strides, *sources(fields.strides, top_down=neck != "none")}))
+        if neck != "none" and len(needed) < 2:
+            raise UserError(f"config.model.neck is {neck}, which mixes maps; config.model.strides {needed} has one.")
+        super().__init__(fields, backbone_strides=needed, compute=compute, rngs=rngs)
         self.extra_levels = extra_levels
         self.exact_places = places == "pixels"
         dim = fields.embed_dim
-        channels = [self.backbone.channels[stride] for stride in self.strides]
+        how: dict = dict(strides=self.strides, num_layers=neck_layers, compute=compute, rngs=rngs)
+        self.neck = _make_neck(neck, self.backbone.channels, dim, **how)
+        channels = [dim if self.neck else self.backbone.channels[stride] for stride in self.strides]
         self.levels = ProjectedLevels(
             channels, dim, extra_levels=extra_levels, group_norm=True, dtype=compute.dtype, rngs=rngs
         )
@@ -109,7 +122,8 @@ class DeformableDETR(Detector):
         return predictions._replace(proposals=proposals)
 
     def _tokens(self, features, pixel_valid) -> LevelTokens:
-        maps = self.levels([features[stride] for stride in self.strides])
+        mixed = self.neck(features, pixel_valid)[0] if self.neck else [features[stride] for stride in self.strides]
+        maps = self.levels(mixed)
         map_valid = [feature_valid(pixel_valid, *x.shape[1:3]) for x in maps]
         exact = self.exact_places
         extent = size_in_cells(pixel_valid, self.token_strides) if exact else size_in_whole_cells(map_valid)
@@ -124,3 +138,12 @@ class DeformableDETR(Detector):
         reference = jax.nn.sigmoid(self.reference_points(position))
         content, position = content.astype(self.dtype), position.astype(self.dtype)
         return [jnp.broadcast_to(x[None], (batch, *x.shape)) for x in (content, position, reference)]
+
+
+def _make_neck(kind: str, *sizes, num_layers: int, **how) -> FeaturePyramid | BiFPN | None:
+    """sizes: channels by stride, and the width."""
+    if kind == "none":
+        return None
+    if kind == "fpn":
+        return FeaturePyramid(*sizes, top_down=True, neck_blocks=0, **how)
+    return BiFPN(*sizes, num_layers=num_layers, **how)

@@ -27,8 +27,8 @@ class NeckBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"], *, dropout_key=None):
         """Padding is zero before the convolutions. There is no dropout; LayerStack passes the key to every layer."""
         del dropout_key
-        inner = nnx.relu(self.inner(_blank(self.norm(x), valid)))
-        return x + self.outer(_blank(inner, valid))
+        inner = nnx.relu(self.inner(blank(self.norm(x), valid)))
+        return x + self.outer(blank(inner, valid))
 
 
 class FeaturePyramid(nnx.Module):
@@ -71,7 +71,7 @@ class FeaturePyramid(nnx.Module):
             for coarse, fine in zip(self.sources[:0:-1], self.sources[-2::-1], strict=True):
                 maps[fine] = maps[fine] + enlarge(maps[coarse], *maps[fine].shape[1:3])
             for convolution, s in zip(self.convolutions, self.strides, strict=True):
-                maps[s] = convolution(_blank(maps[s], valid[s]))
+                maps[s] = convolution(blank(maps[s], valid[s]))
         if self.blocks:
             for blocks, s in zip(self.blocks, self.strides, strict=True):
                 maps[s] = blocks(maps[s], valid[s])
@@ -82,7 +82,7 @@ def _convolution(dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(dim, dim, (3, 3), padding=1, dtype=dtype, rngs=rngs)
 
 
-def _blank(x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"]) -> Float[Array, "B h w D"]:
+def blank(x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"]) -> Float[Array, "B h w D"]:
     """Zeros on padding, as beyond the frame."""
     return jnp.where(valid[..., None], x, 0)
 

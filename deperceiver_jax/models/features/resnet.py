@@ -250,7 +250,7 @@ class ResNet(nnx.Module):
         """{stride: features of ceil(size / stride) cells}. Only group norm looks at `pixel_valid`; None is all real."""
         valid = _subsample(pixel_valid, 2)
         x = jax.nn.relu(self.stem_norm(self.stem_conv(image), valid))
-        x = _max_pool_of_slices(x) if self.portable else _max_pool(x)
+        x = max_pool(x, portable=self.portable)
         valid = _subsample(valid, 2)
         if valid is not None and isinstance(self.stem_norm, GroupNorm):
             # The first padded cell behind an even number of real ones pools the last of them; padding stays zero.
@@ -268,13 +268,15 @@ class ResNet(nnx.Module):
         return features
 
 
-def _max_pool(x):
-    """3x3, stride 2, one row and column of -infinity around."""
+def max_pool(x: Float[Array, "B H W C"], *, portable: bool = False) -> Float[Array, "B h w C"]:
+    """3x3, stride 2, one row and column of -infinity around. portable: without an operation on windows."""
+    if portable:
+        return _max_pool_of_slices(x)
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
 def _max_pool_of_slices(x):
-    """The same, without an operation on windows: rows, then columns, two cells further each."""
+    """Rows, then columns, two cells further each."""
     for axis in (1, 2):
         edges = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]
         padded, length = jnp.pad(x, edges, constant_values=-jnp.inf), x.shape[axis]

@@ -111,6 +111,41 @@ def test_variants():
     assert deep.to_json() == shallow.to_json()
 
 
+LATERALS = sum(channels * 256 + 256 for channels in (512, 1024, 2048))
+NORM = 2 * 256
+FUSION = 9 * 256 + 256 * 256 + 256 + NORM  # a depthwise and a pointwise convolution; weights of the maps come on top
+
+
+@pytest.mark.parametrize(
+    "neck, size",
+    [
+        ("fpn", LATERALS + 3 * (9 * 256 * 256 + 256 + NORM)),
+        ("bifpn", LATERALS + 3 * NORM + 3 * (4 * FUSION + 2 + 2 + 3 + 2)),
+    ],
+)
+def test_necks_stand_before_the_levels(neck, size):
+    """The paper's table 2: everything behind is as before, but for the width of the maps that levels are made of."""
+    config = deformable_detr.get_config("r50")
+    before = arrays_of(abstract_detector(config), nnx.Param)
+    config.model.neck = neck
+    after = arrays_of(abstract_detector(config), nnx.Param)
+    assert count({path: x for path, x in after.items() if path.startswith("neck/")}) == size
+    assert {path: x.shape for path, x in after.items() if not path.startswith(("neck/", "levels/"))} == {
+        path: x.shape for path, x in before.items() if not path.startswith("levels/")
+    }
+    assert after["levels/projections/3/kernel"].shape == (3, 3, 256, 256)
+
+
+@pytest.mark.parametrize("neck", ["fpn", "bifpn"])
+def test_a_neck_brings_deeper_maps_into_a_level(neck):
+    """Of one level of stride 16, whose tokens know what the map of stride 32 holds."""
+    detector = abstract_detector(small(strides=(16,), extra_levels=0, neck=neck), Patches)
+    assert detector.token_strides == (16,) and detector.neck.sources == (16, 32)
+    image, valid = example()
+    tokens = nnx.eval_shape(lambda d: d._tokens(d.backbone(image, valid), valid), detector)
+    assert tokens.sizes == ((4, 4),) and tokens.tokens.shape == (2, 16, 32)
+
+
 @pytest.mark.parametrize("changes", [{}, REFINE, TWO_STAGE])
 def test_start(changes):
     """Classes at 1 %, boxes at their references; sizes of sigmoid(-2) of the image, or of the proposals."""
@@ -298,6 +333,9 @@ def test_copies_in_the_state_dict(changes, copies):
         ({"decoder__mlp_dim": 0}, "config.model.decoder.mlp_dim is 0; it must be at least 1"),
         ({"decoder__num_heads": 5}, "num_heads is 5; it must divide"),
         ({"strides": (8, 64)}, r"config.model.strides is \(8, 64\); a ResNet has the strides 4, 8, 16, 32"),
+        ({"neck": "pan"}, "config.model.neck is 'pan'; it can be none, fpn or bifpn."),
+        ({"neck": "fpn", "strides": (32,)}, r"neck is fpn, which mixes maps; config.model.strides \(32,\) has one."),
+        ({"neck": "bifpn", "neck_layers": 0}, "config.model.neck_layers is 0; it must be at least 1"),
     ],
 )
 def test_bad_fields_are_named(changes, sentence):

@@ -19,7 +19,7 @@ from deperceiver_jax.models.features.resnet import (
     GroupNorm,
     ResNet,
     Stage,
-    _max_pool,
+    max_pool,
 )
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.weights.name_rules import NameRules, to_torch, torch_shapes
@@ -172,7 +172,8 @@ def test_max_pool():
     """Windows of 3 around every second pixel, and nothing beyond the edge."""
     x = -jnp.arange(1.0, 21.0).reshape(1, 4, 5, 1)
     expected = [[-1, -2, -4], [-6, -7, -9]]
-    np.testing.assert_array_equal(_max_pool(x)[0, :, :, 0], expected)
+    np.testing.assert_array_equal(max_pool(x)[0, :, :, 0], expected)
+    np.testing.assert_array_equal(max_pool(x, portable=True)[0, :, :, 0], expected)
 
 
 def test_frozen_batch_norm():
