@@ -40,8 +40,8 @@ def attention(
     auto: dense for small matrices, else the kernel of the target platform, or blocks where it has none that fits;
     xla: always dense; chunked: always in blocks; cudnn, flash: that kernel, and blocks wherever it does not run;
     portable, of Compute: dense for small matrices, else blocks.
-    Kernels have no dropout, so attention that drops goes in blocks. A LogGaussian is never a whole map: blocks and
-    the TPU's kernel compute their own part of it.
+    Attention that drops goes in blocks on GPUs. What the TPU's kernel drops is drawn in another way than elsewhere, at
+    the same rate. A LogGaussian is never a whole map: blocks and the TPU's kernel compute their own part of it.
     """
     entries = query.shape[2] * key.shape[2]
     large = isinstance(entries, int) and entries >= LARGE  # a file for pictures of any size has symbols for sizes
@@ -49,16 +49,23 @@ def attention(
     arrays = (query, key, value, key_valid, bias)
     if implementation == "xla" or (implementation in ("auto", "portable") and not large):
         return dense_attention(*arrays, **drops)
-    in_blocks = functools.partial(chunked_attention, **drops)
     if implementation == "portable":
         return chunked_attention(*arrays, **drops)
     kernels = {}
-    if implementation != "chunked" and (dropout_rate == 0.0 or dropout_key is None):
-        if implementation != "cudnn":
-            kernels["tpu"] = on_each_device(flash_attention)
-        # cuDNN's operation cannot even be traced where there is no GPU.
-        if implementation != "flash" and jax.default_backend() == "gpu" and cudnn_takes(*arrays):
-            kernels["cuda"] = cudnn_attention
+    drop = dropout_rate > 0.0 and dropout_key is not None
+    if implementation not in ("chunked", "cudnn"):
+        if drop:
+            arrays = (*arrays, jax.random.bits(dropout_key, query.shape[:2], jnp.uint32).astype(jnp.int32))
+        rate = dropout_rate if drop else 0.0
+        kernels["tpu"] = on_each_device(functools.partial(flash_attention, dropout_rate=rate))
+    # cuDNN's operation cannot even be traced where there is no GPU.
+    on_gpu = implementation not in ("chunked", "flash") and jax.default_backend() == "gpu"
+    if on_gpu and not drop and cudnn_takes(*arrays):
+        kernels["cuda"] = cudnn_attention
+
+    def in_blocks(*arrays):
+        return chunked_attention(*arrays[:5], **drops)
+
     # A switch between platforms keeps for the backward pass what each of them would; the checkpoint keeps the inputs.
     return jax.checkpoint(lambda *arrays: jax.lax.platform_dependent(*arrays, default=in_blocks, **kernels))(*arrays)
 

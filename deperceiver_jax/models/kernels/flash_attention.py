@@ -10,13 +10,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from deperceiver_jax.models.kernels.flash_kernels import MASKED, forward_kernel, key_kernel, query_kernel
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
-from deperceiver_jax.models.kernels.pallas import SUBLANES, call_in_blocks
+from deperceiver_jax.models.kernels.pallas import LANES, SUBLANES, call_in_blocks
 
-LANES = 128
 BLOCKS = (512, 256, LANES)  # positions that a kernel takes at a time
 KINDS_OF_BIASES = ("", "b", "qp")  # by their number; see call_in_blocks
 
@@ -27,10 +26,13 @@ def flash_attention(
     value: Float[Array, "B H K E"],
     key_valid: Bool[Array, "B K"] | None = None,
     bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
+    seeds: Int32[Array, "B H"] | None = None,
+    *,
+    dropout_rate: float = 0.0,
 ) -> Float[Array, "B H Q E"]:
-    """`dense_attention` on one TPU, without dropout. Lengths are padded to whole blocks, with masked keys.
+    """`dense_attention` on one TPU. Lengths are padded to whole blocks, with masked keys.
 
-    A LogGaussian is computed block by block.
+    A LogGaussian is computed block by block. `seeds`, where there is dropout, decide what each head drops.
     """
     batch, heads, num_queries, width = query.shape
     num_keys = key.shape[2]
@@ -49,7 +51,11 @@ def flash_attention(
         biases = (_pad(_pad(bias, 2, block_k), 3, block_q),)
     else:
         biases = ()
-    attended = _attention(query, key, value, biases, block_q, block_k)
+    if not dropout_rate:
+        seeds = None
+    elif seeds is not None:
+        seeds = jnp.broadcast_to(seeds[:, :, None, None], (batch, heads, 1, LANES))
+    attended = _attention(query, key, value, biases, seeds, block_q, block_k, dropout_rate)
     return attended[..., :num_queries].swapaxes(2, 3)
 
 
@@ -84,26 +90,29 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, [(0, -x.shape[a] % multiple if a == axis else 0) for a in range(x.ndim)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attention(
     query: Float[Array, "B H D Q"],
     key: Float[Array, "B H D K"],
     value: Float[Array, "B H E K"],
     biases: tuple[Array, ...],
+    seeds: Int32[Array, "B H 1 128"] | None,
     block_q: int,
     block_k: int,
+    rate: float,
 ) -> Float[Array, "B H E Q"]:
     """Of scaled queries. Lengths are multiples of the blocks. `biases`: none, a map [B H K Q], or (spots, places)."""
-    return _forward(query, key, value, biases, block_q, block_k)[0]
+    return _forward(query, key, value, biases, seeds, block_q, block_k, rate)[0]
 
 
-def _forward(query, key, value, biases, block_q, block_k):
+def _forward(query, key, value, biases, seeds, block_q, block_k, rate):
     """(attended, what the backward pass needs): the last of it each query's logarithm of a sum of exponentials."""
     value_dim = value.shape[2]
+    drawn, kind_of_seeds = ((), "") if seeds is None else ((seeds,), "s")
     attended, lse = call_in_blocks(
-        functools.partial(forward_kernel, num_biases=len(biases)),
-        (query, key, value, *biases),
-        "qkk" + KINDS_OF_BIASES[len(biases)],
+        functools.partial(forward_kernel, num_biases=len(biases), rate=rate),
+        (query, key, value, *biases, *drawn),
+        "qkk" + KINDS_OF_BIASES[len(biases)] + kind_of_seeds,
         [(value_dim, query.dtype, "q"), (1, jnp.float32, "q")],
         scratch=[(1, "q"), (1, "q"), (value_dim, "q")],
         blocks=(block_q, block_k),
@@ -111,37 +120,38 @@ def _forward(query, key, value, biases, block_q, block_k):
         flops=2 * 2 * value_dim,
         transcendentals=1,
     )
-    return attended, (query, key, value, biases, attended, lse)
+    return attended, (query, key, value, biases, seeds, attended, lse)
 
 
-def _backward(block_q, block_k, kept, gradient):
-    query, key, value, biases, attended, lse = kept
+def _backward(block_q, block_k, rate, kept, gradient):
+    query, key, value, biases, seeds, attended, lse = kept
+    drawn, kind_of_seeds = ((), "") if seeds is None else ((seeds,), "s")
     delta = jnp.sum(attended.astype(jnp.float32) * gradient.astype(jnp.float32), axis=2, keepdims=True)
     kinds = KINDS_OF_BIASES[len(biases)]
-    inputs = (query, key, value, *biases, gradient, lse, delta)
+    inputs = (query, key, value, *biases, *drawn, gradient, lse, delta)
     width, value_dim = query.shape[2], value.shape[2]
     options: dict = dict(blocks=(block_q, block_k), flops=5 * 2 * value_dim, transcendentals=1)
     of_bias = [(x.shape[2], x.dtype, kind) for x, kind in zip(biases, kinds, strict=True) if kind != "p"]
     d_query, *d_biases = call_in_blocks(
-        functools.partial(query_kernel, num_biases=len(biases)),
+        functools.partial(query_kernel, num_biases=len(biases), rate=rate),
         inputs,
-        f"qkk{kinds}qqq",
+        f"qkk{kinds}{kind_of_seeds}qqq",
         [(width, query.dtype, "q"), *of_bias],
         scratch=[(width, "q"), *((rows, "q") for rows, _, kind in of_bias if kind == "q")],
         keys_inside=True,
         **options,
     )
     d_key, d_value = call_in_blocks(
-        functools.partial(key_kernel, num_biases=len(biases)),
+        functools.partial(key_kernel, num_biases=len(biases), rate=rate),
         inputs,
-        f"qkk{kinds}qqq",
+        f"qkk{kinds}{kind_of_seeds}qqq",
         [(width, key.dtype, "k"), (value_dim, value.dtype, "k")],
         scratch=[(width, "k"), (value_dim, "k")],
         keys_inside=False,
         **options,
     )
     d_biases += [jnp.zeros_like(x) for x, kind in zip(biases, kinds, strict=True) if kind == "p"]
-    return d_query, d_key, d_value, tuple(d_biases)
+    return d_query, d_key, d_value, tuple(d_biases), None
 
 
 _attention.defvjp(_forward, _backward)

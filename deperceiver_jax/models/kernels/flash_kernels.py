@@ -3,14 +3,41 @@
 Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2. Logits are [keys, queries]: statistics of a query are
 rows, and sums over keys run down the lanes. Biases of the logits are a map, or a Gaussian's `spots` (of the queries)
 and `places` (of the keys), from which it is computed here.
+
+Dropout draws no numbers that would have to be kept: whether a pair of a query and a key is dropped is a hash of the
+head's seed and of both positions, so that the backward pass finds it again, whatever the blocks.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from deperceiver_jax.models.kernels.pallas import SUBLANES, dot
 
 MASKED = -1e30
+# Odd factors, those of the hash's finaliser last; int32 products wrap as they should.
+_FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0x85EBCA6B, 0xC2B2AE35], np.uint32).view(np.int32).tolist()
+_OF_QUERY, _OF_KEY, _FIRST, _SECOND = _FACTORS
+
+
+def dropped_share(seed: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """A number of 0 to 1, uniform and apart for every seed, query and key, all int32 that broadcast together.
+
+    A pair is dropped where it is below the rate. The hash is MurmurHash3's finaliser (A. Appleby, public domain), of
+    the seed and the query, then of both and the key.
+    """
+    return (_shift(_mix(_mix(seed ^ (query * _OF_QUERY)) + key * _OF_KEY), 8)).astype(jnp.float32) * 2.0**-24
+
+
+def _mix(x):
+    x = (x ^ _shift(x, 16)) * _FIRST
+    x = (x ^ _shift(x, 13)) * _SECOND
+    return x ^ _shift(x, 16)
+
+
+def _shift(x, places):
+    return jax.lax.shift_right_logical(x, jnp.full(x.shape, places, jnp.int32))
 
 
 def _logits(query, key, biases):
@@ -42,9 +69,17 @@ def _gradient_of_spots(d_logits, spots, places):
     return jnp.concatenate([*rows, jnp.zeros((SUBLANES - len(rows), rows[0].shape[1]), jnp.float32)], axis=0)
 
 
-def forward_kernel(query, key, value, *refs, num_biases):
-    biases, (attended, lse, top, total, sums) = refs[:num_biases], refs[num_biases:]
-    step = pl.program_id(3)
+def _kept(seeds, rate, shape, block_query, block_key):
+    """[keys, queries]: 1 / (1 - rate) where a pair is kept, else 0. `shape` of this block, whose numbers are given."""
+    num_keys, num_queries = shape
+    query = block_query * num_queries + jax.lax.broadcasted_iota(jnp.int32, (1, num_queries), 1)
+    key = block_key * num_keys + jax.lax.broadcasted_iota(jnp.int32, (num_keys, 1), 0)
+    return jnp.where(dropped_share(seeds[0, 0][:, :1], query, key) < rate, 0.0, 1.0 / (1.0 - rate))
+
+
+def forward_kernel(query, key, value, *refs, num_biases, rate):
+    biases, seeds, (attended, lse, top, total, sums) = _split(refs, num_biases, rate)
+    outer, step = pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
     def start():
@@ -58,6 +93,8 @@ def forward_kernel(query, key, value, *refs, num_biases):
     shrink = jnp.exp(top[...] - new_top)
     top[...] = new_top
     total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+    if rate:
+        weights *= _kept(seeds, rate, weights.shape, outer, step)
     sums[...] = sums[...] * shrink + dot(value[0, 0], weights.astype(value.dtype), 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
@@ -68,24 +105,35 @@ def forward_kernel(query, key, value, *refs, num_biases):
         lse[0, 0] = jnp.where(nothing, -MASKED, top[...] + jnp.log(safe))  # then every probability is 0
 
 
-def _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta):
-    """(probabilities, gradient of the logits), both [keys, queries]."""
+def _split(refs, num_biases, rate):
+    """(biases, seeds where there is dropout, the rest)"""
+    count = num_biases + bool(rate)
+    return refs[:num_biases], refs[num_biases] if rate else None, refs[count:]
+
+
+def _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta, dropout):
+    """(probabilities that weigh the values, gradient of the logits), both [keys, queries]."""
     probabilities = jnp.exp(_logits(query, key, biases) - lse[0, 0])
-    return probabilities, probabilities * (dot(value[0, 0], gradient[0, 0], 0, 0) - delta[0, 0])
+    of_weights = dot(value[0, 0], gradient[0, 0], 0, 0)
+    if dropout is None:
+        return probabilities, probabilities * (of_weights - delta[0, 0])
+    kept = _kept(*dropout[:2], probabilities.shape, *dropout[2:])
+    return probabilities * kept, probabilities * (of_weights * kept - delta[0, 0])
 
 
-def query_kernel(query, key, value, *refs, num_biases):
+def query_kernel(query, key, value, *refs, num_biases, rate):
     """Gradients of the queries, and of a map or of the queries' spots."""
-    biases, (gradient, lse, delta, d_query, *refs) = refs[:num_biases], refs[num_biases:]
+    biases, seeds, (gradient, lse, delta, d_query, *refs) = _split(refs, num_biases, rate)
     d_biases, (query_sums, *spot_sums) = refs[: min(num_biases, 1)], refs[min(num_biases, 1) :]
-    step = pl.program_id(3)
+    outer, step = pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
     def start():
         for sums in (query_sums, *spot_sums):
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    _, d_logits = _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta)
+    dropout = (seeds, rate, outer, step) if rate else None
+    _, d_logits = _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta, dropout)
     if num_biases == 1:
         d_biases[0][0, 0] = d_logits.astype(d_biases[0].dtype)
     if num_biases == 2:
@@ -99,17 +147,18 @@ def query_kernel(query, key, value, *refs, num_biases):
             d_biases[0][0, 0] = spot_sums[0][...]
 
 
-def key_kernel(query, key, value, *refs, num_biases):
+def key_kernel(query, key, value, *refs, num_biases, rate):
     """Gradients of the keys and values."""
-    biases, (gradient, lse, delta, d_key, d_value, key_sums, value_sums) = refs[:num_biases], refs[num_biases:]
-    step = pl.program_id(3)
+    biases, seeds, (gradient, lse, delta, d_key, d_value, key_sums, value_sums) = _split(refs, num_biases, rate)
+    outer, step = pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
     def start():
         key_sums[...] = jnp.zeros(key_sums.shape, jnp.float32)
         value_sums[...] = jnp.zeros(value_sums.shape, jnp.float32)
 
-    probabilities, d_logits = _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta)
+    dropout = (seeds, rate, step, outer) if rate else None
+    probabilities, d_logits = _probabilities_and_gradient(query, key, value, biases, gradient, lse, delta, dropout)
     key_sums[...] += dot(query[0, 0], d_logits.astype(query.dtype), 1, 1)
     value_sums[...] += dot(gradient[0, 0], probabilities.astype(gradient.dtype), 1, 1)
 

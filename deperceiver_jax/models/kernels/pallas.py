@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 SUBLANES = 8  # rows of a register of float32, of which small arrays are padded to a multiple
+LANES = 128  # its columns
 
 
 def dot(a, b, axis_a: int, axis_b: int, *, precision=None):
@@ -31,8 +32,9 @@ def call_in_blocks(
 ) -> list[Array]:
     """Runs `kernel` over images, heads and blocks of queries and keys, the keys innermost or the queries.
 
-    Kinds of arrays: q has queries on its last axis, k keys, p keys and no heads, b is [B, H, K, Q]. outputs: (rows,
-    type, kind) of each; scratch: (rows, kind), one block of float32 each. flops, transcendentals: of a query and a key.
+    Kinds of arrays: q has queries on its last axis, k keys, p keys and no heads, b is [B, H, K, Q], s is a row of LANES
+    for each head. outputs: (rows, type, kind) of each; scratch: (rows, kind), one block of float32 each. flops,
+    transcendentals: of a query and a key.
     """
     given = list(zip(inputs, kinds, strict=True))
     batch, heads, _, num_queries = next(x.shape for x, kind in given if kind == "q")
@@ -44,10 +46,12 @@ def call_in_blocks(
     def spec(kind, rows):
         def place(b, h, outer, inner):
             i, j = (outer, inner) if keys_inside else (inner, outer)
-            return {"q": (b, h, 0, i), "k": (b, h, 0, j), "p": (b, 0, 0, j), "b": (b, h, j, i)}[kind]
+            places = {"q": (b, h, 0, i), "k": (b, h, 0, j), "p": (b, 0, 0, j), "b": (b, h, j, i), "s": (b, h, 0, 0)}
+            return places[kind]
 
         of_keys = (1, 1, rows, block_k)
         shape = {"q": (1, 1, rows, block_q), "k": of_keys, "p": of_keys, "b": (1, 1, block_k, block_q)}
+        shape["s"] = (1, 1, rows, LANES)
         return pl.BlockSpec(shape[kind], place)
 
     def reads(kind):  # what runs inside is read again for every block outside, unless it is a single block

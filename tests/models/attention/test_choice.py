@@ -35,7 +35,7 @@ def bias_for(queries, keys, shape):
     return jnp.asarray(np.random.default_rng(1).normal(size=[2, *shape]), jnp.float32).reshape(2, *shape)
 
 
-def same_values_and_gradients(attend, query, key, value, valid, bias, tolerance):
+def same_values_and_gradients(attend, query, key, value, valid, bias, tolerance, plain=dense_attention):
     def loss(attend, query, key, value, bias):
         attended = attend(query, key, value, valid, bias).astype(jnp.float32)
         return jnp.sum(jnp.sin(attended)), attended
@@ -47,8 +47,8 @@ def same_values_and_gradients(attend, query, key, value, valid, bias, tolerance)
         (_, attended), gradients = jax.jit(gradient)(query, key, value, bias)
         return attended, *gradients
 
-    for ours, plain in zip(jax.tree.leaves(compute(attend)), jax.tree.leaves(compute(dense_attention)), strict=True):
-        np.testing.assert_allclose(ours, plain, atol=tolerance)
+    for ours, same in zip(jax.tree.leaves(compute(attend)), jax.tree.leaves(compute(plain)), strict=True):
+        np.testing.assert_allclose(ours, same, atol=tolerance)
         if valid is not None:
             assert not np.any(ours[1])
 
@@ -115,6 +115,55 @@ def test_kernels_equal_plain_attention(bias_shape, masked):
         same_values_and_gradients(flash_attention, query, key, value, valid if masked else None, bias, 1e-5)
 
 
+def murmur_finaliser(x):
+    """Of uint32, in NumPy."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def kept_pairs(seeds, queries, keys, rate):
+    """[B, H, Q, K] bool"""
+    seeds = np.asarray(seeds).view(np.uint32)[:, :, None, None]
+    query, key = np.arange(queries, dtype=np.uint32)[:, None], np.arange(keys, dtype=np.uint32)
+    of_query = murmur_finaliser(seeds ^ (query * np.uint32(0x9E3779B1)))
+    return (murmur_finaliser(of_query + key * np.uint32(0x85EBCA77)) >> 8) >= rate * 2**24
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 140, 200), "gaussian"])
+def test_kernels_drop_what_their_hash_says_in_both_passes(bias_shape):
+    """Beside plain attention that is given the pairs to keep."""
+    query, key, value, valid = arrays()
+    bias = gaussian_for(140, 200) if bias_shape == "gaussian" else None
+    bias = bias_for(140, 200, bias_shape) if isinstance(bias_shape, tuple) else bias
+    rate, seeds = 0.3, jnp.asarray([[5, -7], [11, 2**31 - 1]], jnp.int32)
+    kept = jnp.asarray(kept_pairs(seeds, 140, 200, rate))
+
+    def kernels(*arrays):
+        return flash_attention(*arrays, seeds, dropout_rate=rate)
+
+    def plain(query, key, value, valid, bias):
+        everything = jnp.broadcast_to(jnp.eye(200), (2, 2, 200, 200))  # so that the answer is the matrix
+        probabilities = dense_attention(query, key, everything, valid, bias)
+        return jnp.einsum("bhqk,bhke->bhqe", jnp.where(kept, probabilities / (1 - rate), 0.0), value)
+
+    with pltpu.force_tpu_interpret_mode():
+        same_values_and_gradients(kernels, query, key, value, valid, bias, 1e-5, plain)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(128, 4096), (4096, 128)])
+def test_pairs_are_dropped_independently(queries, keys):
+    """At their rate in every head; no two heads, and no two of the 128 rows or columns, go together."""
+    rate = 0.1
+    seeds = np.asarray(jax.random.bits(jax.random.key(0), (1, 4), jnp.uint32)).view(np.int32)
+    kept = kept_pairs(seeds, queries, keys, rate)[0]
+    assert np.all(np.abs(kept.mean(axis=(1, 2)) - 0.9) < 5 * np.sqrt(rate * (1 - rate) / (queries * keys)))
+    rows = kept[0] if queries < keys else kept[0].T
+    for together, allowed in ((kept.reshape(4, -1), 5), (rows, 6)):
+        apart = np.corrcoef(together) - np.eye(len(together))
+        assert np.max(np.abs(apart)) < allowed / np.sqrt(together.shape[1])
+
+
 def test_a_kernel_pads_at_most_a_quarter_beyond_its_smallest_block():
     assert [block_size(length) for length in (2048, 4368, 1092, 900, 300, 100)] == [512, 512, 256, 512, 128, 128]
 
@@ -142,7 +191,8 @@ def test_choice_by_size_platform_dropout_and_field():
     places = jnp.ones((1, 1, 1024, 2)), jnp.ones((1, 1, 1024, 2)), jnp.ones((1, 1024, 2))
     assert choice("auto", *large, bias=LogGaussian(*places)) == "kernel"
     assert choice("auto", *large, bias=LogGaussian(*places), platform="cpu") == "blocks"
-    assert choice("auto", *large, dropout=0.1) == "blocks"
+    assert choice("auto", *large, dropout=0.1) == "kernel"
+    assert choice("auto", *large, dropout=0.1, platform="cpu") == "blocks"
     assert choice("auto", *small) == "matrix"
     assert choice("xla", *large) == "matrix"
     assert choice("chunked", *large) == "blocks"
