@@ -23,11 +23,13 @@ ROOMS = {
     "evaluation": LIBRARY | KEEPERS,
     "export": LIBRARY | KEEPERS | {"evaluation"},  # it compares APs
     "visualize": LIBRARY | KEEPERS,
-    "report": LIBRARY | KEEPERS | {"evaluation"},
-    "compare": LIBRARY | KEEPERS | {"evaluation", "report"},
+    "pages": FOUNDATION,  # what the report, the comparison and the app share
+    "report": LIBRARY | KEEPERS | {"evaluation", "pages"},
+    "compare": LIBRARY | KEEPERS | {"evaluation", "report", "pages"},
     "training": LIBRARY | KEEPERS | {"evaluation", "visualize"},  # pictures for trackers
     "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that a training run takes
     "prediction": LIBRARY | KEEPERS | {"evaluation", "visualize"},
+    "app": LIBRARY | KEEPERS | {"prediction", "visualize", "pages"},
 }
 PROGRAMS = {"train", "eval", "predict", "import_weights", "export_weights"}  # and every __main__.py
 CLONE = ("train.py", "eval.py", "predict.py")  # of which these are the doors

@@ -7,8 +7,9 @@ from deperceiver_jax.compare.charts import all_charts
 from deperceiver_jax.compare.rows import Row, step_milliseconds
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import write_whole
+from deperceiver_jax.pages.template import fill, render
 from deperceiver_jax.report.page import ROOM as REPORT
-from deperceiver_jax.report.page import as_json, libraries, template
+from deperceiver_jax.report.page import libraries
 
 ROOM = Path(__file__).parent
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APs_over_AP")
@@ -25,19 +26,19 @@ def write_comparison(
         entries = [run.metrics["by_class"][k] for run in others]
         changes = [e["AP"] - row["AP"] if min(e["AP"], row["AP"]) >= 0 else None for e in entries]
         classes.append({"name": row["name"], "boxes": row["boxes"], "AP": row["AP"], "changes": changes})
-    page = template(ROOM).render(
+    page = render(
+        ROOM,
+        f"{len(runs)} runs compared",
+        scripts=(libraries(), (REPORT / "page.js").read_text()),
         columns=COLUMNS,
         rows=list(zip(rows, bounds, strict=True)),
         published=published,
         runs=runs,
         times={run.name: step_milliseconds(run) for run in runs},
         classes=classes,
-        style=(REPORT / "page.css").read_text(),
-        libraries=libraries(),
-        script=(REPORT / "page.js").read_text(),
     )
     data = {"charts": all_charts([*rows, *published], runs)}
     try:
-        write_whole(path, page.replace("@DATA@", as_json(data), 1))
+        write_whole(path, fill(page, data))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error

@@ -3,15 +3,14 @@
 import functools
 from pathlib import Path
 
-import jinja2
 import numpy as np
-import orjson
 import vl_convert
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, ground_truth
 from deperceiver_jax.files import write_whole
+from deperceiver_jax.pages.template import as_json, fill, render
 from deperceiver_jax.report import gallery
 from deperceiver_jax.report.analysis import analyse, boxes_by_class
 from deperceiver_jax.report.charts import NOTHING, TOGETHER, all_charts, confused_pairs
@@ -50,8 +49,10 @@ def write_report(
         "threshold": analysis.threshold,
     }
     told = analysis.counted.run.calibration(n_bins=10)
-    page = template(ROOM).render(
-        title=f"{config.model.name} on {config.data.name}, {split}, {'step ' if step.isdigit() else ''}{step}",
+    page = render(
+        ROOM,
+        f"{config.model.name} on {config.data.name}, {split}, {'step ' if step.isdigit() else ''}{step}",
+        scripts=(libraries(), (ROOM / "page.js").read_text(), (ROOM / "gallery.js").read_text()),
         images=len(source),
         boxes=sum(boxes_by_class(analysis.counted)),
         detections=len(results),
@@ -63,35 +64,17 @@ def write_report(
         calibration_error=told["ece"],
         together=TOGETHER,
         nothing=NOTHING,
-        style=(ROOM / "page.css").read_text(),
-        libraries=libraries(),
-        script=(ROOM / "page.js").read_text(),
-        gallery=(ROOM / "gallery.js").read_text(),
     )
     room = LARGEST - len(page.encode()) - len(as_json(data).encode())
     for picture, address in zip(pictures, gallery.pixels(source, kinds, room - 40 * len(pictures)), strict=True):
         picture["src"] = address
     try:
-        write_whole(path, page.replace("@DATA@", as_json(data), 1))
+        write_whole(path, fill(page, data))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def as_json(content) -> str:
-    """As a script element may hold it, whatever the names in it are."""
-    return orjson.dumps(content).decode().replace("<", "\\u003c")
 
 
 @functools.cache
 def libraries() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, about 900 kB."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-
-
-def template(room: Path) -> jinja2.Template:
-    """page.html of a room; `share` shows a number of [0, 1], and a dash where it is not defined."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(room), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["share"] = lambda value: "–" if value is None or value < 0 else f"{value:.3f}"
-    return environment.get_template("page.html")

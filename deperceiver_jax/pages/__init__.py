@@ -1,0 +1,1 @@
+"""What the pages share, the report, the comparison and the app: their head, their style, their data."""
