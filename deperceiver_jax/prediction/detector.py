@@ -107,8 +107,9 @@ class PictureDetector:
     ) -> Any:
         """What is in each picture, in their order; for one picture by itself, its detections by themselves.
 
-        pictures: a path, a PIL image or a uint8 array ([height, width, 3] in RGB, or [height, width] in grey), or any
-          number of them. Those with an EXIF orientation are turned, as viewers do, and boxes are in the turned picture.
+        pictures: a path, the bytes of an image file, a PIL image or a uint8 array ([height, width, 3] in RGB, or
+          [height, width] in grey), or any number of them. Those with an EXIF orientation are turned, as viewers do, and
+          boxes are in the turned picture.
         threshold: detections with a lower score, in [0, 1], are left out.
         max_detections: of a picture, the best ones; at most config.eval.max_detections, which is what None means.
         batch_size: pictures that are computed together, config.eval.batch_size without it.
@@ -118,7 +119,7 @@ class PictureDetector:
         >>> found = load("runs/x").predict("a.jpg", threshold=0.3)
         >>> found.names, found.scores, found.boxes
         """
-        single = isinstance(pictures, str | Path | Image.Image) or _is_one_array(pictures)
+        single = isinstance(pictures, str | Path | bytes | Image.Image) or _is_one_array(pictures)
         given = [pictures] if single else list(pictures)
         if not given:
             raise UserError("There are no pictures to look at.")

@@ -15,7 +15,8 @@ from deperceiver_jax.data.batches.plan import GRID
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 from deperceiver_jax.errors import UserError
 
-Picture = str | Path | Image.Image | UInt8[np.ndarray, "h w 3"]  # arrays are RGB, or grey without the last axis
+# bytes are an image file's; arrays are RGB, or grey without the last axis
+Picture = str | Path | bytes | Image.Image | UInt8[np.ndarray, "h w 3"]
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -59,11 +60,15 @@ def read_pixels(picture: object) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels of a picture as a viewer shows it, turned by its EXIF orientation. Raises UserError."""
     if isinstance(picture, str | Path):
         return _read_file(Path(picture).expanduser())
+    if isinstance(picture, bytes):
+        return _decode(picture, "The picture")
     if isinstance(picture, Image.Image):
         return _read_image(picture)
     if isinstance(picture, np.ndarray):
         return _read_array(picture)
-    raise UserError(f"A picture is a path, a PIL image or a uint8 array, not {type(picture).__name__}.")
+    raise UserError(
+        f"A picture is a path, the bytes of a file, a PIL image or a uint8 array, not {type(picture).__name__}."
+    )
 
 
 def _read_file(path: Path) -> np.ndarray:
@@ -71,11 +76,15 @@ def _read_file(path: Path) -> np.ndarray:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
+    return _decode(data, str(path))
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
     try:
         image_size(data)  # refuses what is cut short or a bomb, which a decoder might not
         return decode_image(data, exif_orientation(data))
     except CorruptImage as error:
-        raise UserError(f"{path} is not a whole image: {error}.") from error
+        raise UserError(f"{name} is not a whole image: {error}.") from error
 
 
 def _read_image(image: Image.Image) -> np.ndarray:

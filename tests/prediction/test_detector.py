@@ -61,7 +61,9 @@ def test_every_kind_of_picture_gives_the_same_bits(detector, pictures, tmp_path)
     Image.fromarray(pictures[0]).save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as opened:
         array = np.array(opened)
-        found = detector.predict([tmp_path / "a.jpg", str(tmp_path / "a.jpg"), opened, array], threshold=0)
+        path = tmp_path / "a.jpg"
+        found = detector.predict([path, str(path), path.read_bytes(), opened, array], threshold=0)
+    assert same(detector.predict(path.read_bytes(), threshold=0), detector.predict(path, threshold=0))
     assert all(same(found[0], other) for other in found)
     grey = pictures[0][..., 0]
     repeated = np.repeat(grey[..., None], 3, axis=2)
@@ -164,7 +166,7 @@ def test_supervision_takes_them(detector, pictures):
         (np.zeros((4, 4, 3)), {}, "A picture's array is uint8, [height, width, 3] in RGB or [height, width] in grey"),
         (np.zeros((4, 4, 4), np.uint8), {}, "A picture's array is uint8"),
         (np.zeros((0, 4, 3), np.uint8), {}, "A picture's array is uint8"),
-        ([3], {}, "A picture is a path, a PIL image or a uint8 array, not int."),
+        ([3], {}, "A picture is a path, the bytes of a file, a PIL image or a uint8 array, not int."),
         ("{0}/a.png", {"threshold": 2}, "threshold is 2; it must be between 0 and 1."),
         ("{0}/a.png", {"max_detections": 101}, "max_detections is 101; it must be between 1 and 100."),
         ("{0}/a.png", {"batch_size": 0}, "batch_size is 0; it must be at least 1."),

@@ -23,6 +23,7 @@ from deperceiver_jax.data.image_header import CorruptImage
 cv2.setNumThreads(1)  # images are loaded side by side; threads inside one would only get in each other's way
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+_UNREADABLE += (RuntimeError,)  # Pillow's for AVIF
 
 
 def decode_image(data: bytes, orientation: int = 1) -> UInt8[np.ndarray, "h w 3"]:

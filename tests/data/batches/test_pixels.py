@@ -163,3 +163,10 @@ def test_damage_that_pillow_overlooks():
 def test_corrupt_images(data):
     with pytest.raises(CorruptImage):
         decode_image(data)
+
+
+def test_an_avif_with_broken_pixels():
+    data = _encoded("RGB", "AVIF")
+    start = data.index(b"mdat") + 4
+    with pytest.raises(CorruptImage, match="Failed to decode"):
+        decode_image(data[:start] + bytes(len(data) - start))
