@@ -8,6 +8,7 @@ attention of each head. DePerceiver's is taken through the latents, of which the
 Deformable DETR's are the points that it reads.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, box_iou
 from deperceiver_jax.data.classes import ClassMap
@@ -23,6 +24,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.models.layers.recorder import DenseRecord, PointRecord, record_attention
+from deperceiver_jax.models.skeleton import Skeleton
 from deperceiver_jax.program.command_line import parse_flags
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
@@ -42,12 +44,11 @@ class Look(NamedTuple):
     encoder: list[DenseRecord]  # what latents read from the image; empty without latents
 
 
-def look(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"], check=lambda look: None) -> Look:
-    """Runs the detector on one image without padding; `check` sees the shapes of the answer before anything is run."""
+def look_of(skeleton: Skeleton) -> Callable[[dict[str, Array], UInt8[Array, "1 H W 3"], Int32[Array, "1 2"]], Look]:
+    """(arrays, image, (height, width) of what is not padding) -> Look, to be jitted."""
 
-    def forward(arrays, image):
-        detector = loaded.skeleton.merge(arrays)
-        size = jnp.asarray([image.shape[1:3]], jnp.int32)
+    def forward(arrays, image, size):
+        detector = skeleton.merge(arrays)
         with record_attention(detector, "cross_attention") as records:
             predictions = detector(*normalize_images(image, size))
         of_encoder = [record for record in records if record.name.startswith("encoder.cross_attentions")]
@@ -56,8 +57,14 @@ def look(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"], check=lambda
             of_decoder, of_encoder = of_encoder, []
         return Look(predictions, of_decoder, of_encoder)
 
-    check(jax.eval_shape(forward, loaded.arrays, frame[None]))
-    return jax.device_get(jax.jit(forward)(loaded.arrays, frame[None]))
+    return forward
+
+
+def look(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"], check=lambda look: None) -> Look:
+    """Runs the detector on one image without padding; `check` sees the shapes of the answer before anything is run."""
+    forward, size = look_of(loaded.skeleton), np.array([frame.shape[:2]], np.int32)
+    check(jax.eval_shape(forward, loaded.arrays, frame[None], size))
+    return jax.device_get(jax.jit(forward)(loaded.arrays, frame[None], size))
 
 
 def choose_queries(

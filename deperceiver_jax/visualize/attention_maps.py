@@ -1,6 +1,6 @@
 """Records of attention -> maps and points in the frame of the image, for one query.
 
-A picture shows the frame that the detector saw, without padding. A map is a weight for each pixel of a picture: the
+A picture shows what the detector saw, without padding. A map is a weight for each pixel of a picture: the
 attention of a cell is spread evenly over the pixels that the cell covers, and levels are added, so a cell of stride 32
 is as bright as the 16 cells of stride 8 in its place that together have as much attention.
 """
@@ -37,13 +37,23 @@ class View(NamedTuple):
 class Frame(NamedTuple):
     """What maps are drawn onto, and how the tokens cover it."""
 
-    image: UInt8[np.ndarray, "H W 3"]  # what the detector saw
-    strides: tuple[int, ...]  # of the levels that the tokens are made of, in their order; unused for points
+    image: UInt8[np.ndarray, "H W 3"]  # what the detector saw, without padding
+    strides: tuple[int, ...]  # of the levels that the tokens are made of, in their order; for points where it is padded
+    padded: Size | None = None  # of what it was the top left of, if there was more
 
     @property
     def level_sizes(self) -> list[Size]:
-        height, width = self.image.shape[:2]
-        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+        return self._in_cells(self.padded or self.image.shape[:2])
+
+    @property
+    def beyond(self) -> Float[np.ndarray, "L 2"]:
+        """(x, y) of each level, or of all: how many times as large as what of it holds image a padded map is."""
+        if self.padded is None:
+            return np.ones((1, 2))
+        return np.array(self.level_sizes)[:, ::-1] / np.array(self._in_cells(self.image.shape[:2]))[:, ::-1]
+
+    def _in_cells(self, size: Size) -> list[Size]:
+        return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in self.strides]
 
 
 def spread(
@@ -113,8 +123,9 @@ def latent_view(decoder: DenseRecord, encoder: DenseRecord, query: int, frame: F
 
 def point_view(record: PointRecord, query: int, frame: Frame) -> View:
     """The points that a query reads, all heads together and each by itself."""
-    location, weight = record.location[0, query], record.weight[0, query]  # [H L K 2], [H L K]
-    reference = record.reference[0, query].mean(axis=0)  # without padding, all levels have the same
+    location = record.location[0, query] * frame.beyond[:, None]  # [H L K 2]
+    weight = record.weight[0, query]  # [H L K]
+    reference = (record.reference[0, query] * frame.beyond).mean(axis=0)  # without padding, all levels have the same
 
     def panel(caption, heads):
         return Panel(caption, lambda size: draw_points(frame.image, location[heads], weight[heads], reference, size))

@@ -6,7 +6,7 @@ from PIL import Image
 
 from configs import demo
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.models.layers.recorder import DenseRecord
+from deperceiver_jax.models.layers.recorder import DenseRecord, PointRecord
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.load_detector import LoadedDetector
@@ -19,6 +19,7 @@ from deperceiver_jax.visualize.attention_maps import (
     draw_heat,
     draw_points,
     latent_view,
+    point_view,
     spread,
 )
 from deperceiver_jax.visualize.attention_sheet import save_sheet
@@ -70,6 +71,21 @@ def test_cells_beyond_the_frame_are_cut_off():
     assert heat.argmax() == 200 * 200 - 1 and heat[:80, :80].max() < 0.03 * heat.max()
     with pytest.raises(ValueError, match="have 4 cells, not 5"):
         spread(one_hot(3, 5), frame, (200, 200))
+
+
+def test_padding_is_cut_off():
+    """In a padded frame of 64 x 64 tokens and points lie where they do without the padding."""
+    padded = Frame(FRAME.image, FRAME.strides, (64, 64))  # cells: 8 x 8, then 4 x 4
+    for token, in_padded in ((8, 10), (24 + 1, 64 + 1)):  # row 1, column 2 of the first level; row 0, column 1
+        ours, theirs = spread(one_hot(token), FRAME, (64, 96)), spread(one_hot(in_padded, 80), padded, (64, 96))
+        np.testing.assert_allclose(theirs, ours, atol=0.05 * ours.max())  # bicubic at the border
+    location = np.random.default_rng(0).uniform(0, 1, (1, 1, 2, 2, 4, 2)).astype(np.float32)
+    weight, reference = np.ones(location.shape[:-1], np.float32), np.full((1, 1, 2, 2), 0.5, np.float32)
+    share = np.array([[48 / 64, 32 / 64]] * 2, np.float32)  # of both levels' maps, (x, y)
+    plain = PointRecord("decoder", location, weight, reference)
+    laid = PointRecord("decoder", location * share[:, None], weight, reference * share)
+    ours, theirs = (point_view(*given).large[0].draw((64, 96)) for given in ((plain, 0, FRAME), (laid, 0, padded)))
+    np.testing.assert_array_equal(theirs, ours)
 
 
 def test_heads_and_their_gaussians():
