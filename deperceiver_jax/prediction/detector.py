@@ -74,6 +74,7 @@ class PictureDetector:
         self._arrays = jax.device_put(loaded.arrays, replicated(self._mesh))
         self._reader = Reader(self.classes)
         self._one_compiles = threading.Lock()
+        self._readers = ThreadPoolExecutor(THREADS, "reader")  # kept: threads that come and go leave memory behind
 
     @overload  # a str is one picture, though also an iterable of them
     def predict(  # type: ignore[overload-overlap]
@@ -183,7 +184,7 @@ class PictureDetector:
                 for first in range(0, len(members), single):
                     start(members[first : first + single], single)
 
-        for number, prepared in enumerate(_ahead(self._prepare, pictures)):
+        for number, prepared in enumerate(_ahead(self._readers, self._prepare, pictures)):
             if isinstance(prepared, UserError):
                 done[number] = prepared
             else:
@@ -234,17 +235,18 @@ def _is_one_array(pictures: object) -> bool:
     return isinstance(pictures, np.ndarray) and pictures.ndim != 4
 
 
-def _ahead(function: Callable[[Picture], Result], items: Iterable[Picture]) -> Iterator[Result]:
-    """function(item) of each in order, a few of them ahead of their use in threads."""
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Picture], Result], items: Iterable[Picture]
+) -> Iterator[Result]:
+    """function(item) of each in order, a few of them ahead of their use in the threads of `pool`."""
     running: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) > 2 * THREADS:
-                    yield running.popleft().result()
-            while running:
+    try:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 2 * THREADS:
                 yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
