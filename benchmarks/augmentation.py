@@ -14,14 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-import simplejpeg
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import small_objects  # noqa: E402
 from deperceiver_jax.data.datasets.shapes import drawing  # noqa: E402
-from deperceiver_jax.data.datasets.shapes.builder import JPEG_QUALITY  # noqa: E402
 
 ROW = "deperceiver_plus"
 PICTURES = {"train": 500, "validation": 200}
@@ -83,8 +80,7 @@ def write_pictures(folder: Path) -> None:
         for index in range(count):
             picture = drawing.draw(drawing.RECIPES["small"], split, index)
             name, (height, width) = f"{split}_{index:05d}.jpg", picture.image.shape[:2]
-            jpeg = simplejpeg.encode_jpeg(picture.image, quality=JPEG_QUALITY, colorsubsampling="444")
-            (folder / images / name).write_bytes(jpeg)
+            (folder / images / name).write_bytes(drawing.encode(picture.image))
             listed["images"].append({"id": index + 1, "file_name": name, "height": height, "width": width})
             for box, label, area in zip(picture.boxes, picture.labels, picture.areas, strict=True):
                 about = {"id": len(listed["annotations"]) + 1, "image_id": index + 1, "category_id": int(label) + 1}

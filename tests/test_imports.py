@@ -22,10 +22,10 @@ ROOMS = {
     "weights": FOUNDATION | {"models"},
     "evaluation": LIBRARY | KEEPERS,
     "export": LIBRARY | KEEPERS | {"evaluation"},  # it compares APs
-    "visualize": LIBRARY | KEEPERS,
     "pages": FOUNDATION,  # what the report, the comparison and the app share
     "report": LIBRARY | KEEPERS | {"evaluation", "pages"},
     "compare": LIBRARY | KEEPERS | {"evaluation", "report", "pages"},
+    "visualize": LIBRARY | KEEPERS | {"evaluation", "pages", "compare"},  # charts, and rows to compare
     "training": LIBRARY | KEEPERS | {"evaluation", "visualize"},  # pictures for trackers
     "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that a training run takes
     "prediction": LIBRARY | KEEPERS | {"evaluation", "visualize"},

@@ -7,7 +7,6 @@ differ in their seed are one row with its standard deviation.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -27,7 +26,7 @@ from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.evaluation.coco_metric import Counted, count, ground_truth
 from deperceiver_jax.files import require_writable
-from deperceiver_jax.program.command_line import parse_flags, run
+from deperceiver_jax.program.command_line import parse_flags, run, split_arguments
 from deperceiver_jax.report import require_libraries
 from deperceiver_jax.runs.workdir import CLASSES, read_classes
 
@@ -66,12 +65,6 @@ def main(argv: list[str]) -> None:
     print(table([*rows, *published], bounds))
     write_comparison(output, rows, published, bounds)
     print(f"Wrote {output}.")
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """(workdirs, flags): a flag has its value behind a =."""
-    folders = [Path(argument).expanduser() for argument in arguments if not argument.startswith("-")]
-    return folders, [argument for argument in arguments if argument.startswith("-")]
 
 
 def differences(rows: list[Row], draws: int) -> list[dict[str, tuple[float, float]]]:

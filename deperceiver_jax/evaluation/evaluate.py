@@ -1,6 +1,7 @@
 """The evaluation loop that train.py and eval.py share: one split through the detector -> COCO's statistics."""
 
 import contextlib
+import functools
 import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -22,36 +23,34 @@ from deperceiver_jax.files import write_whole
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.sharding import check_batch_size, gather, replicated, shard_batch
-from deperceiver_jax.structures import Batch, Detections
+from deperceiver_jax.structures import Batch, Detections, Predictions
 
+Answer = Callable[[Predictions, Int32[Array, "B 2"]], Detections]  # of the original sizes; an image is a row
 DetectStep = Callable[[dict[str, Array], Batch], tuple[Int32[Array, " B"], Detections]]
 
 
-def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh) -> DetectStep:
+def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh, answer: Answer | None = None) -> DetectStep:
     """`detect_step(arrays, batch) -> (example, detections)`: compiled once per size bucket, wherever it is called from.
 
     merge: arrays by path -> the detector that computes with them. The batch is split over all devices; the answer is
-    gathered, so every process holds all of it. Raises UserError when config.eval does not fit the mesh
-    or is out of range.
+    gathered, so every process holds all of it. answer: what is kept of the predictions; without it, the last layer's
+    detections (`postprocess`). Raises UserError when config.eval does not fit the mesh or is out of range.
     """
     check_batch_size(config.eval.batch_size, mesh, field="config.eval.batch_size")
     for name in ("max_detections", "max_detections_per_class"):
         check_at_least(f"config.eval.{name}", config.eval[name], 1)
     check_between("config.eval.score_threshold", config.eval.score_threshold, 0, 1)
     classification = build_classification(config.loss)
+    answer = answer or functools.partial(
+        postprocess, classification=classification, max_detections=config.eval.max_detections
+    )
 
     def detect_step(arrays, batch):
         image, pixel_valid = normalize_images(batch.image, batch.size)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
             predictions = merge(gather(arrays, mesh))(image, pixel_valid)
         classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
-        detections = postprocess(
-            predictions,
-            batch.original_size,
-            classification=classification,
-            max_detections=config.eval.max_detections,
-        )
-        return batch.example, detections
+        return batch.example, answer(predictions, batch.original_size)
 
     return jax.jit(detect_step, out_shardings=replicated(mesh))
 
@@ -98,8 +97,16 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """(metrics, results) of a whole split: what `coco_metric` tells, and COCO's results format, which it tells it of.
 
-    arrays: what `detect_step` was made for. Every process calls this with the same arguments and gets the same answer:
-    each runs its slice of every batch, and all count all detections. A split without annotations has no metrics.
+    arrays: what `detect_step` was made for. A split without annotations has no metrics. Raises UserError for answers
+    that are not finite.
+    """
+    return count_detections(detect_split(detect_step, arrays, source, config, mesh), source, config)
+
+
+def detect_split(detect_step: DetectStep, arrays: dict[str, Array], source, config: ConfigDict, mesh: Mesh):
+    """What `detect_step` answers to every image of a split, NumPy arrays in the split's order.
+
+    Every process calls this with the same arguments and gets the same answer: each runs its slice of every batch.
     Raises UserError for answers that are not finite.
     """
     batches = EvaluationBatches(
@@ -114,7 +121,7 @@ def evaluate(
         raise RuntimeError(f"Evaluation saw {len(example)} of {len(source)} images, or some of them twice.")
     if not all(np.isfinite(x).all() for x in (detections.scores, detections.boxes)):
         raise UserError("The detector's answers are not finite numbers: its parameters are broken.")
-    return count_detections(detections, source, config)
+    return detections
 
 
 def count_detections(detections: Detections, source, config: ConfigDict) -> tuple[dict, list[dict]]:

@@ -126,6 +126,12 @@ def _repeat_names(argv: Sequence[str], several: Collection[str]) -> list[str]:
     return arguments
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(folders, flags) of a program that takes folders beside flags: a flag has its value behind a =."""
+    folders = [Path(argument).expanduser() for argument in arguments if not argument.startswith("-")]
+    return folders, [argument for argument in arguments if argument.startswith("-")]
+
+
 def is_help(arguments: Sequence[str]) -> bool:
     """Whether one of them asks for the help text."""
     return bool({"--help", "-help", "-h"} & set(arguments))

@@ -1,8 +1,24 @@
-"""Pictures of what a detector finds and of where it looks.
+"""Pictures of what a detector finds and of where it looks, and the figures of the papers, each with one command.
 
-    deperceiver visualize detections --workdir=runs/demo --output=runs/demo/detections.png
-    deperceiver visualize attention --workdir=runs/demo --example=0 --output=runs/demo/attention.png
-    deperceiver visualize latents --workdir=runs/demo --example=0 --output=runs/demo/latents.png
+What a run found:
+    deperceiver visualize detections --workdir=runs/demo --output=detections.png
+    deperceiver visualize small_objects runs/a runs/b --published=deperceiver --output=small_objects.png
+What a detector does, of a run (--workdir) or of import-weights (--weights):
+    deperceiver visualize layers --workdir=runs/demo --output=layers.png
+    deperceiver visualize queries --workdir=runs/demo --output=queries.png
+    deperceiver visualize counting --workdir=runs/demo --output=counting.png
+Where it looks, in --image=photo.jpg or in an example of the data:
+    deperceiver visualize attention --workdir=runs/demo --example=0 --output=attention.png
+    deperceiver visualize encoder --workdir=runs/demo --example=0 --output=encoder.png
+    deperceiver visualize latents --workdir=runs/demo --example=0 --output=latents.png
+    deperceiver visualize compare_attention runs/a runs/b --example=0 --output=compared.png
+Memory of encoder and decoder by stride, of no run, from a clone:
+    python benchmarks/encoder_decoder_memory.py --output=runs/memory
+
+small_objects, APs / AP as bars: figure 3 of DePerceiver's paper; memory: its figure 2
+layers, AP by decoder layer with and without suppression; queries, the boxes of each slot over a data set; counting,
+objects found by their number; encoder, self-attention of points: figures 4, 7, 5 and 3 of DETR's paper
+compare_attention, several runs at one object: figure 3 of SMCA's paper
 
 Each has a --help of its own.
 """
@@ -13,7 +29,17 @@ import sys
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.program.command_line import is_help, nearest, run
 
-DRAWN = ("detections", "attention", "latents")
+DRAWN = (
+    "detections",
+    "small_objects",
+    "layers",
+    "queries",
+    "counting",
+    "attention",
+    "encoder",
+    "latents",
+    "compare_attention",
+)
 
 
 def main(argv: list[str]) -> None:

@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     frame = see(image, config.data)
     found = look(loaded, frame, check)
     scores = np.asarray(build_classification(config.loss).scores(found.predictions.logits[-1]))[0]
-    strides = () if isinstance(found.decoder[0], PointRecord) else loaded.skeleton.merge(loaded.arrays).token_strides
+    strides = loaded.skeleton.merge(loaded.arrays).token_strides
     answers = choose_queries(scores, found.predictions.boxes[-1, 0], classes, chosen, values.best)
     name_of = readable(classes)
     views = [make_view(found, layer, answer, image, Frame(frame, strides), name_of) for answer in answers]

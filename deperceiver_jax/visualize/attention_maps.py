@@ -85,12 +85,12 @@ def dense_view(record: DenseRecord, query: int, frame: Frame) -> View:
     heads = [Panel(f"head {i}", _heat(row, frame)) for i, row in enumerate(probability)]
     gaussians = _gaussians(record, query)
     if gaussians is None:
-        return View(large, _fold(heads))
+        return View(large, fold(heads))
     if len(gaussians) == 1:
         large.insert(0, Panel("Gaussian of all heads", _heat(gaussians[0], frame, by_area=False)))
-        return View(large, _fold(heads))
+        return View(large, fold(heads))
     maps = [Panel(f"head {i}, Gaussian", _heat(row, frame, by_area=False)) for i, row in enumerate(gaussians)]
-    lines = [line for pair in zip(_fold(maps), _fold(heads), strict=True) for line in pair]
+    lines = [line for pair in zip(fold(maps), fold(heads), strict=True) for line in pair]
     return View(large, lines)
 
 
@@ -107,7 +107,7 @@ def latent_view(decoder: DenseRecord, encoder: DenseRecord, query: int, frame: F
     large = [Panel("attention through latents, all heads", _heat(probability.mean(axis=0) @ through, frame))]
     lines = []
     if len(probability) > 1:
-        lines = _fold([Panel(f"head {i}", _heat(row @ through, frame)) for i, row in enumerate(probability)])
+        lines = fold([Panel(f"head {i}", _heat(row @ through, frame)) for i, row in enumerate(probability)])
     share = probability.mean(axis=0)[:num_latents]
     strongest = np.argsort(-share, kind="stable")[: COLUMNS if lines else 2 * COLUMNS]
     latents = [Panel(f"latent {i}, {share[i]:.0%}", _heat(reading[i], frame)) for i in strongest]
@@ -117,8 +117,8 @@ def latent_view(decoder: DenseRecord, encoder: DenseRecord, query: int, frame: F
         if (rows := _gaussians(encoder, int(i))) is not None
     ]
     if not own:
-        return View(large, lines + _fold(latents))
-    return View(large, lines + [line for pair in zip(_fold(latents), _fold(own), strict=True) for line in pair])
+        return View(large, lines + fold(latents))
+    return View(large, lines + [line for pair in zip(fold(latents), fold(own), strict=True) for line in pair])
 
 
 def point_view(record: PointRecord, query: int, frame: Frame) -> View:
@@ -131,7 +131,7 @@ def point_view(record: PointRecord, query: int, frame: Frame) -> View:
         return Panel(caption, lambda size: draw_points(frame.image, location[heads], weight[heads], reference, size))
 
     heads = [panel(f"head {i}", slice(i, i + 1)) for i in range(len(location))]
-    return View([panel("points of all heads", slice(None))], _fold(heads))
+    return View([panel("points of all heads", slice(None))], fold(heads))
 
 
 def _gaussians(record: DenseRecord, query: int) -> Float[np.ndarray, "Hb K"] | None:
@@ -142,8 +142,9 @@ def _gaussians(record: DenseRecord, query: int) -> Float[np.ndarray, "Hb K"] | N
     return np.exp(bias) * np.repeat(record.segment_weight[0, query], record.segments)
 
 
-def _fold(panels: Sequence[Panel]) -> list[list[Panel]]:
-    return [list(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
+def fold(panels: Sequence[Panel], columns: int = COLUMNS) -> list[list[Panel]]:
+    """Lines of so many panels."""
+    return [list(panels[i : i + columns]) for i in range(0, len(panels), columns)]
 
 
 def _heat(weight: Float[np.ndarray, " K"], frame: Frame, *, by_area: bool = True) -> Draw:

@@ -15,7 +15,7 @@ GAP, CAPTION, MARGIN = 8, 20, 20
 
 
 def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title: str, note: str) -> None:
-    """Writes the picture. Views have panels of the same kinds, in the same order; aspect: width / height of the image.
+    """Writes the picture. aspect: width / height of the image.
 
     Large panels lie below one another where there are lines enough, else side by side.
     """
@@ -23,7 +23,7 @@ def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title:
     step = small[0] + CAPTION + GAP
     high = 2 * small[0] + CAPTION + GAP
     large = high, round(high * aspect)
-    num_lines, num_large = max(len(view.lines) for view in views), len(views[0].large)
+    num_lines, num_large = max(len(view.lines) for view in views), max(len(view.large) for view in views)
     stacked = num_lines > 2 * (num_large - 1)
     columns = max(len(line) for view in views for line in view.lines)
     beside = MARGIN + (1 if stacked else num_large) * (large[1] + GAP) + GAP

@@ -1,15 +1,12 @@
 """TFDS builder of the built-in data set `shapes`: drawn, never downloaded; see drawing.py for what is in it."""
 
 import numpy as np
-import simplejpeg
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from deperceiver_jax.data.datasets.ordered_builder import OrderedBuilder
 from deperceiver_jax.data.datasets.record import Annotations, example, record_features
 from deperceiver_jax.data.datasets.shapes import drawing
-
-JPEG_QUALITY = 92
 
 
 class Shapes(OrderedBuilder):
@@ -38,7 +35,7 @@ class Shapes(OrderedBuilder):
         annotation_id = 0
         for index in tqdm(range(drawing.IMAGES[split]), desc=f"Drawing {split}", unit=" images", disable=None):
             picture = drawing.draw(recipe, split, index)
-            image = simplejpeg.encode_jpeg(picture.image, quality=JPEG_QUALITY, colorsubsampling="444")
+            image = drawing.encode(picture.image)
             count = len(picture.labels)
             annotations = Annotations(
                 boxes=picture.boxes,

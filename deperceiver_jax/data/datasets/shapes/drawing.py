@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 
 CLASSES = ("disk", "square", "triangle", "star")  # category ids 1, 2, 3, 4
 IMAGES = {"train": 4000, "validation": 200}
@@ -38,6 +39,8 @@ BACKGROUND_SATURATION = 0.25  # at most
 BACKGROUND_BRIGHTNESS = (0.25, 0.75)
 CLUTTER = (4, 12)  # strokes and blots without a class
 NOISE = 6.0  # standard deviation of the pixel noise, in levels of 255
+
+JPEG_QUALITY = 92
 
 _SUPERSAMPLE = 4
 _STREAMS = {"train": 0, "validation": 1}
@@ -87,8 +90,8 @@ class Picture(NamedTuple):
     areas: np.ndarray  # float64 [M], visible pixels
 
 
-def draw(recipe: Recipe, split: str, index: int) -> Picture:
-    """Picture `index` of a split."""
+def draw(recipe: Recipe, split: str, index: int, only: int | None = None) -> Picture:
+    """Picture `index` of a split; `only`: with shapes of this class (its position in CLASSES) alone."""
     stream = [int(part) for part in recipe.version.split(".")] + [_STREAMS[split], index]
     rng = np.random.default_rng(stream)
     height, width = int(rng.integers(*recipe.heights, endpoint=True)), int(rng.integers(*recipe.widths, endpoint=True))
@@ -97,6 +100,7 @@ def draw(recipe: Recipe, split: str, index: int) -> Picture:
     masks: list[np.ndarray] = []
     for radius in _radii(rng, recipe, recipe.magnification * height * width):
         label = int(rng.integers(len(CLASSES)))
+        label = label if only is None else only
         outline = _outline(rng, label) * radius
         placed = _place(rng, outline, masks, height, width)
         if placed is None:
@@ -112,6 +116,11 @@ def draw(recipe: Recipe, split: str, index: int) -> Picture:
     boxes = np.array([_box(mask) for mask in masks], np.float64).reshape(-1, 4)
     areas = np.array([mask.sum() for mask in masks], np.float64)
     return Picture(image, boxes, np.array(labels, np.int64), areas)
+
+
+def encode(image: np.ndarray) -> bytes:
+    """A picture as the data set stores it, a JPEG."""
+    return simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorsubsampling="444")
 
 
 def _radii(rng, recipe, image_area):

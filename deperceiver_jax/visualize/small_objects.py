@@ -1,0 +1,43 @@
+"""APs / AP of several runs and of published detectors as bars: figure 3 of DePerceiver's paper.
+
+    deperceiver visualize small_objects runs/a runs/b --published=deperceiver,detr --output=small_objects.png
+    deperceiver visualize small_objects --published=deperceiver --output=figure3.png
+
+Of runs it takes the newest evaluation; runs of one config that differ in their seed are one bar. Published figures are
+of COCO and lie in deperceiver_jax/compare/published.json with their sources.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from deperceiver_jax.compare.rows import group, names_of, published_rows, read_run
+from deperceiver_jax.errors import UserError
+from deperceiver_jax.program.command_line import parse_flags, split_arguments
+from deperceiver_jax.visualize.charts import draw_chart, require_charts
+from deperceiver_jax.visualize.output import check_output, need, save_picture
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("published", [], "Families whose published bars are shown, too.", flag_values=values)
+    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    folders, others = split_arguments(argv[1:])
+    values, rest = parse_flags([argv[0], *others], define_flags, __doc__)
+    if rest[1:]:
+        raise UserError(f"{rest[1]}: bars take no config; each run has its own.")
+    need(values, "output")
+    check_output(values.output)
+    require_charts()
+    from deperceiver_jax.compare.charts import small_objects
+
+    names = names_of(folders) if folders else []
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    rows = [*group(runs, 0), *published_rows(values.published)]
+    if not any(row.metrics.get("APs_over_AP", -1.0) >= 0 for row in rows):
+        raise UserError("There is no bar to draw: name evaluated runs that found small objects, or --published.")
+    chart = small_objects(rows).properties(width=420, title="Small objects: APs / AP")
+    save_picture(draw_chart(chart), Path(values.output))
+    print(f"Wrote {values.output}.")
