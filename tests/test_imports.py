@@ -25,7 +25,7 @@ ROOMS = {
     "pages": FOUNDATION,  # what the report, the comparison and the app share
     "report": LIBRARY | KEEPERS | {"evaluation", "pages"},
     "compare": LIBRARY | KEEPERS | {"evaluation", "report", "pages"},
-    "visualize": LIBRARY | KEEPERS | {"evaluation", "pages", "compare"},  # charts, and rows to compare
+    "visualize": LIBRARY | KEEPERS | {"evaluation", "report", "compare"},  # charts, and rows to compare
     "training": LIBRARY | KEEPERS | {"evaluation", "visualize"},  # pictures for trackers
     "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that a training run takes
     "prediction": LIBRARY | KEEPERS | {"evaluation", "visualize"},

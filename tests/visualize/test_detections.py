@@ -127,8 +127,8 @@ def test_ids_of_64_bits_are_told_apart():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ([], "visualize draws detections, attention or latents; --help shows how."),
-        (["atention"], "visualize draws detections, attention or latents; the nearest is attention; --help"),
+        ([], "visualize draws detections, small_objects, layers,"),
+        (["atention"], "visualize draws detections, small_objects, layers, queries, counting, attention, encoder, latents or "),
         (["detections", "--output=a.png"], "--workdir is needed"),
         (["detections", "--workdir={0}"], "--output is needed"),
         (["detections", "--workdir={0}", "--output=a.gif"], "--output: a.gif must end in .png or .jpg."),
