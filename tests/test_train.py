@@ -81,7 +81,8 @@ def test_what_a_run_leaves(finished):
     rows = rows_of(finished)
     assert [(row["step"], row["split"]) for row in rows] == [(4, "train"), (6, "train"), (6, "validation")]
     named = {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "num_boxes", "surplus_boxes"}
-    assert named | {"loss", "grad_norm", "update_norm", "lr", "images_per_second", "epoch"} <= rows[0].keys()
+    named |= {"loss", "grad_norm", "update_norm", "lr", "images_per_second", "host_memory_gib", "epoch"}
+    assert named <= rows[0].keys()
     terms = [rows[0][name] for name in ("loss_ce", "loss_bbox", "loss_giou")]
     assert rows[0]["loss"] == pytest.approx(np.dot([1.0, 5.0, 2.0], terms), rel=1e-5)
 
@@ -133,7 +134,10 @@ def test_patience_ends_a_run_where_it_would_have_ended_without_a_break(shared, t
     assert re.fullmatch(
         r"Finished after step [2-8] of 9, because AP, 0.\d+ after .*, has not risen in 1 evaluation", ends[0]
     )
-    rows = [[{**row, "images_per_second": 0} for row in rows_of(tmp_path / name)] for name in ("whole", "broken")]
+    rows = [
+        [row | {"images_per_second": 0, "host_memory_gib": 0} for row in rows_of(tmp_path / name)]
+        for name in ("whole", "broken")
+    ]
     assert rows[0] == rows[1]
 
 
@@ -286,7 +290,7 @@ def last_two(workdir):
 
 def without_speed(row):
     """Its numbers; all rows that are compared are of one split."""
-    return {name: value for name, value in row.items() if name not in ("images_per_second", "split")}
+    return {name: value for name, value in row.items() if name not in ("images_per_second", "host_memory_gib", "split")}
 
 
 def test_a_run_of_eight_devices_continues_on_four_and_on_one(workdir, finished, shared, tmp_path):

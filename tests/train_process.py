@@ -77,12 +77,13 @@ def newest(workdir: Path) -> int:
 
 
 def lines_of(workdir: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl, without the one number that may differ."""
+    """The whole lines of metrics.jsonl, without the numbers that may differ."""
     path = workdir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     for row in rows:
-        row.pop("images_per_second", None)
+        for name in ("images_per_second", "host_memory_gib"):
+            row.pop(name, None)
     return rows
 
 

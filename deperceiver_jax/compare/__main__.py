@@ -16,6 +16,7 @@ from deperceiver_jax.compare.rows import (
     Run,
     group,
     intervals,
+    memory_text,
     names_of,
     published_rows,
     read_run,
@@ -68,17 +69,12 @@ def main(argv: list[str]) -> None:
 
 
 def differences(rows: list[Row], draws: int) -> list[dict[str, tuple[float, float]]]:
-    """Of each row, the bounds of its difference to the first; nothing where either is of several seeds."""
-    counted: dict[str, Counted] = {}
-    single = [row.runs[0] for row in rows if len(row.runs) == 1]
-    if draws and len(single) > 1 and len(rows[0].runs) == 1:
-        counted = count_runs(single)
-    first = counted.get(rows[0].runs[0].name)
-    bounds = []
-    for row in rows:
-        other = counted.get(row.runs[0].name) if row is not rows[0] else None
-        bounds.append(intervals(first, other, draws) if first and other else {})
-    return bounds
+    """Of each row, the bounds of its difference to the first."""
+    if not draws or len(rows) == 1:
+        return [{} for _ in rows]
+    counted = count_runs([run for row in rows for run in row.runs])
+    first, *others = [[counted[run.name] for run in row.runs] for row in rows]
+    return [{}, *(intervals(first, other, draws) for other in others)]
 
 
 def count_runs(runs: list[Run]) -> dict[str, Counted]:
@@ -100,7 +96,7 @@ def count_runs(runs: list[Run]) -> dict[str, Counted]:
 
 def table(rows: list[Row], bounds: list[dict]) -> str:
     """A line a row; AP with its difference to the first row and that one's interval, or with its spread."""
-    lines = [["run", "epochs", *(name.replace("_over_", "/") for name in SHOWN), "AP - first", "ms/step"]]
+    lines = [["run", "epochs", *(name.replace("_over_", "/") for name in SHOWN), "AP - first", "ms/step", "GiB"]]
     first = rows[0].metrics["AP"]
     for number, row in enumerate(rows):
         cells = [row.name, "" if row.epochs is None else f"{row.epochs:g}"]
@@ -114,7 +110,8 @@ def table(rows: list[Row], bounds: list[dict]) -> str:
             difference += f" [{low:+.3f}, {high:+.3f}]"
         speeds = [speed for one in row.runs if (speed := step_milliseconds(one)) is not None]
         time = f"{sum(speeds) / len(speeds):.0f}" if speeds else ""
-        lines.append([*cells, difference, time] if not row.source else [*cells, f"published: {row.source}", ""])
+        measured = [difference, time, memory_text(row)]
+        lines.append([*cells, *measured] if not row.source else [*cells, f"published: {row.source}", "", ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deperceiver_jax.compare.charts import all_charts
-from deperceiver_jax.compare.rows import Row, step_milliseconds
+from deperceiver_jax.compare.rows import Row, memory_text, step_milliseconds
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import write_whole
 from deperceiver_jax.pages.template import fill, render
@@ -35,6 +35,7 @@ def write_comparison(
         published=published,
         runs=runs,
         times={run.name: step_milliseconds(run) for run in runs},
+        memories={row.name: memory_text(row) for row in rows},
         classes=classes,
     )
     data = {"charts": all_charts([*rows, *published], runs)}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hotcoco
+import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, Counted
@@ -17,6 +19,7 @@ from deperceiver_jax.runs.workdir import CONFIG, METRICS, flat_fields, read_conf
 
 PUBLISHED = Path(__file__).with_name("published.json")
 CONFIDENCE = 0.95
+MEMORY = {"device": "device_memory_gib", "host": "host_memory_gib"}  # fields of a training line
 MAY_DIFFER = ("seed", "data.num_workers", "data.prepared_directory", "train.compilation_cache")  # between seeds
 
 
@@ -112,18 +115,48 @@ def published_rows(families: Sequence[str]) -> list[Row]:
     return rows
 
 
-def intervals(first: Counted, other: Counted, samples: int) -> dict[str, tuple[float, float]]:
-    """Bounds of the difference other - first by name, at 95 % confidence; `samples`: draws of the split's images."""
+def intervals(first: Sequence[Counted], other: Sequence[Counted], samples: int) -> dict[str, tuple[float, float]]:
+    """Bounds by name of how much the mean over `other` differs from that over `first`, two rows' runs, at 95 %
+    confidence; `samples`: draws of the split's images."""
     if not samples:
         return {}
-    told = hotcoco.compare(first.run, other.run, n_bootstrap=samples, seed=0, confidence=CONFIDENCE)["ci"]
-    return {name: (bounds["lower"], bounds["upper"]) for name, bounds in told.items()}
+    if len(first) == len(other) == 1:
+        told = hotcoco.compare(first[0].run, other[0].run, n_bootstrap=samples, seed=0, confidence=CONFIDENCE)["ci"]
+        return {name: (bounds["lower"], bounds["upper"]) for name, bounds in told.items()}
+    draws = [_change_in_a_draw(first, other, draw) for draw in tqdm(range(samples), "Drawing", disable=None)]
+    ends = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+    bounds = {name: np.quantile([draw[name] for draw in draws], ends) for name in draws[0]}
+    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+
+
+def _change_in_a_draw(first: Sequence[Counted], other: Sequence[Counted], draw: int) -> dict[str, float]:
+    """The difference of the means where every run is counted on the same drawn images, which its number decides."""
+
+    def changes(runs):
+        """Of each run, to the first of `first`."""
+        told = [hotcoco.compare(first[0].run, run.run, n_bootstrap=1, seed=draw)["ci"] for run in runs]
+        return {name: statistics.fmean(ci[name]["lower"] for ci in told) for name in told[0]}
+
+    before, after = changes(first), changes(other)
+    return {name: after[name] - before[name] for name in after}
 
 
 def step_milliseconds(run: Run) -> float | None:
     """Median time of a training step, from the images per second that the log has."""
     speeds = [line["images_per_second"] for line in run.lines if line.get("images_per_second")]
     return 1000 * run.config.data.batch_size / statistics.median(speeds) if speeds else None
+
+
+def peak_memory(run: Run) -> dict[str, float]:
+    """{"device" or "host": the most GiB that the log has}; nothing of a run that logged none."""
+    found = {kind: [line[name] for line in run.lines if name in line] for kind, name in MEMORY.items()}
+    return {kind: max(values) for kind, values in found.items() if values}
+
+
+def memory_text(row: Row) -> str:
+    """The most memory of any run of the row in GiB, and where it is."""
+    found = [item for run in row.runs for item in peak_memory(run).items()]
+    return "{1:.2f} {0}".format(*max(found, key=lambda item: item[1])) if found else ""
 
 
 def learning_curves(run: Run) -> list[dict]:

@@ -2,10 +2,12 @@
 
 A line of metrics.jsonl is one JSON object:
 
-    {"step": 500, "split": "train", "epoch": 2.5, "loss": .., "loss_ce": .., "lr": .., "images_per_second": ..}
+    {"step": 500, "split": "train", "epoch": 2.5, "loss": .., "loss_ce": .., "lr": .., "images_per_second": ..,
+     "host_memory_gib": ..}
     {"step": 500, "split": "validation", "epoch": 2.5, "AP": .., "AP50": ..}
 
-Training lines are means over the steps since the line before; `lr` is the last step's. `step` counts finished steps.
+Training lines are means over the steps since the line before; `lr` is the last step's, memory the most until then
+(peak_memory.py). `step` counts finished steps.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import write_whole
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import METRICS
+from deperceiver_jax.training.peak_memory import peak_memory
 from deperceiver_jax.training.trackers import Images, Trackers
 
 TRAIN = "train"  # the split of a training line
@@ -91,7 +94,7 @@ class MetricLog:
         if step % self.log_every == 0 or step == self.num_steps:
             means = self._means()
             means |= {"lr": metrics["lr"]} | ({"images_per_second": speed} if (speed := self._speed()) else {})
-            self._write(TRAIN, means)
+            self._write(TRAIN, means | peak_memory())
             if self.writes and self.bar is None:
                 print(f"step {step}/{self.num_steps}  {self._text(means)}  {self._speed_text()}", flush=True)
             self.window = {"count": 0, "sums": {}}

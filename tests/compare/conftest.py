@@ -33,9 +33,8 @@ def make_run(rectangles, tmp_path):
         write_results(tmp_path / name / "eval" / "40", metrics, results)
         lines = []
         for step in (10, 20, 30, 40):
-            lines.append(
-                {"step": step, "split": "train", "epoch": step / 10, "loss": 50 / step, "images_per_second": 8}
-            )
+            speed = {"images_per_second": 8, "host_memory_gib": 2 - 1 / step}
+            lines.append({"step": step, "split": "train", "epoch": step / 10, "loss": 50 / step, **speed})
             scores = {key: metrics[key] * step / 40 if metrics[key] >= 0 else -1.0 for key in SUMMARY}
             lines.append({"step": step, "split": "validation", "epoch": step / 10, **scores})
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -7,8 +7,8 @@ import statistics
 import pytest
 
 from deperceiver_jax.compare import __main__ as program
-from deperceiver_jax.compare.__main__ import SHOWN
-from deperceiver_jax.compare.rows import group, learning_curves, names_of, published_rows, read_run
+from deperceiver_jax.compare.__main__ import SHOWN, count_runs
+from deperceiver_jax.compare.rows import group, intervals, learning_curves, names_of, published_rows, read_run
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
 from deperceiver_jax.program.command_line import run
 
@@ -43,14 +43,33 @@ def test_two_runs(make_run, tmp_path, capsys):
 
 
 def test_seeds_are_one_row(make_run, tmp_path, capsys):
-    """Two seeds: mean and standard deviation; no interval, which would be of one of them."""
+    """Two seeds: mean and standard deviation; the interval is of the difference of the means."""
     (first, a), (second, b), (other, c) = make_run("a", 2, seed=1), make_run("b", 6, seed=2), make_run("c", 8, width=3)
-    assert compare(first, other, second, f"--output={tmp_path}/compare.html") == 0
+    assert compare(first, other, second, f"--output={tmp_path}/compare.html", "--bootstrap=40") == 0
     rows = columns_of(capsys.readouterr().out)
     assert [row["run"] for row in rows[:2]] == ["a (2 seeds)", "c"]
     values = [a["AP"], b["AP"]]
     assert rows[0]["AP"] == f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-    assert rows[1]["AP - first"] == f"{c['AP'] - statistics.fmean(values):+.3f}"
+    change, low, high = map(float, re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", rows[1]["AP - first"]).groups())
+    assert change == pytest.approx(c["AP"] - statistics.fmean(values), abs=6e-4) and low <= change <= high
+    assert rows[1]["GiB"] == "1.98 host" and rows[1]["ms/step"] == "2000"
+
+
+def test_intervals_of_means(make_run):
+    """Seeds that answer alike are one run drawn on the same images; means move no further than their runs."""
+    folders = [make_run(name, near, width=width)[0] for name, near, width in (("a", 2, 1), ("b", 6, 2), ("c", 8, 3))]
+    runs = [read_run(folder, folder.name) for folder in folders]
+    a, b, c = count_runs(runs).values()
+    alone, alike = (intervals([a], others, 30) for others in ([b, b], [b, b, b]))
+    assert alone.keys() == alike.keys()
+    assert [alone[name] for name in alone] == [pytest.approx(alike[name]) for name in alone]
+    of_b, of_c = alone["AP"], intervals([a, a], [c], 30)["AP"]
+    low, high = intervals([a], [b, c], 30)["AP"]
+    assert min(of_b[0], of_c[0]) <= low < high <= max(of_b[1], of_c[1])
+    assert intervals([a, b], [b, a], 30)["AP"] == pytest.approx((0, 0))
+    assert intervals([a], [b], 0) == {}
+    from_one_call = intervals([a], [b], 400)["AP"]  # other draws of the same images
+    assert of_b == pytest.approx(from_one_call, abs=0.05)
 
 
 def test_median_of_the_last_evaluations(make_run, capsys):

@@ -18,7 +18,7 @@ def open_log(workdir, start_step=0, progress=None, writes=True):
 
 def lines_of(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.pop("images_per_second", 1.0) > 0 for line in lines)
+    assert all(line.pop(name, 1.0) > 0 for line in lines for name in ("images_per_second", "host_memory_gib"))
     return lines
 
 

@@ -128,7 +128,7 @@ def test_ids_of_64_bits_are_told_apart():
     "arguments, sentence",
     [
         ([], "visualize draws detections, small_objects, layers,"),
-        (["atention"], "visualize draws detections, small_objects, layers, queries, counting, attention, encoder, latents or "),
+        (["atention"], "visualize draws detections, small_objects, layers, queries, counting, attention, encoder, "),
         (["detections", "--output=a.png"], "--workdir is needed"),
         (["detections", "--workdir={0}"], "--output is needed"),
         (["detections", "--workdir={0}", "--output=a.gif"], "--output: a.gif must end in .png or .jpg."),

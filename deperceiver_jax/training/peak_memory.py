@@ -1,0 +1,27 @@
+"""The most memory that this process has had at one time, for a run's log."""
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import jax
+
+GIB = 2**30
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory() -> dict[str, float]:
+    """{"device_memory_gib": of this process's fullest device} where devices tell it, as GPUs and TPUs do; else
+    {"host_memory_gib": of the process}, which on a CPU holds all that the devices hold."""
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    if peaks:
+        return {"device_memory_gib": round(max(peaks) / GIB, 3)}
+    return {"host_memory_gib": round(peak_resident_bytes() / GIB, 3)}
+
+
+def peak_resident_bytes() -> int:
+    """Linux tells it of the program itself; what getrusage tells there may be of the one that started it."""
+    if STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
