@@ -8,11 +8,13 @@ pictures of the built-in data set, for detectors that were trained on it. An obj
 with a score of at least --score_threshold that overlaps it by an IoU of 0.5; each detection finds one object.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from deperceiver_jax.data import open_source
@@ -21,6 +23,7 @@ from deperceiver_jax.data.datasets.shapes import drawing
 from deperceiver_jax.data.datasets.shapes.crowds import Crowds
 from deperceiver_jax.errors import UserError, check_at_least, check_between, check_choice
 from deperceiver_jax.evaluation.coco_metric import MATCH_IOU, coco_results, count, matches
+from deperceiver_jax.evaluation.evaluate import Answer
 from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.program.command_line import parse_flags
@@ -55,6 +58,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("counts", COUNTS, "How many objects a picture has.", flag_values=values)
     flags.DEFINE_integer("pictures", 10, "How many pictures of each count.", flag_values=values)
     flags.DEFINE_float("score_threshold", 0.5, "Detections below it are left out.", flag_values=values)
+
+
+def make_answer(config: ConfigDict) -> Answer:
+    """The last layer's detections, as eval.py has them."""
+    options = dict(classification=build_classification(config.loss), max_detections=config.eval.max_detections)
+    return functools.partial(postprocess, **options)
 
 
 def parse_counts(texts: Sequence[str]) -> list[int]:
@@ -172,10 +181,6 @@ def main(argv: list[str]) -> None:
     recipe = drawing.RECIPES[config.data.name.partition("/")[2] or "standard"]
     crowds = Crowds(recipe, label, counts, values.pictures)
 
-    def make_answer(config):
-        classification, limit = build_classification(config.loss), config.eval.max_detections
-        return lambda *of: postprocess(*of, classification=classification, max_detections=limit)
-
     found = answers(loaded, crowds, make_answer)
     rows = count_found(crowds, found, loaded.classes, values.score_threshold)
     print("objects  found  wrong detections")
@@ -183,8 +188,8 @@ def main(argv: list[str]) -> None:
         print(f"{row.objects:7}  {row.found:5.1f}  {row.wrong:16.1f}")
     queries, name = config.model.num_queries, config.model.name
     subtitle = [
-        f"{name} with {queries} queries, {values.pictures} pictures a count; scores from {values.score_threshold:g},",
-        f"IoU {MATCH_IOU:g}; the band is from the worst to the best picture. The fullest training picture has {most}.",
+        f"{name} with {queries} queries; detections of {values.score_threshold:g} or more, at IoU {MATCH_IOU:g}.",
+        f"The band: from the worst of {values.pictures} pictures to the best. The fullest in training has {most}.",
     ]
     drawn = draw_chart(chart(rows, most, values.label, subtitle))
     example = int(np.abs(crowds.counts - EXAMPLE).argmin())
