@@ -16,8 +16,8 @@ from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.data.datasets.source import Source
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
+from deperceiver_jax.export.check import Comparison
 from deperceiver_jax.export.choices import AP_TOLERANCES, DYNAMIC, ENDINGS
-from deperceiver_jax.export.compare import Comparison
 from deperceiver_jax.export.pictures import drawn_batches, split_batches
 from deperceiver_jax.export.program import Answers, Sizes, file_program, reference_program, sizes_of
 from deperceiver_jax.export.stablehlo_file import open_stablehlo, write_stablehlo
@@ -37,6 +37,11 @@ def export_detector(values: FlagValues, config_arguments: Sequence[str]) -> None
     if config.precision != "float32":
         print(f"The run computes in {config.precision}; the file is compared with the same parameters in float32.")
         config.precision = "float32"
+    if (values.format, values.precision) == ("onnx", "bfloat16"):
+        raise UserError(
+            "--precision=bfloat16: ONNX's convolution takes no bfloat16 before version 22 of its operators, and "
+            "onnxruntime has none for it on the CPU; take float16, or --format=stablehlo."
+        )
     if values.precision != "float32" and values.check_images == 0:
         raise UserError(
             f"--precision={values.precision} is compared by its AP alone; --check_images=0 leaves out that."

@@ -65,7 +65,7 @@ def sizes_of(loaded: LoadedDetector, batch: int | None, frame: tuple[int, int] |
 def file_program(loaded: LoadedDetector, precision: str) -> Callable[..., Answers]:
     """program(image, size, original_size) of the portable detector (models/layers/compute.py), parameters inside.
 
-    precision: float32 or float16, of its activations and matrix products.
+    precision: float32, float16 or bfloat16, of its activations and matrix products.
 
     image uint8 [B, H, W, 3]: RGB, each picture at the top left of its frame. size int32 [B, 2]: (height, width) of its
     pixels there; original_size int32 [B, 2]: of the picture that it was resized from.

@@ -130,6 +130,16 @@ def test_stablehlo(tmp_path, trained, capsys):
 
 
 @pytest.mark.slow
+def test_stablehlo_in_bfloat16(tmp_path, trained, capsys):
+    weights, file = trained("detr", "r50"), tmp_path / "x.stablehlo"
+    arguments = [f"--weights={weights}", f"--output={file}", "--format=stablehlo", "--size=64x96", "--check_images=2"]
+    assert export(*arguments, "--precision=bfloat16") == 0, capsys.readouterr().err
+    with zipfile.ZipFile(file) as archive:
+        exported = jax.export.deserialize(bytearray(archive.read(PROGRAM)))
+    assert "xbf16>" in exported.mlir_module() and "stablehlo.convolution" in exported.mlir_module()
+
+
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path, trained, capsys, monkeypatch):
     weights = trained("detr", "r50")
     write, read = steps.writer_and_reader("onnx")
@@ -176,6 +186,7 @@ def test_a_file_with_another_ap_is_not_written(tmp_path, trained, capsys, monkey
         (["--output={}/here.onnx"], "here.onnx exists already"),
         (["--output={}/deep/x.onnx"], "there is no folder"),
         (["--output={}/x.onnx", "--precision=float16", "--check_images=0"], "compared by its AP alone"),
+        (["--output={}/x.onnx", "--precision=bfloat16"], "take float16, or --format=stablehlo."),
         (["--output={}/x.onnx", "--batch=0"], "--batch is '0'"),
         (["--output={}/x.onnx", "--size=64"], "--size is '64'; it can be HEIGHTxWIDTH"),
         (["--output={}/x.onnx", "--format=tflite"], "--format=tflite"),

@@ -5,7 +5,7 @@ import pytest
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.export.compare import Comparison
+from deperceiver_jax.export.check import Comparison
 from deperceiver_jax.export.program import Answers
 from deperceiver_jax.structures import Batch
 
