@@ -64,9 +64,12 @@ def main(argv: list[str]) -> None:
     print(
         f"{config.model.name}, {values.size} pixels, {count / 1e6:.1f} M parameters, {os.cpu_count()} CPUs", flush=True
     )
+    if values.torch_python and peer_model(config) is None:
+        print("No PyTorch peer: Hugging Face has no detector with these fields.", flush=True)
     print(
         "| program | batch | ms a picture, median | 99th percentile | processor's ms | MB |\n|---|---|---|---|---|---|"
     )
+    ratios = []
     for batch in map(int, values.batches):
         images = np.random.default_rng(0).integers(0, 256, (batch, *frame, 3), np.uint8)
         size = np.tile(np.int32(frame), (batch, 1))
@@ -85,7 +88,10 @@ def main(argv: list[str]) -> None:
             print(f"No PyTorch peer: {(before | after)['failed']}.")
         elif before:
             name = f"Hugging Face, {before['platform']}, {before['parameters'] / 1e6:.1f} M"
-            print(row(name, batch, before["seconds"] + after["seconds"], f"{before['bytes'] / 1e6:.0f}"), flush=True)
+            theirs = before["seconds"] + after["seconds"]
+            print(row(name, batch, theirs, f"{before['bytes'] / 1e6:.0f}"), flush=True)
+            ratios.append(share(batch, times, theirs))
+    print("\n".join(ratios))
 
 
 def random_detector(config) -> LoadedDetector:
@@ -138,6 +144,17 @@ def peer_times(values, config, batch: int) -> dict:
         *flags,
     ]
     return call(command, float("inf"))
+
+
+def share(batch: int, times: dict[str, list[tuple[float, float]]], theirs: list[tuple[float, float]]) -> str:
+    """How much of Hugging Face's time each way of ONNX takes, by the medians."""
+    wall, used = np.median(theirs, axis=0)
+    parts = []
+    for name, seconds in times.items():
+        if name.startswith("ONNX"):
+            ours = np.median(seconds, axis=0)
+            parts.append(f"{name} takes {ours[0] / wall:.2f} of Hugging Face's time, {ours[1] / used:.2f} by processor")
+    return f"Batch {batch}: {'; '.join(parts)}."
 
 
 def row(name: str, batch: int, seconds: list[tuple[float, float]], megabytes: str) -> str:

@@ -162,7 +162,7 @@ def peer_model(config: ConfigDict) -> dict | None:
     model = config.model
     plain = resnet()
     plain.update(depth=model.backbone.depth, weights=model.backbone.weights)
-    if model.name not in ("detr", "deformable_detr") or model.backbone != plain:
+    if model.name not in ("detr", "deformable_detr") or model.backbone.to_dict() != plain.to_dict():
         return None
     fields = {
         "name": model.name,

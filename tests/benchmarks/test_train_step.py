@@ -11,6 +11,7 @@ import pytest
 from benchmarks import train_step, train_step_jax
 from configs import deformable_detr, demo, deperceiver, detr
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.program.command_line import parse_config
 
 
 def test_the_fixed_assignment_is_one():
@@ -74,6 +75,9 @@ def test_peers_are_the_same_models():
     same = train_step.peer_model(detr.get_config("r50"))
     assert (same["num_queries"], same["encoder_ffn_dim"], same["decoder_layers"], same["depth"]) == (100, 2048, 6, 50)
     assert same["attention_dropout"] == same["activation_dropout"] == same["dropout"] == 0.1
+    assert same == train_step.peer_model(
+        parse_config(["benchmark", "--config=detr:r50"])
+    )  # locked, as programs have it
     same = train_step.peer_model(deformable_detr.get_config("r50_two_stage"))
     assert (same["num_feature_levels"], same["two_stage"], same["two_stage_num_proposals"]) == (4, True, 300)
     assert train_step.peer_model(deformable_detr.get_config("r50_single_scale"))["num_feature_levels"] == 1
