@@ -86,7 +86,7 @@ def torch_call(inputs):
 def jax_function(sampling: str):
     import jax
 
-    from deperceiver_jax.models.attention.level_sampling import sample_levels
+    from deperceiver_jax.models.layers.level_sampling import sample_levels
 
     def output_and_gradients(value, location, weight, gradient):
         def run(value, location, weight):

@@ -126,5 +126,6 @@ def resnet() -> ConfigDict:
     # ResNeXt, with bottlenecks (depth 50 or 101): 64 and 4 for 64x4d, 32 and 2 for 32x4d, 32 and 4 for 32x8d
     b.groups = 1  # of the 3x3 convolutions
     b.inner_ratio = 1  # of their channels to those of a ResNet
+    b.deformable_stages = 0  # of the last stages, whose 3x3 convolutions are deformable (DCN v2), with bottlenecks
     b.weights = ""  # a torchvision or timm ResNet or ResNeXt state dict, .pth or .safetensors
     return b

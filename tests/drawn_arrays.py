@@ -39,7 +39,21 @@ def draw_arrays(shapes):
 class Patches(nnx.Module):
     """Stands in for the ResNet where convolutions would only cost time: a cell is its mean pixel, zero on padding."""
 
-    def __init__(self, *, depth, width, norm, frozen_stages, dilation, groups, inner_ratio, strides, compute, rngs):
+    def __init__(
+        self,
+        *,
+        depth,
+        width,
+        norm,
+        frozen_stages,
+        dilation,
+        groups,
+        inner_ratio,
+        deformable_stages,
+        strides,
+        compute,
+        rngs,
+    ):
         self.strides = strides
         self.channels = dict.fromkeys(strides, 3)
 

@@ -72,7 +72,7 @@ BACKBONE = "detr"  # the family whose fields of the backbone are tried; the othe
 TOGETHER = {
     "backbone.norm": {"backbone.frozen_stages": 0},
     "backbone.dilation": {"backbone.depth": 50, "strides": (16,), "backbone.width": 2},
-    **dict.fromkeys(("backbone.groups", "backbone.inner_ratio"), {"backbone.depth": 50}),
+    **dict.fromkeys(("backbone.groups", "backbone.inner_ratio", "backbone.deformable_stages"), {"backbone.depth": 50}),
     "encoder.num_cross_attentions": {"encoder.num_blocks": 2},
     "neck": {"strides": (8, 16)},
     "relative_boxes": {"decoder.anchors": True},

@@ -57,12 +57,26 @@ def tiny(family: str) -> ConfigDict:
 class CheckedPatches(Patches):
     """Patches, with what a ResNet refuses."""
 
-    def __init__(self, *, depth, width, strides, norm, frozen_stages, dilation, groups, inner_ratio, **how):
+    def __init__(
+        self,
+        *,
+        depth,
+        width,
+        strides,
+        norm,
+        frozen_stages,
+        dilation,
+        groups,
+        inner_ratio,
+        deformable_stages,
+        **how,
+    ):
         fields = dict(depth=depth, width=width, norm=norm, frozen_stages=frozen_stages, dilation=dilation)
-        channels = dict(groups=groups, inner_ratio=inner_ratio)
-        resnet._check_groups(depth, width, **channels)
-        resnet._check(strides=tuple(strides), **fields)
-        super().__init__(strides=strides, **fields, **channels, **how)
+        inner = dict(groups=groups, inner_ratio=inner_ratio, deformable_stages=deformable_stages)
+        resnet._check_bottlenecks(depth, width, **inner)
+        stages = resnet._check(strides=tuple(strides), **fields)
+        resnet._check_deformable(deformable_stages, len(stages), frozen_stages)
+        super().__init__(strides=strides, **fields, **inner, **how)
 
 
 def model_before_compiling(config: ConfigDict) -> None:

@@ -90,7 +90,7 @@ def _to_0_2_0(config: dict) -> None:
             encoder.pop("share_cross_attentions", None)  # nothing to share
         _drop(encoder, "share_cross_attentions", False)
         model["decoder"].pop("query_scale", None)  # of parameters that exist by now
-    model["backbone"].update(groups=1, inner_ratio=1)
+    model["backbone"].update(groups=1, inner_ratio=1, deformable_stages=0)
 
 
 MIGRATIONS = (Migration("0.2.0", _to_0_2_0),)

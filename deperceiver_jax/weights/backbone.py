@@ -23,7 +23,8 @@ def load_backbone(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> di
     """{our path: array} of the ResNet in a torchvision, timm or detector checkpoint.
 
     `shapes` are those of a detector's parameters and frozen arrays, by path; those under `backbone/` are answered, all
-    of them. The classifier and the stages that they do without are passed over. Raises UserError as `from_torch` does.
+    of them but for the offsets of deformable convolutions, which start anew. The classifier and the stages that they do
+    without are passed over. Raises UserError as `from_torch` does.
     """
     return backbone_from_torch(read_state_dict(path), shapes, source=path)
 
@@ -37,7 +38,7 @@ def backbone_from_torch(
     state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, source: str | Path
 ) -> dict[str, np.ndarray]:
     """`load_backbone`, of a state dict that was read from `source`."""
-    shapes = {name: shape for name, shape in shapes.items() if name.startswith("backbone/")}
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith("backbone/") and "/offsets/" not in name}
     prefix = next((p for p in _BACKBONE_PREFIXES if f"{p}conv1.weight" in state), None)
     if prefix is None:
         raise UserError(f"{source} holds no ResNet: conv1.weight is not in it.")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.models.resnet import Bottleneck, conv1x1
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
 HERE = Path(__file__).resolve().parent
 seeded_state_dict = runpy.run_path(str(HERE.parent / "seeded.py"))["seeded_state_dict"]  # alone: its package needs JAX
@@ -41,8 +41,31 @@ def resnext_stage(rng) -> dict[str, np.ndarray]:
     return {"x": x.detach().numpy(), **gradients(rng, stage(x), **inputs)}
 
 
+def deformable(rng, *, stride: int, dilation: int, groups: int, offsets: str) -> dict[str, np.ndarray]:
+    """A 3x3 convolution of 4 to 6 channels; offsets of up to several cells, or none, where bilinear has its kinks."""
+    rows, columns = ((n + stride - 1) // stride for n in (7, 9))
+    x, kernel, offset, mask = (
+        draw(rng, 2, 4, 7, 9),
+        draw(rng, 6, 4 // groups, 3, 3),
+        draw(rng, 2, 18, rows, columns),
+        draw(rng, 2, 9, rows, columns),
+    )
+    with torch.no_grad():
+        offset *= 3 if offsets == "far" else 0
+    y = deform_conv2d(x, offset, kernel, stride=stride, padding=dilation, dilation=dilation, mask=mask)
+    inputs = {"x": x, "kernel": kernel, "offset": offset, "mask": mask}
+    drawn = {name: array.detach().numpy() for name, array in inputs.items()}
+    return {**drawn, **gradients(rng, y, **inputs)}
+
+
 if __name__ == "__main__":
     rng = np.random.default_rng(20261129)
-    cases = {"resnext_stage": resnext_stage(rng)}
+    cases = {
+        "resnext_stage": resnext_stage(rng),
+        "deformable": deformable(rng, stride=1, dilation=1, groups=1, offsets="far"),
+        "deformable_stride": deformable(rng, stride=2, dilation=1, groups=2, offsets="far"),
+        "deformable_dilation": deformable(rng, stride=1, dilation=2, groups=2, offsets="far"),
+        "deformable_start": deformable(rng, stride=2, dilation=1, groups=1, offsets="none"),
+    }
     arrays = {f"{case}/{name}": array for case, found in cases.items() for name, array in found.items()}
     np.savez_compressed(HERE / "backbone.npz", **{n: a.astype(np.float32) for n, a in arrays.items()})

@@ -143,9 +143,12 @@ def test_values_take_the_type_of_the_parameter():
 @pytest.mark.parametrize("depth, groups", [(18, 1), (50, 1), (50, 4)])
 @pytest.mark.parametrize("prefix", ["", "backbone.0.body.", "backbone.backbone.body.", "module."])
 def test_pretrained_backbones(tmp_path, depth, groups, prefix):
-    """A whole torchvision network, the last of them a ResNeXt, or a detector's backbone, into one to stride 16."""
+    """A whole torchvision network, or a detector's backbone, into one that ends at stride 16.
 
-    def resnet(strides):
+    The last network is a ResNeXt, into one whose last stage is deformable: its offsets start anew.
+    """
+
+    def resnet(strides, deformable_stages):
         return ResNet(
             depth=depth,
             width=2,
@@ -155,11 +158,13 @@ def test_pretrained_backbones(tmp_path, depth, groups, prefix):
             dilation=False,
             groups=groups,
             inner_ratio=groups,
+            deformable_stages=deformable_stages,
             compute=FLOAT32,
             rngs=nnx.Rngs(0),
         )
 
-    whole, part = (nnx.eval_shape(lambda strides=strides: resnet(strides)) for strides in ((32,), (8, 16)))
+    sizes = ((32,), 0), ((8, 16), int(groups > 1))
+    whole, part = (nnx.eval_shape(lambda size=size: resnet(*size)) for size in sizes)
     rules = NameRules(tuple(resnet_rules()))
     shapes = {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(nnx.state(part))}
     state = seeded_state_dict(torch_shapes(whole, rules))
@@ -174,8 +179,10 @@ def test_pretrained_backbones(tmp_path, depth, groups, prefix):
 
     detector_shapes = {f"backbone/{name}": shape for name, shape in shapes.items()} | {"heads/bias": (4,)}
     arrays = load_backbone(path, detector_shapes)
+    offsets = {name for name in detector_shapes if "/conv2/offsets/" in name}
+    assert len(offsets) == (4 if groups > 1 else 0)
     assert {name: array.shape for name, array in arrays.items()} == {
-        name: shape for name, shape in detector_shapes.items() if name.startswith("backbone/")
+        name: shape for name, shape in detector_shapes.items() if name not in {*offsets, "heads/bias"}
     }
     np.testing.assert_array_equal(
         arrays["backbone/stages/2/rest/layers/norm2/mean"][0], state["layer3.1.bn2.running_mean"]

@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.models.attention.level_sampling import PORTABLE, SAMPLINGS, sample_levels
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.level_sampling import PORTABLE, SAMPLINGS, sample_levels
 from deperceiver_jax.models.layers.linear import linear, xavier_start
 from deperceiver_jax.models.layers.recorder import record_points
 

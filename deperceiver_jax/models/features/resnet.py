@@ -7,6 +7,7 @@ PyTorch's: XLA's SAME pads (2, 3) where (3, 3) is meant, and shifts every featur
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from jaxtyping import Array, Bool, Float
 from deperceiver_jax.errors import UserError, check_at_least, check_choice
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
+from deperceiver_jax.models.layers.deformable_convolution import deformable_convolution
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
+from deperceiver_jax.models.layers.level_sampling import PORTABLE
 
 # depth: (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -51,6 +54,29 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         convolve = plain_convolution if self.portable else convolution
         return convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.dilation)
+
+
+class DeformableConv(Conv):
+    """A deformable convolution, whose offsets and weights are those that a convolution of the same reach answers.
+
+    As in DCN v2 (arXiv:1811.11168, section 3.1) there are no offsets at first, and every tap counts half.
+    """
+
+    def __init__(self, in_dim, out_dim, size, *, stride, dilation, groups, frozen, compute: Compute, rngs):
+        how = dict(stride=stride, dilation=dilation, groups=groups)
+        super().__init__(in_dim, out_dim, size, **how, frozen=frozen, compute=compute, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        reach: dict = dict(strides=stride, padding=size // 2 * dilation, kernel_dilation=dilation)
+        reach |= dict(kernel_init=zeros, bias_init=zeros, dtype=jnp.float32)  # bfloat16 would be coarser than a cell
+        self.offsets = nnx.Conv(in_dim, 3 * size**2, (size, size), **reach, rngs=rngs)
+        self.sampling = PORTABLE if compute.portable else "gather"
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        answers = self.offsets(x)
+        answers = answers.reshape(*answers.shape[:3], -1, 3)  # of each tap: x, y, the logit of its weight
+        offset, weight = answers[..., :2], jax.nn.sigmoid(answers[..., 2])
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return deformable_convolution(x, kernel, offset, weight, self.stride, self.dilation, sampling=self.sampling)
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -114,11 +140,18 @@ def _subsample(valid, stride):
     return jax.lax.slice(valid, (0, 0, 0), valid.shape, (1, stride, stride))
 
 
+class Bottleneck(NamedTuple):
+    """What distinguishes the 3x3 convolutions of bottlenecks: ResNeXt's groups and width, and DCN v2."""
+
+    groups: int
+    inner_ratio: int  # of their channels to those of a ResNet
+    deformable: bool
+
+
 class Block(nnx.Module):
     """Residual block: convolutions, each followed by its norm, beside a shortcut; ReLU between and at the end.
 
-    Bottleneck: 1x1, 3x3 (stride, dilation, groups) of `inner_ratio` times `dim` channels, 1x1 to four times `dim`.
-    Basic: 3x3 (stride), 3x3.
+    Bottleneck: 1x1, 3x3 (stride, dilation), 1x1 to four times `dim` channels. Basic (None): 3x3 (stride), 3x3.
     """
 
     def __init__(
@@ -126,27 +159,26 @@ class Block(nnx.Module):
         in_dim,
         dim,
         *,
-        bottleneck,
+        bottleneck: Bottleneck | None,
         stride=1,
         dilation=1,
-        groups=1,
-        inner_ratio=1,
         make_norm,
         frozen,
         compute,
         rngs: nnx.Rngs,
     ):
-        out_dim, inner = 4 * dim if bottleneck else dim, inner_ratio * dim
+        out_dim = 4 * dim if bottleneck else dim
         self.stride = stride
-        self.bottleneck = bottleneck
+        self.bottleneck = bottleneck is not None
 
-        def conv(in_dim, out_dim, size, **kwargs):
-            return Conv(in_dim, out_dim, size, frozen=frozen, compute=compute, rngs=rngs, **kwargs)
+        def conv(in_dim, out_dim, size, make=Conv, **kwargs):
+            return make(in_dim, out_dim, size, frozen=frozen, compute=compute, rngs=rngs, **kwargs)
 
         if bottleneck:
-            how = dict(stride=stride, dilation=dilation, groups=groups)
+            inner, make = bottleneck.inner_ratio * dim, DeformableConv if bottleneck.deformable else Conv
+            how = dict(stride=stride, dilation=dilation, groups=bottleneck.groups)
             self.conv1, self.norm1 = conv(in_dim, inner, 1), make_norm(inner)
-            self.conv2, self.norm2 = conv(inner, inner, 3, **how), make_norm(inner)
+            self.conv2, self.norm2 = conv(inner, inner, 3, make, **how), make_norm(inner)
             self.conv3, self.norm3 = conv(inner, out_dim, 1), make_norm(out_dim, last=True)
         else:
             self.conv1, self.norm1 = conv(in_dim, dim, 3, stride=stride), make_norm(dim)
@@ -195,8 +227,9 @@ class ResNet(nnx.Module):
     The stem counts as the first of the `frozen_stages` (0 trains everything, 2 freezes the stem and the first stage as
     the published detectors do, 5 freezes all). No gradient passes through frozen stages. `dilation` keeps the last
     stage at stride 16 (DC5). ResNeXt divides the 3x3 convolutions of bottlenecks, `inner_ratio` times as wide, into
-    `groups`: 64x4d (64 groups of 4 channels in the first stage) has an `inner_ratio` of 4. Parameters are float32 and
-    computation is in `dtype`.
+    `groups`: 64x4d (64 groups of 4 channels in the first stage) has an `inner_ratio` of 4. In the last
+    `deformable_stages` of those that exist they are deformable (DCN v2). Parameters are float32 and computation is in
+    `dtype`.
     """
 
     def __init__(
@@ -210,12 +243,15 @@ class ResNet(nnx.Module):
         dilation: bool,
         groups: int,
         inner_ratio: int,
+        deformable_stages: int,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         dtype = compute.dtype
-        _check_groups(depth, width, groups, inner_ratio)
+        _check_bottlenecks(depth, width, groups, inner_ratio, deformable_stages)
         stage_strides = _check(depth, width, tuple(strides), norm, frozen_stages, dilation)
+        first_deformable = len(stage_strides) - deformable_stages
+        _check_deformable(deformable_stages, len(stage_strides), frozen_stages)
         blocks, bottleneck = DEPTHS[depth]
 
         def make_norm(dim, last=False):
@@ -233,12 +269,13 @@ class ResNet(nnx.Module):
         self.stage_strides = stage_strides
         self.channels = {}
         in_dim = width
-        shared = dict(bottleneck=bottleneck, groups=groups, inner_ratio=inner_ratio, make_norm=make_norm)
-        shared |= dict(compute=compute, rngs=rngs)
+        shared = dict(make_norm=make_norm, compute=compute, rngs=rngs)
         for s, stride in enumerate(stage_strides):
             dim = width * 2**s
             dilated = dilation and s == 3
-            how = dict(stride=1 if s == 0 or dilated else 2, dilation=2 if dilated else 1, frozen=frozen_stages > s + 1)
+            how: dict = dict(stride=1 if s == 0 or dilated else 2, dilation=2 if dilated else 1)
+            how |= dict(frozen=frozen_stages > s + 1)
+            how |= dict(bottleneck=Bottleneck(groups, inner_ratio, s >= first_deformable) if bottleneck else None)
             self.stages.append(Stage(in_dim, dim, blocks[s], **how, **shared))
             in_dim = 4 * dim if bottleneck else dim
             if stride in self.strides:
@@ -286,17 +323,31 @@ def _max_pool_of_slices(x):
     return x
 
 
-def _check_groups(depth, width, groups, inner_ratio) -> None:
-    """Raises UserError for groups that do not divide the channels, and for blocks that have none."""
+def _check_bottlenecks(depth, width, groups, inner_ratio, deformable_stages) -> None:
+    """Raises UserError for groups that do not divide the channels, and for what blocks of this depth do not have."""
     check_choice("config.model.backbone.depth", depth, DEPTHS)
-    for name, value in (("groups", groups), ("inner_ratio", inner_ratio)):
-        check_at_least(f"config.model.backbone.{name}", value, 1)
-        if value > 1 and not DEPTHS[depth][1]:
+    for name, value, least in (
+        ("groups", groups, 1),
+        ("inner_ratio", inner_ratio, 1),
+        ("deformable_stages", deformable_stages, 0),
+    ):
+        check_at_least(f"config.model.backbone.{name}", value, least)
+        if value > least and not DEPTHS[depth][1]:
             raise UserError(f"config.model.backbone.{name} needs bottlenecks (depth 50 or 101), not depth {depth}.")
     if (inner := inner_ratio * width) % groups:
         raise UserError(
             f"config.model.backbone.groups is {groups}, which does not divide the {inner} channels of the first 3x3 "
             "convolutions (config.model.backbone.width times inner_ratio)."
+        )
+
+
+def _check_deformable(deformable_stages, num_stages, frozen_stages) -> None:
+    """Raises UserError for deformable convolutions that would never learn where to look."""
+    trained = max(num_stages - max(frozen_stages - 1, 0), 0)
+    if deformable_stages > trained:
+        raise UserError(
+            f"config.model.backbone.deformable_stages is {deformable_stages}, but only {trained} of the {num_stages} "
+            "stages that config.model.strides needs are trained (config.model.backbone.frozen_stages)."
         )
 
 

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.attention import level_sampling
 from deperceiver_jax.models.attention.deformable import MultiScaleDeformableAttention
-from deperceiver_jax.models.attention.level_sampling import sample_by_kernel, sample_levels
 from deperceiver_jax.models.kernels import sampling_kernel
+from deperceiver_jax.models.layers import level_sampling
+from deperceiver_jax.models.layers.level_sampling import in_cells, sample_by_kernel, sample_levels
 from tests.drawn_arrays import FLOAT32
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deformable_attention.npz")
@@ -31,7 +31,7 @@ def both_ways(test):
 @pytest.fixture(autouse=True)
 def blocks_of_four_queries(monkeypatch):
     """At most; so that six queries are two blocks of three, and five are filled up to six."""
-    monkeypatch.setattr(level_sampling, "GATHER_QUERIES", 4)
+    monkeypatch.setattr(level_sampling, "GATHER_FLOATS", 4 * 3 * 2 * 16)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def example(dtype=np.float32):
 
 def sample(value, sizes, location, weight, sampling):
     if sampling == "kernel":
-        return sample_by_kernel(sizes, value, location.astype(jnp.float32), weight.astype(jnp.float32))
+        return sample_by_kernel(sizes, value, in_cells(location, sizes), weight)
     return sample_levels(value, sizes, location, weight, sampling=sampling)
 
 

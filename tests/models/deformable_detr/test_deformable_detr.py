@@ -97,7 +97,13 @@ def test_sizes_and_groups_of_the_released_models(variant, trained, points, rest)
 
 def test_variants():
     released = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
-    assert deformable_detr.VARIANTS == (*released, "r101_two_stage", "x101_two_stage", "r50_150ep")
+    assert deformable_detr.VARIANTS == (
+        *released,
+        "r101_two_stage",
+        "x101_two_stage",
+        "x101_dcn_two_stage",
+        "r50_150ep",
+    )
     with pytest.raises(ValueError, match="no variant 'r18'; it has r50_single_scale, r50_single_scale_dc5, r50, r50_"):
         deformable_detr.get_config("r18")
     config = deformable_detr.get_config()

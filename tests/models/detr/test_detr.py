@@ -19,7 +19,21 @@ from tests.drawn_arrays import FLOAT32, abstract_detector, start_beside_backbone
 class Patches(nnx.Module):
     """Stands in for the ResNet where convolutions would only cost time: a cell is its pixels, zero on padding."""
 
-    def __init__(self, *, depth, width, norm, frozen_stages, dilation, groups, inner_ratio, strides, compute, rngs):
+    def __init__(
+        self,
+        *,
+        depth,
+        width,
+        norm,
+        frozen_stages,
+        dilation,
+        groups,
+        inner_ratio,
+        deformable_stages,
+        strides,
+        compute,
+        rngs,
+    ):
         (self.stride,) = strides
         self.channels = {self.stride: 3 * self.stride**2}
 

@@ -13,7 +13,9 @@ from jax.interpreters import partial_eval
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.resnet import (
     Block,
+    Bottleneck,
     Conv,
+    DeformableConv,
     Frozen,
     FrozenBatchNorm,
     GroupNorm,
@@ -22,6 +24,7 @@ from deperceiver_jax.models.features.resnet import (
     max_pool,
 )
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import convolution
 from deperceiver_jax.weights.name_rules import NameRules, to_torch, torch_shapes
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from tests.drawn_arrays import FLOAT32
@@ -33,7 +36,7 @@ GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "backbone.npz")
 
 def resnet(depth=18, *, width=4, strides=(32,), norm="frozen_batch_norm", frozen_stages=2, **kwargs):
     fields = dict(depth=depth, width=width, strides=strides, norm=norm, frozen_stages=frozen_stages)
-    others = dict(dilation=False, groups=1, inner_ratio=1, compute=FLOAT32, rngs=nnx.Rngs(0))
+    others = dict(dilation=False, groups=1, inner_ratio=1, deformable_stages=0, compute=FLOAT32, rngs=nnx.Rngs(0))
     return ResNet(**fields, **{**others, **kwargs})
 
 
@@ -139,7 +142,7 @@ def test_padding_is_symmetric(size, stride, dilation):
 def test_a_stage_of_torchvisions_resnext():
     """Values, and the gradients of the input and of every kernel; see golden/README.md."""
     golden = {n.removeprefix("resnext_stage/"): GOLDEN[n] for n in GOLDEN if n.startswith("resnext_stage/")}
-    how = dict(bottleneck=True, stride=2, dilation=1, groups=4, inner_ratio=2, frozen=False)
+    how = dict(bottleneck=Bottleneck(4, 2, deformable=False), stride=2, dilation=1, frozen=False)
 
     def make_norm(dim, last=False):
         return FrozenBatchNorm(dim, dtype=jnp.float32)
@@ -166,6 +169,31 @@ def test_a_stage_of_torchvisions_resnext():
     assert set(found) == set(golden) - {"x", "y", "cotangent", "of_x"} and len(found) == 7
     for name, array in found.items():
         np.testing.assert_allclose(array, golden[name], atol=2e-4 * np.abs(golden[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("strides", "stages"), [((32,), {"2", "3"}), ((8, 16), {"1", "2"})])
+def test_deformable_stages_are_the_last_ones(strides, stages):
+    network = abstract(50, strides=strides, groups=2, deformable_stages=2)
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(network, nnx.Param))]
+    offsets = [re.match(r"stages/(\d)/(first|rest/layers)/conv2/offsets/", path) for path in paths if "offsets" in path]
+    assert {match[1] for match in offsets} == stages and len(offsets) == 2 * 2 * 2  # kernels and biases
+
+
+def test_a_deformable_convolution_starts_as_half_a_convolution():
+    """Then the bias of the first channels moves where the first tap reads, by (x, y), and how much it counts."""
+    how = dict(stride=1, dilation=1, groups=2, frozen=False, compute=FLOAT32)
+    plain, conv = Conv(4, 6, 3, **how, rngs=nnx.Rngs(0)), DeformableConv(4, 6, 3, **how, rngs=nnx.Rngs(0))
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 7, 4)), jnp.float32)
+    np.testing.assert_array_equal(conv.kernel[...], plain.kernel[...])
+    np.testing.assert_allclose(conv(image), plain(image) / 2, atol=1e-5)
+
+    corner = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1)
+    others, first = (convolution(image, plain.kernel[...] * part, 1, 1) for part in (1 - corner, corner))
+    conv.offsets.bias[...] = jnp.zeros(27).at[:3].set(jnp.array([2.0, 1.0, -100.0])).at[5::3].set(100.0)
+    np.testing.assert_allclose(conv(image), others, atol=1e-5)
+    conv.offsets.bias[...] = conv.offsets.bias[...].at[2].set(100.0)
+    moved = (conv(image) - others)[:, 1:-1, 1:-2]  # but for edges, which the tap crosses in one of the two
+    np.testing.assert_allclose(moved, first[:, 2:, 3:], atol=1e-5)
 
 
 def test_max_pool():
@@ -223,7 +251,7 @@ def test_blocks_of_a_new_group_norm_network_are_identities():
     block = Block(
         16,
         4,
-        bottleneck=True,
+        bottleneck=Bottleneck(1, 1, deformable=False),
         make_norm=lambda dim, last=False: GroupNorm(dim, initial_scale=0.0 if last else 1.0, dtype=jnp.float32),
         frozen=False,
         compute=FLOAT32,
@@ -336,6 +364,12 @@ def test_scanned_and_unrolled_blocks_agree():
         ({"inner_ratio": 2}, "inner_ratio needs bottlenecks"),
         ({"groups": 0}, "groups is 0; it must be at least 1"),
         ({"groups": 3, "depth": 50}, "groups is 3, which does not divide the 4 channels of the first 3x3"),
+        ({"deformable_stages": 1}, "deformable_stages needs bottlenecks"),
+        ({"deformable_stages": -1, "depth": 50}, "deformable_stages is -1; it must be at least 0"),
+        (
+            {"deformable_stages": 4, "depth": 50},
+            "deformable_stages is 4, but only 3 of the 4 stages that config.model.strides needs are trained",
+        ),
         ({"strides": (16, 64)}, "config.model.strides is .16, 64.; a ResNet has the strides 4, 8, 16, 32"),
         ({"strides": ()}, "config.model.strides is .."),
         ({"dilation": True, "depth": 18, "strides": (16,)}, "dilation needs bottleneck blocks"),

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.models.attention.deformable import MultiScaleDeformableAttention
-from deperceiver_jax.models.attention.level_sampling import sample_levels
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.deperceiver.perceiver_io import EncoderFields, PerceiverEncoder
 from deperceiver_jax.models.detr.transformer import TransformerDecoder
+from deperceiver_jax.models.layers.level_sampling import sample_levels
 from deperceiver_jax.models.layers.recorder import is_recording, record_attention
 from tests.drawn_arrays import FLOAT32, level_tokens
 

@@ -1,4 +1,4 @@
-"""Sums of a few bilinear samples of each feature map: the inside of multi-scale deformable attention.
+"""Sums of a few bilinear samples of each feature map: the inside of deformable attention and deformable convolutions.
 
 Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), equations 2 and 3. Two ways with one contract:
 
@@ -23,7 +23,7 @@ from deperceiver_jax.models.kernels.sampling_kernel import sample_level
 
 SAMPLINGS = ("auto", "gather")
 PORTABLE = "portable"
-GATHER_QUERIES = 256  # read at one time: 4 MB each image and level, for 8 heads of 32 channels and 4 points
+GATHER_FLOATS = 2**20  # read at one time of each image and level: 256 queries of 8 heads of 32 channels and 4 points
 
 
 def sample_levels(
@@ -36,10 +36,32 @@ def sample_levels(
 ) -> Float[Array, "B Q H D"]:
     """Sum over levels and points of weight * value at location: bilinear, and zero outside of a map.
 
+    `location` is (x, y) of the padded map, 0 and 1 at its outer edges: the centre of cell i is (i + 0.5) / size. This
+    is grid_sample with align_corners False and zero padding. For the rest see `sample_cells`.
+    """
+    cells = in_cells(location.astype(jnp.float32), level_sizes)
+    return sample_cells(value, level_sizes, cells, weight, sampling=sampling)
+
+
+def in_cells(location: Float[Array, "B Q H L K 2"], level_sizes) -> Float[Array, "B Q H L K 2"]:
+    """Shares of the maps of `level_sizes` with cells as units, 0 at the centre of the first."""
+    extent = jnp.asarray([(width, height) for height, width in level_sizes], jnp.float32)
+    return location * extent[None, None, None, :, None] - 0.5
+
+
+def sample_cells(
+    value: Float[Array, "B S H D"],
+    level_sizes: Sequence[tuple[int, int]],
+    place: Float[Array, "B Q H L K 2"],
+    weight: Float[Array, "B Q H L K"],
+    *,
+    sampling: str,
+) -> Float[Array, "B Q H D"]:
+    """Sum over levels and points of weight * value at a place: (x, y) in cells of its level, 0 at the first's centre.
+
     `value` holds the maps of `level_sizes` (height, width) one after the other, each row by row; head h reads its own
-    channels value[:, :, h]. `location` is (x, y) of the padded map, 0 and 1 at its outer edges, so that the centre of
-    cell i is (i + 0.5) / size. Locations count in float32, the sum is in float32, the result has the type of `value`.
-    This is grid_sample with align_corners False and zero padding.
+    channels value[:, :, h]. Samples are bilinear, and zero outside of a map. Places count in float32, the sum is in
+    float32, the result has the type of `value`.
 
     `sampling` is gather, or auto: the kernel where the program runs on a TPU, else gather. In bfloat16, the kernel
     rounds the weight of each cell, which gather keeps in float32; in float32 they differ by the order of sums.
@@ -48,7 +70,7 @@ def sample_levels(
     check_choice("sampling", sampling, (*SAMPLINGS, PORTABLE))
     gather = functools.partial(_gather, tuple(level_sizes))
     kernel = on_each_device(functools.partial(sample_by_kernel, tuple(level_sizes)))
-    arguments = value, location.astype(jnp.float32), weight.astype(jnp.float32)
+    arguments = value, place.astype(jnp.float32), weight.astype(jnp.float32)
     if sampling == PORTABLE:
         return _gather_at_once(tuple(level_sizes), *arguments)
     if sampling == "gather":
@@ -58,20 +80,23 @@ def sample_levels(
     return jax.checkpoint(choose)(*arguments)
 
 
-def _in_cells(location: Float[Array, "*N 2"], size: tuple[int, int]):
-    """x and y with cells as units, 0 at the centre of the first.
+def _clipped(place: Float[Array, "*N 2"], size: tuple[int, int]):
+    """x and y. Beyond one cell outside everything is zero; the clip keeps far places from overflowing an integer.
 
-    Beyond one cell outside everything is zero; the clip keeps far locations from overflowing an integer.
+    One cell outside, where a deformable convolution begins, the slope is that of the inside, as in torchvision; that of
+    jnp.clip would be half of it.
     """
     height, width = size
-    x = jnp.clip(location[..., 0] * width - 0.5, -1.0, width)
-    y = jnp.clip(location[..., 1] * height - 0.5, -1.0, height)
-    return x, y
+
+    def clip(x, most):
+        return jnp.where(x < -1.0, -1.0, jnp.where(x > most, most, x))
+
+    return clip(place[..., 0], width), clip(place[..., 1], height)
 
 
-def _cells_around(location: Float[Array, "*N 2"], size: tuple[int, int]):
+def _cells_around(place: Float[Array, "*N 2"], size: tuple[int, int]):
     """(left, right_share, top, bottom_share): the upper left of the four cells around, and what the others weigh."""
-    x, y = _in_cells(location, size)
+    x, y = _clipped(place, size)
     left, top = jnp.floor(x), jnp.floor(y)
     return left.astype(jnp.int32), x - left, top.astype(jnp.int32), y - top
 
@@ -102,20 +127,20 @@ def _split_levels(value: Float[Array, "B S *rest"], level_sizes) -> list[Float[A
 # --- gather ---------------------------------------------------------------------------------------------------------
 
 
-def _gather(level_sizes, value, location, weight):
+def _gather(level_sizes, value, place, weight):
     quads = [_quads(cells) for cells in _split_levels(value.astype(jnp.float32), level_sizes)]
-    return _gather_quads(level_sizes, quads, location, weight).astype(value.dtype)
+    return _gather_quads(level_sizes, quads, place, weight).astype(value.dtype)
 
 
-def _gather_at_once(level_sizes, value, location, weight):
+def _gather_at_once(level_sizes, value, place, weight):
     quads = [_quads(cells) for cells in _split_levels(value.astype(jnp.float32), level_sizes)]
-    return _gather_block(level_sizes, quads, location, weight).astype(value.dtype)
+    return _gather_block(level_sizes, quads, place, weight).astype(value.dtype)
 
 
-def _gather_block(level_sizes, quads, location, weight):
+def _gather_block(level_sizes, quads, place, weight):
     total = 0.0
     for level, size in enumerate(level_sizes):
-        points = location[:, :, :, level]
+        points = place[:, :, :, level]
         found = _read(quads[level], _rows(points, size))
         total += _weigh_quads(found, points, weight[:, :, :, level], size)
     return total
@@ -131,26 +156,32 @@ def _quads(cells: Float[Array, "B h w H D"]) -> Float[Array, "B rows 4*D"]:
     return jnp.concatenate(around, axis=-1).reshape(cells.shape[0], -1, 4 * cells.shape[-1])
 
 
-def _rows(location: Float[Array, "B q H K 2"], size: tuple[int, int]) -> Int[Array, "B q*H*K"]:
+def _rows(place: Float[Array, "B q H K 2"], size: tuple[int, int]) -> Int[Array, "B q*H*K"]:
     """Where in `_quads` the cells around each point are."""
-    batch, _, num_heads, _, _ = location.shape
-    left, _, top, _ = _cells_around(location, size)
+    batch, _, num_heads, _, _ = place.shape
+    left, _, top, _ = _cells_around(place, size)
     row = ((top + 1) * (size[1] + 2) + left + 1) * num_heads + jnp.arange(num_heads)[None, None, :, None]
     return row.reshape(batch, -1)
 
 
 def _weigh_quads(
-    found: Float[Array, "B q*H*K 4*D"], location: Float[Array, "B q H K 2"], weight: Float[Array, "B q H K"], size
+    found: Float[Array, "B q*H*K 4*D"], place: Float[Array, "B q H K 2"], weight: Float[Array, "B q H K"], size
 ) -> Float[Array, "B q H D"]:
-    _, right, _, bottom = _cells_around(location, size)
+    _, right, _, bottom = _cells_around(place, size)
     share = jnp.stack([(1 - bottom) * (1 - right), (1 - bottom) * right, bottom * (1 - right), bottom * right], axis=-1)
     found = found.reshape(*share.shape, -1)
     return jnp.sum(found * (share * weight[..., None])[..., None], axis=(3, 4))
 
 
+def _block_size(quads: list[Float[Array, "B rows 4*D"]], weight: Float[Array, "B Q H L K"]) -> int:
+    """How many queries read GATHER_FLOATS of a level."""
+    _, _, num_heads, _, num_points = weight.shape
+    return max(1, GATHER_FLOATS // (num_heads * num_points * quads[0].shape[-1]))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather_quads(
-    level_sizes, quads: list[Float[Array, "B rows 4*D"]], location: Float[Array, "B Q H L K 2"], weight
+    level_sizes, quads: list[Float[Array, "B rows 4*D"]], place: Float[Array, "B Q H L K 2"], weight
 ) -> Float[Array, "B Q H D"]:
     """Some queries at a time. What they read is read again for the gradient: keeping it for all of them would take
     1.2 GB for each encoder layer of an 800 x 1066 image."""
@@ -158,36 +189,36 @@ def _gather_quads(
     def one_block(arguments):
         return _gather_block(level_sizes, quads, *arguments)
 
-    blocks = _in_blocks(location, GATHER_QUERIES), _in_blocks(weight, GATHER_QUERIES)
-    return _out_of_blocks(jax.lax.map(one_block, blocks), location.shape[1])
+    blocks = [_in_blocks(array, _block_size(quads, weight)) for array in (place, weight)]
+    return _out_of_blocks(jax.lax.map(one_block, blocks), place.shape[1])
 
 
-def _gather_quads_forward(level_sizes, quads, location, weight):
-    return _gather_quads(level_sizes, quads, location, weight), (quads, location, weight)
+def _gather_quads_forward(level_sizes, quads, place, weight):
+    return _gather_quads(level_sizes, quads, place, weight), (quads, place, weight)
 
 
 def _gather_quads_backward(level_sizes, saved, gradient):
     """Written out so that each block adds to one and the same gradient of `quads`, in place."""
-    quads, location, weight = saved
+    quads, place, weight = saved
 
     def one_block(of_quads, arguments):
-        location, weight, gradient = arguments
-        of_quads, of_location, of_weight = list(of_quads), [], []
+        place, weight, gradient = arguments
+        of_quads, of_place, of_weight = list(of_quads), [], []
         for level, size in enumerate(level_sizes):
-            points = location[:, :, :, level]
+            points = place[:, :, :, level]
             rows = _rows(points, size)
             weigh = functools.partial(_weigh_quads, size=size)
             _, backward = jax.vjp(weigh, _read(quads[level], rows), points, weight[:, :, :, level])
             of_found, of_points, of_level_weight = backward(gradient)
             of_quads[level] = _add(of_quads[level], rows, of_found)
-            of_location.append(of_points)
+            of_place.append(of_points)
             of_weight.append(of_level_weight)
-        return of_quads, (jnp.stack(of_location, axis=3), jnp.stack(of_weight, axis=3))
+        return of_quads, (jnp.stack(of_place, axis=3), jnp.stack(of_weight, axis=3))
 
-    blocks = [_in_blocks(array, GATHER_QUERIES) for array in (location, weight, gradient)]
-    of_quads, (of_location, of_weight) = jax.lax.scan(one_block, [jnp.zeros_like(q) for q in quads], blocks)
-    num_queries = location.shape[1]
-    return of_quads, _out_of_blocks(of_location, num_queries), _out_of_blocks(of_weight, num_queries)
+    blocks = [_in_blocks(array, _block_size(quads, weight)) for array in (place, weight, gradient)]
+    of_quads, (of_place, of_weight) = jax.lax.scan(one_block, [jnp.zeros_like(q) for q in quads], blocks)
+    num_queries = place.shape[1]
+    return of_quads, _out_of_blocks(of_place, num_queries), _out_of_blocks(of_weight, num_queries)
 
 
 _gather_quads.defvjp(_gather_quads_forward, _gather_quads_backward)
@@ -206,11 +237,11 @@ def _add(quads, rows, values):
 # --- kernel ---------------------------------------------------------------------------------------------------------
 
 
-def sample_by_kernel(level_sizes, value, location, weight):
-    """`sample_levels` on one TPU."""
+def sample_by_kernel(level_sizes, value, place, weight):
+    """`sample_cells` on one TPU."""
     maps = _split_levels(value.astype(jnp.float32), level_sizes)  # blocks' gradients of a cell add up in float32
     sums = (
-        sample_level(cells, *_in_cells(location[:, :, :, level], size), weight[:, :, :, level], value.dtype)
+        sample_level(cells, *_clipped(place[:, :, :, level], size), weight[:, :, :, level], value.dtype)
         for level, (cells, size) in enumerate(zip(maps, level_sizes, strict=True))
     )
     return sum(sums).astype(value.dtype)
