@@ -8,12 +8,11 @@ file back to the same bits.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import as_path, require_writable
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.weights.torch_writer import ENDINGS, write_state_dict
@@ -37,12 +36,12 @@ def main(argv: list[str]) -> None:
 
     if values.output is None:
         raise UserError(f"--output is needed: {values['output'].help}")
-    output = Path(values.output).expanduser()
+    output = as_path(values.output)
     if output.suffix not in ENDINGS:
         raise UserError(f"--output: {output} is to end in {' or '.join(ENDINGS)}.")
+    require_writable("--output", output)
     if output.exists():
         raise UserError(f"--output: {output} exists already.")
-    require_writable("--output", output)
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     config, name = loaded.config, loaded.config.model.name
     if name not in LAYOUTS[values.layout]:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import as_path, is_bucket, make_folder, reason, require_writable
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 from deperceiver_jax.runs.workdir import config_text, read_classes
 
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
     for name in ("torch", "output"):
         if values[name].value is None:
             raise UserError(f"--{name} is needed: {values[name].help}")
-    source, output = Path(values.torch).expanduser(), Path(values.output).expanduser()
+    source, output = as_path(values.torch), as_path(values.output)
+    require_writable("--output", output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists already.")
-    require_writable("--output", output)
     config = parse_config(config_arguments, needs=field_needs)
     classes = choose_classes(values.classes, values.num_classes)
     other_classes = values.classes is not None or values.num_classes is not None
@@ -84,7 +84,7 @@ def choose_classes(classes: str | None, num_classes: int | None) -> ClassMap:
     if classes is not None and num_classes is not None:
         raise UserError("--classes and --num_classes are both given; only one can be.")
     if classes is not None:
-        return read_classes(Path(classes).expanduser())
+        return read_classes(as_path(classes))
     if num_classes is None:
         return ClassMap.from_categories(COCO_CATEGORIES.items())
     if num_classes < 1:
@@ -99,17 +99,20 @@ def overridden(config_arguments: Sequence[str]) -> set[str]:
 
 
 def write_directory(output: Path, arrays: Mapping[str, np.ndarray], config: ConfigDict, classes: ClassMap) -> None:
-    """Makes `output` whole or not at all. Raises UserError."""
+    """Makes `output` whole or not at all; in a bucket its config.json comes last. Raises UserError."""
     from deperceiver_jax.runs.stored_detector import save_params
 
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        if is_bucket(output):
+            save_params(output, arrays, config_text(config), classes.to_json())
+            return
+        make_folder(output.parent)
         with tempfile.TemporaryDirectory(prefix=".import.", dir=output.parent) as partial:
             whole = Path(partial) / "whole"
             save_params(whole, arrays, config_text(config), classes.to_json())
             whole.rename(output)
     except OSError as error:
-        raise UserError(f"--output: {output} cannot be written: {error.strerror or error}.") from None
+        raise UserError(f"--output: {output} cannot be written: {reason(error)}.") from None
 
 
 if __name__ == "__main__":

@@ -129,3 +129,21 @@ def tiny_run(rectangles, tmp_path_factory):
     scores = [{"step": 3, "split": "validation", "AP": 0.25}, {"step": 7, "split": "validation", "AP": 0.125}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
     return workdir
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """A bucket on loopback, where libraries of this process find it."""
+    from tests.bucket import serve_bucket
+
+    with serve_bucket() as bucket, pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket.variables.items():
+            patch.setenv(name, value)
+        yield bucket
+
+
+@pytest.fixture
+def bucket(bucket_server):
+    """The same, with nothing wrong with it at first."""
+    yield bucket_server
+    bucket_server.mend()

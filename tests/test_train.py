@@ -236,7 +236,7 @@ def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, share
             ["--config.model.position.encoding=learned", "--config.model.position.learned_size=2"],
             "pixels, padding included, will come, but: A feature map of ",
         ),
-        (["--workdir=gs://bucket/run"], "--workdir is gs://bucket/run: addresses with :// are not read or written"),
+        (["--workdir=s3://bucket/run"], "--workdir is s3://bucket/run: of addresses with :// only gs:// is known"),
         (["--config.mesh.model=3"], "config.mesh.model is 3, which does not divide the 8 devices"),
         (["--config.train.keep_checkpoints=0"], "config.train.keep_checkpoints is 0"),
         (["--steps=3"], "There is no flag --steps"),

@@ -1,6 +1,7 @@
 """Values of the wrong range or kind, for every field of every family: one sentence before anything compiles."""
 
 import contextlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def run_before_compiling(config: ConfigDict, workdir) -> None:
     source, eval_source = (open_source(config.data, getattr(config.data, f"{s}_split")) for s in ("train", "eval"))
     batches = TrainBatches(source, config.data, seed=config.seed)
     num_steps = last_step(config.train, batches.steps_per_epoch)
-    check_trackers(config.train.trackers)
+    check_trackers(config.train.trackers, Path("run"))
     for field in ("eval_every", "checkpoint_every"):
         due(config.train, field, batches.steps_per_epoch, num_steps)
 

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -23,9 +25,17 @@ PATIENCE = 300  # seconds that anything may take
 class Run:
     """train.py on `devices` of each of `count` processes; `shared` is what all runs of a test have in common."""
 
-    def __init__(self, workdir: Path, shared: list[str], *, count: int = 1, devices: int = 1):
+    def __init__(
+        self,
+        workdir: Path | str,
+        shared: list[str],
+        *,
+        count: int = 1,
+        devices: int = 1,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.workdir = workdir
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(devices)}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(devices), **variables}
         command = [sys.executable, "train.py", "--config=tests/tiny_training.py", f"--workdir={workdir}", *shared]
         joins = [[]]
         if count > 1:

@@ -7,7 +7,6 @@ differ in their seed are one row with its standard deviation.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -26,7 +25,7 @@ from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.evaluation.coco_metric import Counted, count, ground_truth
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import as_path, require_readable, require_writable
 from deperceiver_jax.program.command_line import parse_flags, run, split_arguments
 from deperceiver_jax.report import require_libraries
 from deperceiver_jax.runs.workdir import CLASSES, read_classes
@@ -50,9 +49,11 @@ def main(argv: list[str]) -> None:
         raise UserError("Runs are missing: name two workdirs or more, as in runs/a runs/b.")
     for name in ("median_of_last", "bootstrap"):
         check_at_least(f"--{name}", values[name].value, 0)
-    output = Path(values.output).expanduser()
+    output = as_path(values.output)
     require_writable("--output", output)
     require_libraries("A comparison")
+    for folder in folders:
+        require_readable("A run", folder)
     from deperceiver_jax.compare.page import write_comparison
 
     published = published_rows(values.published)

@@ -6,7 +6,7 @@ from pathlib import Path
 from deperceiver_jax.compare.charts import all_charts
 from deperceiver_jax.compare.rows import Row, memory_text, step_milliseconds
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import write_whole
+from deperceiver_jax.files import reason, write_whole
 from deperceiver_jax.pages.template import fill, render
 from deperceiver_jax.report.page import ROOM as REPORT
 from deperceiver_jax.report.page import libraries
@@ -42,4 +42,4 @@ def write_comparison(
     try:
         write_whole(path, fill(page, data))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be written: {reason(error)}.") from error

@@ -19,7 +19,7 @@ from deperceiver_jax.data.batches.loader import EvaluationBatches
 from deperceiver_jax.errors import UserError, check_at_least, check_between
 from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
 from deperceiver_jax.evaluation.postprocess import postprocess
-from deperceiver_jax.files import write_whole
+from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.sharding import check_batch_size, gather, replicated, shard_batch
@@ -158,8 +158,8 @@ def write_results(directory: Path, metrics: dict, results: list[dict]) -> None:
     if metrics:
         texts["metrics.json"] = json.dumps(metrics, allow_nan=False) + "\n"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         for name, text in texts.items():
             write_whole(directory / name, text)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{directory} cannot be written: {reason(error)}.") from error

@@ -13,7 +13,7 @@ from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import metric_table
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import as_path, require_writable
 from deperceiver_jax.program import processes
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import load_for_command
@@ -37,9 +37,7 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     config = loaded.config
     split = values.split or config.data.eval_split
-    output = (
-        Path(values.output).expanduser() if values.output else default_output(stored, split, config.data.eval_split)
-    )
+    output = as_path(values.output) if values.output else default_output(stored, split, config.data.eval_split)
     first = jax.process_index() == 0
     if first:
         require_writable("--output", output)

@@ -21,7 +21,7 @@ from deperceiver_jax.export.choices import AP_TOLERANCES, DYNAMIC, ENDINGS
 from deperceiver_jax.export.pictures import drawn_batches, split_batches
 from deperceiver_jax.export.program import Answers, Sizes, file_program, reference_program, sizes_of
 from deperceiver_jax.export.stablehlo_file import open_stablehlo, write_stablehlo
-from deperceiver_jax.files import require_writable, written_whole
+from deperceiver_jax.files import as_path, is_bucket, require_writable, written_whole
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.runs.workdir import config_text
@@ -72,13 +72,13 @@ def output_file(flag: str | None, format: str) -> Path:
     """Raises UserError for a name that the file cannot have."""
     if flag is None:
         raise UserError("--output is needed: the file to be written.")
-    output = Path(flag).expanduser()
+    output = as_path(flag)
     if output.suffix != ENDINGS[format]:
         raise UserError(f"--output: {output} is to end in {ENDINGS[format]}, as --format={format} is asked for.")
+    require_writable("--output", output)
     if output.exists():
         raise UserError(f"--output: {output} exists already.")
-    require_writable("--output", output)
-    if not output.parent.is_dir():
+    if not is_bucket(output) and not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}.")
     return output
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
@@ -14,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import BUCKETS, as_path, is_bucket, reason, require_readable, require_writable
 
 KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # pictures of other kinds become .png
 FORMATS = set("AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM PSD SGI TGA TIFF WEBP".split())  # taken from a folder
@@ -43,6 +44,8 @@ def find_images(pattern: str) -> list[Path]:
     """
     place = os.path.expanduser(pattern)
     try:
+        if is_bucket(place):
+            return _find_in_bucket(place)
         if os.path.isdir(place):
             kinds = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
             found = [path for path in Path(place).iterdir() if kinds.get(path.suffix.lower()) in FORMATS]
@@ -50,7 +53,27 @@ def find_images(pattern: str) -> list[Path]:
             found = [Path(place)] if os.path.isfile(place) else map(Path, set(glob(place, recursive=True)))
         paths = sorted(path for path in found if path.is_file())
     except OSError as error:
-        raise UserError(f"--images: {error.filename} cannot be read: {error.strerror}.") from error
+        raise UserError(f"--images: {error.filename} cannot be read: {reason(error)}.") from error
+    if not paths:
+        raise UserError(f"--images: there is no image at {pattern}.")
+    return paths
+
+
+def _find_in_bucket(pattern: str) -> list[Path]:
+    """`find_images` of a bucket, in which a pattern has no **."""
+    folder, _, name = pattern.rpartition("/")
+    looked_in = as_path(folder if re.search(r"[*?\[]", name) else pattern)
+    require_readable("--images", looked_in)
+    if re.search(r"[*?\[]", name):
+        found = list(looked_in.glob(name))
+    elif looked_in.is_dir():
+        found = list(looked_in.iterdir())
+    else:
+        found = [looked_in] if looked_in.exists() else []
+    kinds = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = sorted(path for path in found if kinds.get(path.suffix.lower()) in FORMATS)
+    if videos := [path for path in found if is_video(path)]:
+        raise UserError(f"--images: {videos[0]} is a video, which is read from this machine alone; copy it.")
     if not paths:
         raise UserError(f"--images: there is no image at {pattern}.")
     return paths
@@ -70,13 +93,16 @@ def output_files(paths: Sequence[Path], output: Path) -> list[Path]:
 
     Raises UserError.
     """
-    paths = [path.absolute() for path in paths]
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    if output.resolve() == common.resolve():
+    if len({is_bucket(path) for path in paths}) > 1:
+        raise UserError("--images: some are in a bucket, and some on this machine; take one after the other.")
+    paths = [path if is_bucket(path) else path.absolute() for path in paths]
+    prefix = BUCKETS if is_bucket(paths[0]) else ""
+    common = as_path(prefix + os.path.commonpath([str(path.parent).removeprefix(prefix) for path in paths]))
+    if is_bucket(output) == is_bucket(paths[0]) and output.resolve() == common.resolve():
         raise UserError(f"--output: {output} is where the images are; take another folder.")
+    require_writable("--output", output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is not a folder.")
-    require_writable("--output", output)
     targets = [output / path.relative_to(common) for path in paths]
     taken = {target for target in targets if target.suffix.lower() in (*KEPT_ENDINGS, ".mp4")}
     for i, target in enumerate(targets):

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import written_whole
+from deperceiver_jax.files import make_folder, written_whole
 from deperceiver_jax.prediction.pictures import read_pixels
 from deperceiver_jax.prediction.results import Looked, Results
 from deperceiver_jax.visualize.draw_boxes import draw_detections
@@ -87,7 +86,7 @@ class Keeper:
 
 def save(path: Path, pixels: Pixels) -> None:
     """Writes a picture, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     kind = Image.registered_extensions()[path.suffix.lower()]
     with written_whole(path) as partial:
         Image.fromarray(np.ascontiguousarray(pixels)).save(partial, kind, quality=92)
@@ -98,14 +97,15 @@ class _VideoFile:
 
     def __init__(self, path: Path, frames_per_second: float):
         self._path, self._rate = path, frames_per_second
-        self._partial = path.with_name(f".partial.{path.name[-60:]}")
+        self._whole = contextlib.ExitStack()
         self._writer: cv2.VideoWriter | None = None
 
     def write(self, pixels: Pixels) -> None:
         if self._writer is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
+            partial = self._whole.enter_context(written_whole(self._path, ".mp4"))
             fourcc = cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(self._partial), fourcc, self._rate, pixels.shape[1::-1])
+            self._writer = cv2.VideoWriter(str(partial), fourcc, self._rate, pixels.shape[1::-1])
             if not self._writer.isOpened():
                 raise UserError(f"--output: {self._path} cannot be written: OpenCV cannot write MP4 there.")
         self._writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
@@ -116,4 +116,4 @@ class _VideoFile:
     def __exit__(self, *_) -> None:
         if self._writer is not None:
             self._writer.release()
-            os.replace(self._partial, self._path)
+        self._whole.close()

@@ -1,5 +1,6 @@
 """What a picture may be, and how it becomes one of a few padded sizes."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from deperceiver_jax.data.batches.pixels import decode_image, place_image, turn_
 from deperceiver_jax.data.batches.plan import GRID
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path, reason
 
 # bytes are an image file's; arrays are RGB, or grey without the last axis
 Picture = str | Path | bytes | Image.Image | UInt8[np.ndarray, "h w 3"]
@@ -58,8 +60,8 @@ def prepare(pixels: UInt8[np.ndarray, "h w 3"], config: ConfigDict, sizes: Int32
 
 def read_pixels(picture: object) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels of a picture as a viewer shows it, turned by its EXIF orientation. Raises UserError."""
-    if isinstance(picture, str | Path):
-        return _read_file(Path(picture).expanduser())
+    if isinstance(picture, str | os.PathLike):
+        return _read_file(as_path(os.fspath(picture)))
     if isinstance(picture, bytes):
         return _decode(picture, "The picture")
     if isinstance(picture, Image.Image):
@@ -75,7 +77,7 @@ def _read_file(path: Path) -> np.ndarray:
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from error
     return _decode(data, str(path))
 
 

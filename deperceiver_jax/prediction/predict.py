@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.files import as_path, make_folder, reason
 from deperceiver_jax.prediction.detections import PictureDetections
 from deperceiver_jax.prediction.detector import PictureDetector
 from deperceiver_jax.prediction.files import Video, find_files, is_video, output_files
@@ -31,7 +32,7 @@ def predict(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
             raise UserError(f"--{name} is needed: {values[name].help}")
     for name in values.format:
         check_choice("--format", name, FORMATS)
-    files, output = find_files(values.images), Path(values.output).expanduser()
+    files, output = find_files(values.images), as_path(values.output)
     places = [target.relative_to(output) for target in output_files(files, output)]
     image_ids = choose_image_ids(values.annotations, files)
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
@@ -43,7 +44,7 @@ def predict(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
     interrupted = False
     jobs = list(zip(files, places, image_ids, strict=True))
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         with contextlib.ExitStack() as until_end:
             formats = [until_end.enter_context(FORMATS[name](output, loaded.classes)) for name in set(values.format)]
             keeper = Keeper(output, formats, loaded.classes, draw=values.draw, crops=values.save_crops)
@@ -54,7 +55,7 @@ def predict(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
             except KeyboardInterrupt:  # what is done is kept
                 interrupted = True
     except OSError as error:
-        raise UserError(f"--output: {error.filename or output} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--output: {error.filename or output} cannot be written: {reason(error)}.") from error
     print(f"Wrote {keeper.done} of {len(files)} files with {keeper.objects} detections to {output}.")
     if interrupted:
         raise UserError(f"Stopped by Ctrl-C: {output} has what was found until then.")
@@ -125,7 +126,7 @@ def choose_image_ids(annotations: str | None, files: Sequence[Path]) -> list[int
         return list(range(len(files)))
     if videos := [file for file in files if is_video(file)]:
         raise UserError(f"--annotations lists pictures, not the frames of a video such as {videos[0]}.")
-    return read_image_ids(Path(annotations), files)
+    return read_image_ids(as_path(annotations), files)
 
 
 def choose_slots(names: Sequence[str], classes: ClassMap) -> list[int]:

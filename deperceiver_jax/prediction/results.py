@@ -12,7 +12,7 @@ import numpy as np
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import write_whole, written_whole
+from deperceiver_jax.files import is_bucket, make_folder, reason, write_whole, written_whole
 from deperceiver_jax.prediction.detections import PictureDetections
 
 COLUMNS = ("file_name", "frame", "image_id", "category_id", "category_name", "score", "left", "top", "right", "bottom")
@@ -107,7 +107,7 @@ class _Yolo:
         for label, box, score in rows:
             numbers = " ".join(f"{number:.6g}" for number in (*box, score))
             lines.append(f"{self._slots.index(label)} {numbers}\n")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         write_whole(target, "".join(lines))
 
 
@@ -120,15 +120,15 @@ def read_image_ids(annotations: Path, files: Sequence[Path]) -> list[int]:
     A file_name may have folders; it is the end of the file's path. Raises UserError for a file that is not listed.
     """
     try:
-        content = json.loads(annotations.expanduser().read_bytes())
+        content = json.loads(annotations.read_bytes())
         ids = {os.path.normpath(image["file_name"]): int(image["id"]) for image in content["images"]}
     except OSError as error:
-        raise UserError(f"--annotations: {annotations} cannot be read: {error.strerror}.") from error
+        raise UserError(f"--annotations: {annotations} cannot be read: {reason(error)}.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"--annotations: {annotations} is not in COCO's format: it lists no images.") from error
     found = []
     for file in files:
-        parts = file.absolute().parts
+        parts = (file if is_bucket(file) else file.absolute()).parts
         ends = (os.path.join(*parts[start:]) for start in range(1, len(parts)))
         name = next((end for end in ends if end in ids), None)
         if name is None:

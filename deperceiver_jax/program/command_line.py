@@ -26,11 +26,24 @@ from ml_collections import ConfigDict, config_flags
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.field_needs import GENERAL, Need, check_needs
+from deperceiver_jax.files import as_path, bucket_error, check_address
 
 _CONFIG_FILE = re.compile(r"^--?config(=.*)?$")
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 LARGEST_WHOLE = 2**31 - 1  # of any field: what 32 bits hold
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+IN_BUCKETS = (  # flags and fields that may be paths in a bucket
+    "--workdir",
+    "--weights",
+    "--output",
+    "--images",
+    "--image",
+    "--annotations",
+    "--torch",
+    "--classes",
+    "config.init_from",
+    "config.model.backbone.weights",
+    "config.train.compilation_cache",
+)
 
 
 def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -49,7 +62,7 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
             from deperceiver_jax.program import processes
 
             processes.leave(error)
-        sentence = str(error) if isinstance(error, UserError) else _lacking_platform(error)
+        sentence = str(error) if isinstance(error, UserError) else bucket_error(error) or _lacking_platform(error)
         if not sentence:
             raise
         print(f"error: {sentence}", file=sys.stderr)
@@ -128,7 +141,7 @@ def _repeat_names(argv: Sequence[str], several: Collection[str]) -> list[str]:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """(folders, flags) of a program that takes folders beside flags: a flag has its value behind a =."""
-    folders = [Path(argument).expanduser() for argument in arguments if not argument.startswith("-")]
+    folders = [as_path(argument) for argument in arguments if not argument.startswith("-")]
     return folders, [argument for argument in arguments if argument.startswith("-")]
 
 
@@ -155,11 +168,7 @@ def _check_text(name: str, value: object) -> None:
     """Raises UserError for a text, most likely a path, that no file of this machine can have or that has no home."""
     if not isinstance(value, str):
         return
-    if _ADDRESS.match(value):
-        raise UserError(
-            f"{name} is {value}: addresses with :// are not read or written, only paths of this machine, on which a "
-            "bucket can be mounted."
-        )
+    check_address(name, value, buckets=name in IN_BUCKETS)
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(f"{name} is {value!r}: its bytes are no UTF-8.")
     if value.startswith("~") and os.path.expanduser(value).startswith("~"):

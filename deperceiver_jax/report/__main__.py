@@ -6,13 +6,12 @@ It reads the run's newest `eval/<step>`, beside whose files it puts report.html,
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from deperceiver_jax.data import open_source
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import as_path, require_readable, require_writable
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 from deperceiver_jax.report import require_libraries
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
@@ -31,10 +30,11 @@ def main(argv: list[str]) -> None:
     require_libraries("The report")
     from deperceiver_jax.report.page import write_report
 
-    workdir = Path(values.workdir).expanduser()
+    workdir = as_path(values.workdir)
+    require_readable("--workdir", workdir)
     config = parse_config(config_arguments, read_config(workdir / CONFIG))
     evaluation = newest_evaluation(workdir)
-    output = Path(values.output).expanduser() if values.output else evaluation / "report.html"
+    output = as_path(values.output) if values.output else evaluation / "report.html"
     require_writable("--output" if values.output else "--workdir", output)
     metrics, results = (read_json(evaluation / name) for name in ("metrics.json", "detections.json"))
     if "by_class" not in metrics:

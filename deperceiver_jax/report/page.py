@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, ground_truth
-from deperceiver_jax.files import write_whole
+from deperceiver_jax.files import reason, write_whole
 from deperceiver_jax.pages.template import as_json, fill, render
 from deperceiver_jax.report import gallery
 from deperceiver_jax.report.analysis import analyse, boxes_by_class
@@ -71,7 +71,7 @@ def write_report(
     try:
         write_whole(path, fill(page, data))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be written: {reason(error)}.") from error
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import functools
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +14,15 @@ from etils import epath
 from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import BUCKETS, is_bucket, reason
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import CHECKPOINTS, METRICS
 
 WEIGHTS, EMA, TRAINING, PROGRESS = "weights", "ema", "training", "progress"
 RECORDS_AT_ONCE = 64  # that a check reads side by side
+COMMITTED = "commit_success.txt"  # of Orbax, in a complete directory of a bucket, which cannot be renamed at once
+# What TensorStore says of a bucket that does not let it read, which is no damage.
+_REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|HTTP response code: (?!404)")
 
 
 class DamagedCheckpoint(UserError):
@@ -29,7 +32,8 @@ class DamagedCheckpoint(UserError):
 def all_steps(workdir: Path) -> list[int]:
     """The steps of a workdir's complete checkpoints, in ascending order."""
     directory = workdir / CHECKPOINTS
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal()) if directory.is_dir() else []
+    steps = [path for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
+    return sorted(int(path.name) for path in steps if not is_bucket(path) or (path / COMMITTED).exists())
 
 
 def best_step(workdir: Path, steps: Sequence[int]) -> int | None:
@@ -44,6 +48,8 @@ def plain_path(directory: Path) -> Path:
 
     Orbax looks for files by patterns, to which [1] is a 1 and * any name; TensorStore takes a backslash for a slash.
     """
+    if is_bucket(directory):
+        return directory
     absolute = directory.absolute()
     return _linked(absolute) if re.search(r"[\[\]*?\\]", str(absolute)) else absolute
 
@@ -87,6 +93,9 @@ def check_readable(item: Path) -> None:
     other threads, as there are arrays; it gets only what passes here."""
     with damage_is_a_user_error(item):
         base = {"driver": "file", "path": f"{plain_path(item)}/"}  # a URL would have to be quoted
+        if is_bucket(item):
+            bucket, _, folder = str(item).removeprefix(BUCKETS).partition("/")
+            base = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
         records = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
         keys = records.list().result()
         for first in range(0, len(keys), RECORDS_AT_ONCE):
@@ -96,15 +105,13 @@ def check_readable(item: Path) -> None:
 
 @contextlib.contextmanager
 def damage_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise for incomplete or broken files into one sentence."""
+    """Turns what Orbax and TensorStore raise for incomplete or broken files into one sentence.
+
+    A bucket that does not let them be read is a plain UserError.
+    """
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
+        if is_bucket(path) and _REFUSED.search(str(error)):
+            raise UserError(f"{path} cannot be read: {reason(error)}.") from None
         raise DamagedCheckpoint(f"{path} is damaged or incomplete: {reason(error)}.") from None
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read or written: the system's word for it, or else the first sentence of the message."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    code = int(code[1]) if code else getattr(error, "errno", None)
-    return os.strerror(code) if code else str(error).split("[")[0].split("\n")[0].strip()[:300].rstrip(".:")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import reason
 
 
 class MetricLines(NamedTuple):
@@ -21,7 +22,7 @@ def read_metrics(path: Path) -> MetricLines:
     except FileNotFoundError:
         return MetricLines([], [])
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     found = MetricLines([], [])
     for number, line in enumerate(lines, 1):
         try:

@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path, is_bucket, make_folder, require_readable, write_whole
 from deperceiver_jax.runs.checkpoint_files import (
     EMA,
     WEIGHTS,
@@ -24,7 +25,7 @@ from deperceiver_jax.runs.checkpoint_files import (
     read_shapes,
 )
 from deperceiver_jax.runs.migrations import renamed_paths
-from deperceiver_jax.runs.workdir import CHECKPOINTS, CONFIG
+from deperceiver_jax.runs.workdir import CHECKPOINTS, CLASSES, CONFIG
 
 
 class StoredDetector(NamedTuple):
@@ -36,8 +37,12 @@ class StoredDetector(NamedTuple):
 
 
 def local_directory(place: str | Path) -> Path:
-    """The directory on this machine that a workdir, --weights or config.init_from means; all of them pass here."""
-    path = Path(place).expanduser()
+    """The directory, of this machine or in a bucket, that a workdir, --weights or config.init_from means; all of them
+    pass here. Raises UserError for a bucket that is not there or does not permit reading."""
+    path = as_path(place)
+    require_readable("A detector", path)
+    if is_bucket(path):
+        return path
     return path.resolve() if ".." in path.parts else path  # which TensorStore does not read
 
 
@@ -45,10 +50,11 @@ def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetect
     """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
     (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
     directory = local_directory(place)
-    if not os.path.isdir(directory):  # Path.is_dir raises OSError for a name that is too long
+    if not (directory.is_dir() if is_bucket(directory) else os.path.isdir(directory)):  # a name may be too long
         raise UserError(f"{directory} is not a directory.")
     if (directory / WEIGHTS).is_dir():
-        step, parent = directory.absolute().name, directory.absolute().parent
+        whole = directory if is_bucket(directory) else directory.absolute()
+        step, parent = whole.name, whole.parent
         if parent.name == CHECKPOINTS and step.isdecimal() and not (directory / CONFIG).exists():
             return StoredDetector(directory, parent.parent, int(step))
         return StoredDetector(directory, directory, None)  # import_weights may have been told to write anywhere
@@ -86,11 +92,11 @@ def save_params(directory: Path, arrays: Mapping[str, Array | np.ndarray], confi
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists already.")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(plain_path(directory) / WEIGHTS, dict(arrays))
-    (directory / "classes.json").write_text(classes)
-    (directory / CONFIG).write_text(config)
+    write_whole(directory / CLASSES, classes)
+    write_whole(directory / CONFIG, config)
 
 
 def _read_arrays(item: Path) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import reason
 
 
 def newest_evaluation(workdir: Path) -> Path:
@@ -21,6 +22,6 @@ def read_json(file: Path) -> Any:
     try:
         return orjson.loads(file.read_bytes())
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{file} cannot be read: {reason(error)}.") from error
     except ValueError as error:
         raise UserError(f"{file} is not what an evaluation wrote ({error}); run eval.py again.") from error

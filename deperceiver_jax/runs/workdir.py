@@ -15,7 +15,7 @@ from deperceiver_jax import __version__
 from deperceiver_jax.data import Source
 from deperceiver_jax.data.classes import ClassMap, require_same_classes
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import write_whole
+from deperceiver_jax.files import is_bucket, make_folder, reason, write_whole
 from deperceiver_jax.runs.migrations import migrate
 
 CONFIG = "config.json"
@@ -44,20 +44,24 @@ def keep_others_out(workdir: Path, *, new: bool = False) -> Iterator[None]:
     """Holds the workdir's lock, which the system releases when its process dies. Makes the workdir if need be.
 
     Raises UserError when another run holds it, when it cannot be written, and when another run has begun in it although
-    it was to be `new`. Several processes of one run are one run: the first one takes the lock.
+    it was to be `new`. Several processes of one run are one run: the first one takes the lock. A bucket has no locks;
+    there the run that began last owns the workdir (runs/mirror.py).
     """
+    if is_bucket(workdir):
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / LOCK, "a")
     except OSError as error:
-        raise UserError(f"--workdir: {workdir} cannot be written: {error.strerror}.") from None
+        raise UserError(f"--workdir: {workdir} cannot be written: {reason(error)}.") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--workdir: another run is at work in {workdir}; take another one.") from None
         except OSError as error:
-            why = f"its file system has no locks ({error.strerror})"
+            why = f"its file system has no locks ({reason(error)})"
             print(f"warning: nothing keeps a second run out of {workdir}: {why}.", file=sys.stderr, flush=True)
         if new and (workdir / CONFIG).exists():
             raise UserError(f"--workdir: another run began in {workdir} at the same time; take another one.")
@@ -78,11 +82,12 @@ def flat_fields(config: ConfigDict) -> dict[str, object]:
 def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
     """Raises UserError when `workdir` holds another run than that of `config` and `classes`. Writes nothing."""
     try:
-        os.lstat(workdir / CHECKPOINTS / ("x" * 200))  # the longest name that may come to lie in it
+        if not is_bucket(workdir):
+            os.lstat(workdir / CHECKPOINTS / ("x" * 200))  # the longest name that may come to lie in it
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(f"--workdir: {workdir} cannot be used: {error.strerror}.") from None
+        raise UserError(f"--workdir: {workdir} cannot be used: {reason(error)}.") from None
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir: {workdir} is not a directory.")
     if not (workdir / CONFIG).exists():
@@ -139,13 +144,13 @@ def write_workdir(
 ) -> None:
     """Makes `workdir` with its config.json, classes.json and, of `data`, data.json; each file appears whole or not."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         write_whole(workdir / CLASSES, classes.to_json())
         if data is not None:
             write_whole(workdir / DATA, json.dumps(data) + "\n")
         write_whole(workdir / CONFIG, config_text(config))
     except OSError as error:
-        raise UserError(f"--workdir: {workdir} cannot be written: {error.strerror}.") from None
+        raise UserError(f"--workdir: {workdir} cannot be written: {reason(error)}.") from None
 
 
 def config_text(config: ConfigDict) -> str:
@@ -163,7 +168,7 @@ def read_config(path: Path) -> ConfigDict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a stored config: {error}.") from None
 
@@ -175,7 +180,7 @@ def read_classes(path: Path) -> ClassMap:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a class map.") from None
 

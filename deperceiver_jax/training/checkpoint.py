@@ -17,7 +17,6 @@ import errno
 import functools
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import is_bucket, reason, remove_folder, told_when_slow
 from deperceiver_jax.runs.checkpoint_files import (
     EMA,
     PROGRESS,
@@ -41,7 +41,6 @@ from deperceiver_jax.runs.checkpoint_files import (
     damage_is_a_user_error,
     plain_path,
     read_shapes,
-    reason,
     require_same_arrays,
 )
 from deperceiver_jax.runs.migrations import renamed_paths
@@ -124,10 +123,9 @@ class Checkpoints:
         }
         if state.ema:
             items[EMA] = ocp.args.StandardSave(state.ema)
-        with self._failure_is_a_user_error():
-            self.manager.wait_until_finished()
+        self._wait()
         self._require_space(state)
-        with self._failure_is_a_user_error():
+        with self._failure_is_a_user_error(), self._told_when_slow():
             self.manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
@@ -154,7 +152,7 @@ class Checkpoints:
             items[EMA] = restored_as(abstract.ema)
         for item in items.keys() - {WEIGHTS, PROGRESS}:
             check_readable(directory / item)
-        with damage_is_a_user_error(directory):
+        with damage_is_a_user_error(directory), self._told_when_slow():
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         weights, training = (_rename(restored[item], new_names) for item in (WEIGHTS, TRAINING))
         state = TrainState(
@@ -168,8 +166,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest step that is saved, when all saves that were begun are done."""
-        with self._failure_is_a_user_error():
-            self.manager.wait_until_finished()
+        self._wait()
         return self.manager.latest_step()
 
     def set_aside(self, damaged: Mapping[int, DamagedCheckpoint], start: int) -> None:
@@ -178,8 +175,8 @@ class Checkpoints:
             for step, error in damaged.items():
                 path = self.directory / f"{step}.damaged"
                 if path.exists():
-                    shutil.rmtree(path)
-                os.rename(self.directory / str(step), path)
+                    remove_folder(path)
+                (self.directory / str(step)).rename(path)
                 sentence = f"warning: {error} It is {path} now, and the run continues from step {start}."
                 print(sentence, file=sys.stderr, flush=True)
         if jax.process_count() > 1:
@@ -187,8 +184,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written. Raises UserError when it could not be."""
+        self._wait()
         with self._failure_is_a_user_error():
             self.manager.close()
+
+    def _wait(self) -> None:
+        """Until the save that was begun is done."""
+        with self._failure_is_a_user_error(), self._told_when_slow():
+            self.manager.wait_until_finished()
+
+    def _told_when_slow(self) -> contextlib.AbstractContextManager[None]:
+        return told_when_slow(self.directory) if is_bucket(self.directory) else contextlib.nullcontext()
 
     def __enter__(self):
         return self
@@ -205,6 +211,8 @@ class Checkpoints:
         save. One that fails in the middle is no more than a sentence late, but a loud one: Orbax closes its event loop
         with the first array's error, and the other arrays' threads print a traceback each when they cannot report."""
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        if is_bucket(self.directory):  # which is never full
+            return
         if jax.process_index() == 0 and hasattr(os, "posix_fallocate"):  # macOS has none
             try:
                 with tempfile.TemporaryFile(dir=self.directory) as file:  # without a name: nothing can stay behind

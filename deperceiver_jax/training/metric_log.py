@@ -1,6 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard event files, trackers and a progress bar, all from process 0 alone.
 
-A line of metrics.jsonl is one JSON object:
+In a bucket files are copies of those on this machine (runs/mirror.py). A line of metrics.jsonl is one JSON object:
 
     {"step": 500, "split": "train", "epoch": 2.5, "loss": .., "loss_ce": .., "lr": .., "images_per_second": ..,
      "host_memory_gib": ..}
@@ -11,6 +11,7 @@ Training lines are means over the steps since the line before; `lr` is the last 
 """
 
 import contextlib
+import copy
 import json
 import shutil
 import sys
@@ -26,8 +27,9 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import write_whole
+from deperceiver_jax.files import reason, write_whole
 from deperceiver_jax.runs.metrics_file import read_metrics
+from deperceiver_jax.runs.mirror import Mirror
 from deperceiver_jax.runs.workdir import METRICS
 from deperceiver_jax.training.peak_memory import peak_memory
 from deperceiver_jax.training.trackers import Images, Trackers
@@ -57,11 +59,16 @@ class MetricLog:
         self.window: dict = progress["window"] if progress else {"count": 0, "sums": {}}
         self.step = start_step
         self.bar: tqdm | None = None
-        self.rows = from_first(forget_after(workdir / METRICS, start_step) if writes else [])
+        self.until_end = contextlib.ExitStack()
+        rows: list[dict] = []
         if writes:
-            self.file = open(workdir / METRICS, "ab", buffering=0)  # nothing is left for close() to write
-            self.tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
-            self.trackers = Trackers(config.train.trackers, workdir, config)
+            self.mirror = Mirror(workdir, self.until_end)
+            folder = self.mirror.folder
+            rows = forget_after(workdir / METRICS, start_step, folder / METRICS)
+            self.file = open(folder / METRICS, "ab", buffering=0)  # nothing is left for close() to write
+            self.tensorboard = SummaryWriter(str(folder), purge_step=start_step + 1)
+            self.trackers = Trackers(config.train.trackers, workdir, config, folder)
+        self.rows = from_first(rows)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -108,6 +115,7 @@ class MetricLog:
                 f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "APs", "APm", "APl") if name in metrics
             )
             print(f"step {self.step}/{self.num_steps}  {split}  {shown}", flush=True)
+        self._flush()  # which step is the best is read there
 
     def images(self, split: str, images: Images) -> None:
         """Shows the trackers a few evaluated pictures, by file name."""
@@ -127,16 +135,27 @@ class MetricLog:
         return any(row["step"] == step for row in self.lines(split))
 
     def progress(self) -> dict:
-        """What the next line needs of the steps before it, for a run that continues from here."""
-        return {"window": self.window}
+        """What the next line needs of the steps before it, for a run that continues from here.
+
+        The workdir has all lines until now when it returns: a run that continues does not write them again.
+        """
+        self._flush()
+        return {"window": copy.deepcopy(self.window)}  # which is written in the background, while steps go on
 
     def close(self) -> None:
         """Takes the bar away and writes what is still in memory."""
         self._close_bar()
+        with self.until_end:
+            if self.writes:
+                self.file.close()
+                self.tensorboard.close()
+                self.trackers.close()
+                self.mirror.close()
+
+    def _flush(self) -> None:
         if self.writes:
-            self.file.close()
-            self.tensorboard.close()
-            self.trackers.close()
+            self.tensorboard.flush()
+            self.mirror.flush()
 
     def _means(self) -> dict[str, float]:
         return {name: value / self.window["count"] for name, value in self.window["sums"].items()}
@@ -172,7 +191,7 @@ class MetricLog:
         try:
             self.file.write(f"{json.dumps(self.rows[-1])}\n".encode())
         except OSError as error:
-            raise UserError(f"{self.file.name} cannot be written: {error.strerror}.") from error
+            raise UserError(f"{self.file.name} cannot be written: {reason(error)}.") from error
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
         self.trackers.numbers(self.step, {f"{split}/{name}": value for name, value in metrics.items()})
@@ -188,9 +207,9 @@ def from_first(rows: list[dict]) -> list[dict]:
     return json.loads(sent.astype(np.uint8).tobytes())
 
 
-def forget_after(path: Path, step: int) -> list[dict]:
+def forget_after(path: Path, step: int, target: Path) -> list[dict]:
     """Drops the lines of steps after `step`, and a last line that was cut off, so that a run that continues from there
-    leaves the file of one that never stopped. Returns what those say that stay.
+    leaves the file of one that never stopped. `target` gets those that stay, and what they say is returned.
 
     Lines that are no metrics are dropped, too; the file with them is kept beside it, and a warning says so.
     """
@@ -199,10 +218,10 @@ def forget_after(path: Path, step: int) -> list[dict]:
     lines = read_metrics(path)
     if lines.garbage:
         damaged = path.with_name(f"{path.name}.damaged")
-        shutil.copyfile(path, damaged)
+        write_whole(damaged, path.read_bytes())
         more = f" (and {len(lines.garbage) - 1} more)" if lines.garbage[1:] else ""
         what = f"warning: line {lines.garbage[0]} of {path}{more} is no line of metrics and is dropped"
         print(f"{what}; {damaged} is the file as it was.", file=sys.stderr, flush=True)
     kept = [(line, row) for line, row in lines.rows if row["step"] <= step]
-    write_whole(path, "".join(f"{line.decode()}\n" for line, _ in kept))
+    write_whole(target, "".join(f"{line.decode()}\n" for line, _ in kept))
     return [row for _, row in kept]

@@ -1,12 +1,11 @@
 """How a run begins: its first state, and its first line."""
 
-from pathlib import Path
-
 import jax
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path
 from deperceiver_jax.models.heads.heads import CLASS_HEAD
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
@@ -46,7 +45,7 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
             print(f"Starting from {stored.items}: {kept}.", flush=True)
         return replace_arrays(plan.initialize(), arrays, origin=str(stored.items))
     if weights:
-        path = Path(weights).expanduser()
+        path = as_path(weights)
         shapes = {name: x.shape for name, x in {**plan.abstract.params, **plan.abstract.frozen}.items()}
         arrays = load_backbone(path, shapes)  # what is wrong with the file is said before anything compiles
         return replace_arrays(plan.initialize(), arrays, origin=str(path))

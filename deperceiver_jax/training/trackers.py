@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.files import write_whole
+from deperceiver_jax.files import is_bucket, write_whole
 from deperceiver_jax.runs.workdir import config_text, flat_fields
 
 PROJECT = "deperceiver_jax"  # or experiment, where no environment variable names another
@@ -42,14 +42,14 @@ class Tracker(Protocol):
 class Wandb:
     """Weights & Biases. WANDB_MODE=offline writes into the workdir, for `wandb sync`."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, known: str | None):
+    def __init__(self, name: str, folder: Path, config: ConfigDict, known: str | None):
         import wandb
 
         self.wandb = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=workdir.absolute().name,
-            dir=workdir,
+            name=name,
+            dir=folder,
             id=known,
             resume="allow" if known else None,
             config=config.to_dict(),
@@ -71,17 +71,17 @@ class Wandb:
 class MLflow:
     """MLflow, in MLFLOW_TRACKING_URI, or else in files in the workdir: mlflow ui --backend-store-uri=WORKDIR/mlruns."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, known: str | None):
+    def __init__(self, name: str, folder: Path, config: ConfigDict, known: str | None):
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
         self.metric = Metric
         address = os.environ.get("MLFLOW_TRACKING_URI")
         if address is None:
-            address = (workdir / "mlruns").absolute().as_uri()
+            address = (folder / "mlruns").absolute().as_uri()
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # or else it wants a database
         self.client = MlflowClient(address)
-        self.id = known or self._new_run(workdir.absolute().name)
+        self.id = known or self._new_run(name)
         if not known:
             params = [Param(name, str(value)) for name, value in flat_fields(config).items()]
             for first in range(0, len(params), MOST_PARAMS):
@@ -109,24 +109,30 @@ class MLflow:
 TRACKERS: Mapping[str, type[Any]] = {"wandb": Wandb, "mlflow": MLflow}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker that there is not, or that is not installed. `names` is config.train.trackers."""
+def check_trackers(names: Sequence[str], workdir: Path) -> None:
+    """Raises UserError for a tracker that there is not, that is not installed, or whose files no bucket can take.
+
+    `names` is config.train.trackers.
+    """
     for name in names:
         check_choice("config.train.trackers", name, TRACKERS)
         if importlib.util.find_spec(name) is None:
             raise UserError(f"config.train.trackers has {name}, which is not installed: pip install '.[{name}]'.")
+    if "mlflow" in names and is_bucket(workdir) and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("config.train.trackers: mlflow's own files cannot be in a bucket: set MLFLOW_TRACKING_URI.")
 
 
 class Trackers:
-    """Those of a run, which is known again by `workdir` when it is continued."""
+    """Those of a run, which is known again by `workdir` when it is continued. Their own files go to `folder`."""
 
-    def __init__(self, names: Sequence[str], workdir: Path, config: ConfigDict):
+    def __init__(self, names: Sequence[str], workdir: Path, config: ConfigDict, folder: Path):
         self.active: dict[str, Tracker] = {}
         file = workdir / IDS
         ids = json.loads(file.read_text()) if file.exists() else {}
+        called = workdir.name if is_bucket(workdir) else workdir.absolute().name
         for name in names:
             try:
-                self.active[name] = TRACKERS[name](workdir, config, ids.get(name))
+                self.active[name] = TRACKERS[name](called, folder, config, ids.get(name))
             except Exception as error:
                 self._leave_out(name, error)
         if self.active:

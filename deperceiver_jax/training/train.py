@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -14,6 +13,7 @@ from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
+from deperceiver_jax.files import as_path, is_bucket, require_writable
 from deperceiver_jax.models import field_needs
 from deperceiver_jax.program import processes
 from deperceiver_jax.program.command_line import parse_config
@@ -50,7 +50,10 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
         train_on_few(config)
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the run shall live in.")
-    workdir = Path(values.workdir).expanduser()
+    workdir = as_path(values.workdir)
+
+    if is_bucket(workdir):
+        require_writable("--workdir", workdir)
 
     # Chapter 2: devices.
     processes.join(values)
@@ -84,7 +87,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     num_steps = last_step(config.train, per_epoch)
     is_evaluated = due(config.train, "eval_every", per_epoch, num_steps)
     is_saved = due(config.train, "checkpoint_every", per_epoch, num_steps)
-    check_trackers(config.train.trackers)
+    check_trackers(config.train.trackers, workdir)
 
     # Chapter 4: the model and its two jitted steps.
     plan, _, _, train_step = build_training(config, mesh, steps_per_epoch=per_epoch, num_steps=num_steps)

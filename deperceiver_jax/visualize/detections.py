@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.batches.pixels import decode_image
+from deperceiver_jax.files import as_path, require_readable
 from deperceiver_jax.program.command_line import parse_config, parse_flags
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
 from deperceiver_jax.runs.workdir import CONFIG, read_config
@@ -116,7 +117,8 @@ def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     need(values, "workdir", "output")
     check_output(values.output)
-    workdir = Path(values.workdir).expanduser()
+    workdir = as_path(values.workdir)
+    require_readable("--workdir", workdir)
     config = parse_config(config_arguments, read_config(workdir / CONFIG))
     evaluation = newest_evaluation(workdir)
     metrics, results = (read_json(evaluation / name) for name in ("metrics.json", "detections.json"))

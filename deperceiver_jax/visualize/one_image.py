@@ -1,7 +1,5 @@
 """The one image that a picture is about, and the detector that looks at it."""
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
 from jaxtyping import UInt8
@@ -12,6 +10,7 @@ from deperceiver_jax.data.batches.geometry import check_augmentation, evaluation
 from deperceiver_jax.data.batches.pixels import decode_image, place_image
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path, reason, require_readable
 from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.visualize.output import check_output, need
 
@@ -50,10 +49,11 @@ def read_image(values: flags.FlagValues, config: ConfigDict) -> tuple[UInt8[np.n
         data, orientation = source.image_bytes(values.example), source.orientation(values.example)
     else:
         name = values.image
+        require_readable("--image", as_path(name))
         try:
-            data, orientation = Path(name).expanduser().read_bytes(), None
+            data, orientation = as_path(name).read_bytes(), None
         except OSError as error:
-            raise UserError(f"--image: {name} cannot be read: {error.strerror}.") from None
+            raise UserError(f"--image: {name} cannot be read: {reason(error)}.") from None
     try:
         return decode_image(data, exif_orientation(data) if orientation is None else orientation), name
     except CorruptImage as error:

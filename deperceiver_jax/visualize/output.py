@@ -6,7 +6,7 @@ from absl import flags
 from PIL import Image
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable, written_whole
+from deperceiver_jax.files import as_path, make_folder, reason, require_writable, written_whole
 
 PAPER, MOUNT, FAINT, INK = (255, 255, 255), (233, 236, 239), (108, 117, 125), (33, 37, 41)
 
@@ -22,23 +22,23 @@ def check_output(output: str) -> None:
     """Raises UserError for a picture that could not be written, before anything is computed."""
     if not output.lower().endswith((".png", ".jpg")):
         raise UserError(f"--output: {output} must end in .png or .jpg.")
-    if Path(output).is_dir():
+    require_writable("--output", as_path(output))
+    if as_path(output).is_dir():
         raise UserError(f"--output: {output} is a folder.")
-    require_writable("--output", Path(output))
 
 
 def save_picture(picture: Image.Image, path: str | Path, **options) -> None:
     """Writes a .png or .jpg, whole or not at all. options: Pillow's, of a .jpg. Raises UserError."""
-    path = Path(path)
+    path = as_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with written_whole(path) as partial:
             if path.suffix.lower() == ".jpg":
                 picture.save(partial, "JPEG", **options)
             else:
                 picture.save(partial, "PNG")
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror or error}.") from error
+        raise UserError(f"--output: {path} cannot be written: {reason(error)}.") from error
 
 
 def wrap(text: str, font, width: int) -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401 - gives safetensors its bfloat16
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path, is_bucket, reason, require_readable
 from deperceiver_jax.weights.safe_unpickler import CheckpointUnpickler, Refused, Tensor
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -26,14 +27,15 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     Arrays keep the file's type (bfloat16 as ml_dtypes has it) and only those of the state dict are read. Raises
     UserError for a file that is missing, truncated, not a checkpoint, or a program.
     """
-    path = Path(path).expanduser()
+    path = as_path(path)
+    require_readable("The weights", path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with open(path, "rb") as file:
+            return load(path.read_bytes()) if is_bucket(path) else load_file(path)
+        with path.open("rb") as file:
             return _read_torch(file)
     except OSError as error:
-        raise UserError(f"Cannot read the weights {path}: {error.strerror or error}.") from error
+        raise UserError(f"Cannot read the weights {path}: {reason(error)}.") from error
     except Refused as error:
         raise UserError(f"{path} is not loaded: {error}.") from error
     except _DAMAGE as error:

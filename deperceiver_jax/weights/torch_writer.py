@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import written_whole
+from deperceiver_jax.files import make_folder, reason, written_whole
 from deperceiver_jax.weights.safe_unpickler import STORAGE_TYPES
 
 ENDINGS = (".pth", ".safetensors")
@@ -31,14 +31,14 @@ def write_state_dict(path: Path, state: Mapping[str, np.ndarray], *, wrapper: st
         raise UserError(f"{path} is to end in {' or '.join(ENDINGS)}.")
     state = {name: np.asarray(array, order="C") for name, array in state.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with written_whole(path) as partial:
             if path.suffix == ".pth":
                 _write_archive(partial, state, wrapper)
             else:
                 save_file(state, partial, metadata={"format": "pt"})  # transformers asks for the metadata
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}.") from None
 
 
 def _write_archive(path: Path, state: Mapping[str, np.ndarray], wrapper: str) -> None:

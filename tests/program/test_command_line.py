@@ -108,9 +108,12 @@ def test_the_last_of_repeated_flags_counts():
         (["--config.optimizer.drop_epochs=none"], "config.optimizer.drop_epochs is ('none',); it is to be like (33,)."),
         (["--config.model.strides=(1.5,)"], "config.model.strides is (1.5,); it is to be like (16,)."),
         (["--config.data={}"], "The config lacks data."),
-        (["--config.data.directory=s3://bucket/coco"], "config.data.directory is s3://bucket/coco: addresses with ://"),
-        (["--workdir=gs://bucket/run"], "--workdir is gs://bucket/run: addresses with :// are not read or written, "),
-        (["--workdir=file:///x"], "--workdir is file:///x: addresses with ://"),
+        (["--config.data.directory=s3://bucket/coco"], "config.data.directory is s3://bucket/coco: of addresses with"),
+        (
+            ["--config.data.directory=gs://bucket/coco"],
+            "config.data.directory is gs://bucket/coco: it is read from a d",
+        ),
+        (["--workdir=file:///x"], "--workdir is file:///x: of addresses with :// only gs:// is known"),
         (["--workdir=~nobody_is_called_so/x"], "--workdir is ~nobody_is_called_so/x: there is no such home directory."),
         (["--config.init_from=~nobody_is_called_so"], "config.init_from is ~nobody_is_called_so: there is no such"),
         (["--workdir=x\udcff"], r"--workdir is 'x\udcff': its bytes are no UTF-8."),
@@ -192,6 +195,6 @@ def test_a_flag_of_several_values_takes_what_a_shell_makes_of_a_pattern():
     arguments = ["--images", "a", "b", "-", "--output", "out", "--images=c", "d", "--config.seed=3"]
     values, rest = parse_flags(["program", *arguments], define_several, "")
     assert values.images == ["a", "b", "-", "c", "d"] and values.output == "out" and rest[1:] == ["--config.seed=3"]
-    for wrong, sentence in ((["--output=out", "c"], "no flag c"), (["--images", "a", "gs://b"], "addresses with ://")):
+    for wrong, sentence in ((["--output=out", "c"], "no flag c"), (["--images", "a", "s3://b"], "addresses with ://")):
         with pytest.raises(UserError, match=sentence):
             parse_flags(["program", *wrong], define_several, "")

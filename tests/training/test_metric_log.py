@@ -99,7 +99,7 @@ def test_garbage_is_dropped_and_kept_beside(tmp_path, garbage, capsys):
     for lines in ([rows[0], garbage, garbage, rows[1]], [garbage]):
         path.write_bytes(b"\n".join(lines) + b"\n")
         assert best_step(tmp_path, [1, 3]) == (3 if rows[1] in lines else None)
-        stay = [(row["step"], row["split"]) for row in forget_after(path, 3)]
+        stay = [(row["step"], row["split"]) for row in forget_after(path, 3, path)]
         assert stay == ([(1, "train"), (3, "validation")] if rows[1] in lines else [])
         assert path.read_bytes() == b"".join(line + b"\n" for line in lines if line != garbage)
         assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\n".join(lines) + b"\n"

@@ -141,8 +141,8 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, monkeypatch, capsys, wh
         (("mlflow", "wandb"), "config.train.trackers has wandb, which is not installed: pip install '.[wandb]'."),
     ],
 )
-def test_unknown_and_missing_trackers(monkeypatch, names, sentence):
+def test_unknown_and_missing_trackers(monkeypatch, names, sentence, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else sys)
     with pytest.raises(UserError) as refused:
-        check_trackers(names)
+        check_trackers(names, tmp_path)
     assert str(refused.value) == sentence
