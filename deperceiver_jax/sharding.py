@@ -3,6 +3,8 @@
 Images are split over all devices. What a run keeps between steps (parameters, optimiser state, averages) is whole along
 `data` and split along `model`, so that with `model` devices along that axis each holds one part in `model`; a step
 gathers the parameters before it computes with them (ZeRO; FSDP in PyTorch), so no number depends on the mesh's shape.
+Of several TPU slices, each has all of `model`: parameters are gathered over a slice's own links, and only sums, of
+gradients above all, go from slice to slice over the data centre's network.
 
 One process or many, one device or a pod: the same calls. Sharding is left to the compiler (`AxisType.Auto`): the step
 is written for the global batch, and a sum over images is a sum over all devices.
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deperceiver_jax.errors import UserError
@@ -21,12 +24,26 @@ SMALLEST_SPLIT = 4096  # numbers; less is not worth a collective of its own
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all hosts (or `devices`): `model` of them along that axis, the others along `data`."""
+    """All devices of all hosts (or `devices`): `model` of them along that axis, the others along `data`.
+
+    Devices that are neighbours along `model` are of one slice. Raises UserError where `model` does not divide a slice.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    if model < 1 or len(devices) % model:
-        raise UserError(f"config.mesh.model is {model}, which does not divide the {len(devices)} devices of this run.")
-    shape = (len(devices) // model, model)
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    slices = count_slices(devices)
+    count = len(devices) // slices
+    if model < 1 or count % model:
+        of = f"each of the {slices} slices" if slices > 1 else "this run"
+        raise UserError(f"config.mesh.model is {model}, which does not divide the {count} devices of {of}.")
+    shape, axes = (count // model, model), (AxisType.Auto, AxisType.Auto)
+    if slices == 1:
+        return jax.make_mesh(shape, ("data", "model"), axis_types=axes, devices=devices)
+    placed = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1), devices, allow_split_physical_axes=True)
+    return Mesh(placed, ("data", "model"), axis_types=axes)
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices they are of; elsewhere 1. JAX calls the machines of a cluster of GPUs slices, too."""
+    return len({device.slice_index if device.platform == "tpu" else 0 for device in devices})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,7 @@
 """Meshes and batches on eight simulated devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,44 @@ def test_mesh_of_chosen_devices():
 def test_model_axis_must_divide_the_devices(model):
     with pytest.raises(UserError, match=f"config.mesh.model is {model}, .* 8 devices"):
         make_mesh(model)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Chip:
+    """What JAX knows of a chip of TPU v5e."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+def chips(slices, side=4):
+    """Of so many slices of side x side, each host with 2 x 2 of them, in an order that tells nothing."""
+    places = [(k, x, y) for k in range(slices) for y in range(side) for x in range(side)]
+    hosts = side // 2
+    found = [Chip(1000 * k + side * y + x, k, (x, y, 0), k * hosts**2 + y // 2 * hosts + x // 2) for k, x, y in places]
+    return found[::-1]
+
+
+@pytest.mark.parametrize("model", [1, 2, 4, 16])
+def test_neighbours_along_model_are_of_one_slice(model, monkeypatch):
+    monkeypatch.setattr("deperceiver_jax.sharding.Mesh", lambda placed, names, axis_types: (placed, names))
+    devices = chips(slices=4)
+    placed, names = make_mesh(model, devices)
+    assert names == ("data", "model") and placed.shape == (64 // model, model)
+    assert sorted(placed.flat) == sorted(devices)
+    slices = np.vectorize(lambda chip: chip.slice_index)(placed)
+    assert (slices == slices[:, :1]).all()
+    assert (slices[:, 0].reshape(4, -1) == np.arange(4)[:, None]).all()  # and along data one slice after the other
+
+
+def test_the_model_axis_must_divide_a_slice():
+    with pytest.raises(UserError, match="is 32, which does not divide the 16 devices of each of the 2 slices."):
+        make_mesh(32, chips(slices=2))
 
 
 @pytest.mark.parametrize("model", [1, 2])

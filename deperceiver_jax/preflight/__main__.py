@@ -15,7 +15,9 @@ from deperceiver_jax.program.command_line import parse_flags, run
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("topology", "local", "A chip and a shape, as v5e:4x4, or local.", flag_values=values)
+    flags.DEFINE_string(
+        "topology", "local", "A chip and a shape, as v5e:4x4 or 2xv5e:4x4, or local.", flag_values=values
+    )
     flags.DEFINE_float("hbm_gib", 0.0, "Memory of a chip; 0 is the published one.", flag_values=values, lower_bound=0.0)
     flags.DEFINE_list("sizes", [], "Only these padded sizes, HEIGHTxWIDTH.", flag_values=values)
     flags.DEFINE_bool("suggest", False, "Find the largest batch, as it is and rematerialised.", flag_values=values)

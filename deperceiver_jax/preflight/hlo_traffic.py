@@ -19,6 +19,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_com
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] *\{(.*?)\})")
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# What a TPU program hands its host for other slices; the host combines it with theirs.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 _ESTIMATE = re.compile(r'cost_estimate\\?"?:\s*\{[^}]*bytes_accessed\\?"?:\s*\\?"?(\d+)')
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -28,7 +30,8 @@ class Traffic(NamedTuple):
     """Bytes of one chip in one run of a program."""
 
     memory: int  # read from and written to the chip's memory
-    interconnect: int  # sent by the chip in collectives, where they go round a ring
+    interconnect: int  # sent by the chip in collectives over its slice's links, where they go round a ring
+    network: int  # sent to other slices, where they go round a ring of slices
 
 
 class Instruction(NamedTuple):
@@ -41,16 +44,17 @@ class Instruction(NamedTuple):
     is_root: bool
 
 
-def program_traffic(text: str) -> Traffic:
-    """The traffic of a compiled program, `jax.stages.Compiled.as_text()`."""
+def program_traffic(text: str, slices: int = 1) -> Traffic:
+    """The traffic of a compiled program, `jax.stages.Compiled.as_text()`, that runs on so many slices."""
     computations, entry = parse_program(text)
     partitions = _PARTITIONS.search(text.split("\n", 1)[0])
     devices = int(partitions[1]) if partitions else 1
-    memory = sent = 0
+    memory = sent = network = 0
     for instruction, times, siblings in _executed(computations, entry, 1):
         memory += times * _memory(instruction, computations, siblings)
         sent += times * _sent(instruction, siblings, devices)
-    return Traffic(memory, sent)
+        network += times * _sent_to_slices(instruction, siblings, slices)
+    return Traffic(memory, sent, network)
 
 
 def parse_program(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -133,6 +137,16 @@ def _sent(instruction: Instruction, siblings: dict[str, Instruction], devices: i
     return {"all-reduce": 2 * size * (n - 1) // n, "all-gather": size * (n - 1)}.get(kind, size * (n - 1) // n)
 
 
+def _sent_to_slices(instruction: Instruction, siblings: dict[str, Instruction], slices: int) -> int:
+    """What a chip sends to other slices: what it hands its host goes round a ring of them, as in `_sent`."""
+    found = _BETWEEN_SLICES.search(instruction.attributes)
+    if instruction.opcode != "send" or found is None:
+        return 0
+    size = array_bytes(siblings[instruction.operands[0]].shape, everywhere=True)
+    kinds = {"ALL_REDUCE": 2 * size * (slices - 1) // slices, "ALL_GATHER": size * (slices - 1), "ONE_TO_ONE": size}
+    return kinds.get(found[1], size * (slices - 1) // slices)
+
+
 def _group_size(attributes: str, devices: int) -> int:
     """How many chips take part in a collective: its groups are lists, a shape, or axes of a mesh with their sizes."""
     found = _GROUPS.search(attributes)
@@ -171,11 +185,17 @@ def _memory(instruction: Instruction, computations, siblings: dict[str, Instruct
         return 0
     if opcode == "custom-call" and 'custom_call_target="ConcatBitcast"' in instruction.attributes:
         return 0
+    if opcode == "send":
+        return array_bytes(siblings[instruction.operands[0]].shape)
+    if opcode == "recv":  # it arrives with recv-done
+        return 0
     if opcode.endswith("-start"):  # the result is counted where it arrives
         sliced = opcode in ("slice-start", "dynamic-slice-start")
         return 0 if sliced else sum(map(array_bytes, shapes[:1] if opcode == "copy-start" else shapes))
     if opcode.endswith("-done"):
         written = array_bytes(instruction.shape)
+        if opcode == "send-done":
+            return 0
         from_memory = opcode in ("slice-done", "dynamic-slice-done")
         return written + (array_bytes(instruction.shape, everywhere=True) if from_memory else 0)
     if opcode in _SLICES:

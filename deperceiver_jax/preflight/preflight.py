@@ -16,6 +16,7 @@ from deperceiver_jax.preflight.program import Cost, compile_step
 from deperceiver_jax.preflight.report import HEADER, row
 from deperceiver_jax.preflight.search import largest_batch
 from deperceiver_jax.program.command_line import parse_config
+from deperceiver_jax.sharding import count_slices
 
 
 def preflight(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
@@ -35,6 +36,9 @@ def preflight(values: flags.FlagValues, config_arguments: Sequence[str]) -> None
             f"A chip has {chip.hbm_gib} GiB, {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:g} "
             f"GB/s to its memory and {chip.links / 1e9:g} GB/s to other chips ({chip.source})."
         )
+    if (slices := count_slices(devices)) > 1:
+        rate = f"{chip.network / 1e9:g} GB/s" if chip and chip.network else "a rate that is not published"
+        print(f"There are {slices} slices; a chip's share of the network between them is {rate}.")
     print(f"Per chip and step:\n{HEADER}", flush=True)
 
     def fits(cost: Cost) -> bool:

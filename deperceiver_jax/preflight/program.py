@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import program_traffic
-from deperceiver_jax.sharding import batch_sharding, make_mesh
+from deperceiver_jax.sharding import batch_sharding, count_slices, make_mesh
 from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.compile_ahead import abstract_batch
 
@@ -28,7 +28,8 @@ class Cost(NamedTuple):
     fits_chip: bool  # False: the compiler gave up, and `temporaries` is what it said it would have needed in all
     flops: float  # of matrix products and convolutions
     memory_bytes: int
-    interconnect_bytes: int
+    interconnect_bytes: int  # to chips of its slice
+    network_bytes: int  # to other slices
     seconds: float  # to compile
 
     @property
@@ -47,9 +48,9 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
         needed = needed_bytes(str(error))
         if needed is None:
             raise UserError(f"The compiler gives up at {bucket[0]}x{bucket[1]}: {reason(str(error))}") from error
-        return Cost(0, needed, 0, False, flops, 0, 0, time.monotonic() - start)
+        return Cost(0, needed, 0, False, flops, 0, 0, 0, time.monotonic() - start)
     memory = compiled.memory_analysis()
-    traffic = program_traffic(compiled.as_text())
+    traffic = program_traffic(compiled.as_text(), count_slices(devices))
     return Cost(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
@@ -58,6 +59,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
         flops=flops,
         memory_bytes=traffic.memory,
         interconnect_bytes=traffic.interconnect,
+        network_bytes=traffic.network,
         seconds=time.monotonic() - start,
     )
 

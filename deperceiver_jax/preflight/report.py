@@ -15,6 +15,7 @@ _COLUMNS = {
     "at least": 10,
     "bound by": 9,
     "GB sent": 8,
+    "to slices": 10,
     "compiled": 9,
 }
 HEADER = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
@@ -26,9 +27,9 @@ def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, 
     cells = [f"{bucket[0]}x{bucket[1]}"]
     cells += [f"{part / GIB:.2f}" for part in (cost.arguments, cost.temporaries, cost.outputs, cost.memory)]
     cells += [share, f"{cost.flops / 1e12:.2f}", f"{cost.memory_bytes / 1e9:.1f}", *bound(cost, chip)]
-    cells += [f"{cost.interconnect_bytes / 1e9:.2f}", f"{cost.seconds:.0f} s"]
+    cells += [f"{cost.interconnect_bytes / 1e9:.2f}", f"{cost.network_bytes / 1e9:.2f}", f"{cost.seconds:.0f} s"]
     if not cost.fits_chip:  # there is no program to take the figures from
-        for column in (1, 2, 3, 7, 8, 9, 10):
+        for column in (1, 2, 3, 7, 8, 9, 10, 11):
             cells[column] = "-"
     text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
     return text if fits else text + "  does not fit"
@@ -36,13 +37,15 @@ def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, 
 
 def bound(cost: Cost, chip: Chip | None) -> tuple[str, str]:
     """(the least time of a step, what binds): operations at the chip's peak, bytes at its memory's bandwidth, or bytes
-    at that of its links. The three may go on at the same time, so the longest of them is the least time."""
+    at that of its links or of its share of the network between slices, where that is known. All may go on at the same
+    time, so the longest of them is the least time."""
     if chip is None:
         return "-", "-"
     seconds = {
         "FLOP/s": cost.flops / chip.peak_flops,
         "memory": cost.memory_bytes / chip.bandwidth,
         "links": cost.interconnect_bytes / chip.links,
+        "network": cost.network_bytes / chip.network if chip.network else 0.0,
     }
     binds = max(seconds, key=seconds.__getitem__)
     return f"{1000 * seconds[binds]:.1f} ms", binds

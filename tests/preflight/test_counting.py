@@ -127,7 +127,7 @@ ENTRY %main (a: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
 
 def test_a_loop_of_a_tpu_has_its_count_in_its_condition():
     compare = 4 + 4 + 1
-    assert program_traffic(TPU_LOOP) == Traffic(5 * (3 * 4096 + compare), 0)
+    assert program_traffic(TPU_LOOP) == Traffic(5 * (3 * 4096 + compare), 0, 0)
 
 
 def test_a_kernel_counts_what_its_author_says_it_reads_again():
@@ -135,9 +135,9 @@ def test_a_kernel_counts_what_its_author_says_it_reads_again():
     says += '"bytes_accessed":"40960","remote_bytes_transferred":"0"}}}'
     compare, once = 4 + 4 + 1, 2 * 4096
     told = TPU_LOOP.replace('custom-call(%x), custom_call_target="tpu_custom_call"', f"custom-call(%x), {says}")
-    assert program_traffic(told) == Traffic(5 * (40960 + 4096 + compare), 0)
+    assert program_traffic(told) == Traffic(5 * (40960 + 4096 + compare), 0, 0)
     told = TPU_LOOP.replace('custom-call(%y), custom_call_target="tpu_custom_call"', f"custom-call(%y), {says}")
-    assert program_traffic(told) == Traffic(5 * (once + 40960 // 2 + compare), 0)  # its result stays on the chip
+    assert program_traffic(told) == Traffic(5 * (once + 40960 // 2 + compare), 0, 0)  # its result stays on the chip
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,29 @@ ENTRY %main (a: f32[4,10]) -> f32[16,10] {{
     assert program_traffic(text).interconnect == 2 * 160 * 3 // 4 + 160 * 3
 
 
+@pytest.mark.parametrize(("slices", "times"), [(2, 1), (4, 1.5)])
+def test_what_goes_to_other_slices_goes_round_a_ring_of_them(slices, times):
+    """As libtpu 0.0.51 writes the sum of an array over slices: after sums within each, through the hosts."""
+    host = 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    text = f"""HloModule jit_f, num_partitions=16
+
+ENTRY %main (a: f32[1024,8]) -> f32[1024,8] {{
+  %a = f32[1024,8]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %s = f32[64,8]{{1,0}} reduce-scatter(%a), replica_groups=[1,16]<=[16], dimensions={{0}}
+  %send = (f32[64,8]{{1,0}}, u32[], token[]) send(%s, %t), channel_id=2, {host}
+  %recv = (f32[64,8]{{1,0}}, u32[], token[]) recv(%t), channel_id=1, {host}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv-done = (f32[64,8]{{1,0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  %got = f32[64,8]{{1,0}} get-tuple-element(%recv-done), index=0
+  ROOT %g = f32[1024,8]{{1,0}} all-gather(%got), replica_groups=[1,16]<=[16], dimensions={{0}}
+}}
+"""
+    whole, part = 1024 * 8 * 4, 64 * 8 * 4
+    traffic = program_traffic(text, slices)
+    assert traffic == Traffic((whole + part) + 2 * part + (part + whole), whole * 15 // 16 + part * 15, times * part)
+
+
 @pytest.mark.parametrize(
     ("fixed", "each", "most"), [(1000, 37, 10**9), (0, 1000, 10**9), (9000, 500, 10**9), (10, 1, 70)]
 )
@@ -164,7 +187,7 @@ def test_the_largest_batch_that_fits(fixed, each, most, start):
 
     def cost_of(images):
         tried.append(images)
-        return Cost(fixed, images * each, 0, images <= most, 0.0, 0, 0, 0.0)
+        return Cost(fixed, images * each, 0, images <= most, 0.0, 0, 0, 0, 0.0)
 
     def fits(cost):
         return cost.fits_chip and cost.memory <= 10_000

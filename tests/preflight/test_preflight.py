@@ -57,7 +57,7 @@ def linear(config, devices, bucket, num_boxes, *, most=10**9):
     """A step that needs 1 GiB and 0.25 GiB an image, 0.1 GiB rematerialised; the compiler gives up beyond `most`."""
     images = config.data.batch_size // len(devices)
     each = 0.1 if config.rematerialize else 0.25
-    return Cost(GIB, int(images * each * GIB), 0, images <= most, 1.0, 1, 1, 0.0)
+    return Cost(GIB, int(images * each * GIB), 0, images <= most, 1.0, 1, 1, 0, 0.0)
 
 
 def test_the_largest_batch_is_named(monkeypatch, capsys):
@@ -81,6 +81,8 @@ def test_suggest_says_what_rematerialisation_gives(monkeypatch, capsys):
         ("--topology=v5e", "--topology is 'v5e'; it can be local, or a chip (v4, v5e, v5p, v6e) and a shape"),
         ("--topology=h100:8", "--topology is 'h100:8'"),
         ("--topology=v5e:4xfour", "--topology is 'v5e:4xfour'"),
+        ("--topology=0xv5e:4x4", "--topology is '0xv5e:4x4'"),
+        ("--topology=2v5e:4x4", "as in v5e:4x4, of several slices 2xv5e:4x4."),
         ("--sizes=big", "--sizes has 'big'; a size is HEIGHTxWIDTH, as in 832x1344."),
         ("--suggest", "--suggest needs --hbm_gib"),
     ],
@@ -112,10 +114,13 @@ def test_buckets_without_a_data_set_are_those_of_commonest_sizes():
 
 
 def test_bound_of_a_step():
-    cost = Cost(0, 0, 0, True, 197e12, 819_000_000_00, 0, 0.0)
+    cost = Cost(0, 0, 0, True, 197e12, 819_000_000_00, 0, 0, 0.0)
     assert bound(cost, CHIPS["v5e"]) == ("1000.0 ms", "FLOP/s")
     assert bound(cost._replace(flops=1.0), CHIPS["v5e"]) == ("100.0 ms", "memory")
     assert bound(cost._replace(interconnect_bytes=240_000_000_000), CHIPS["v5e"]) == ("1200.0 ms", "links")
+    between = cost._replace(network_bytes=6_250_000_000)
+    assert bound(between, CHIPS["v5e"]) == ("2000.0 ms", "network")
+    assert bound(between, CHIPS["v4"]) == bound(cost, CHIPS["v4"])  # whose network has no published figure
     assert bound(cost, None) == ("-", "-")
 
 
