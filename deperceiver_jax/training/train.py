@@ -28,6 +28,7 @@ from deperceiver_jax.training.compile_ahead import compile_sizes
 from deperceiver_jax.training.diagnosis import because, circumstances, does_not_learn, likely_reason
 from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.overfit import OVERFIT, few_pictures, overfit_verdict, train_on_few
+from deperceiver_jax.training.pace import Pace
 from deperceiver_jax.training.start import describe_run, first_state
 from deperceiver_jax.training.timetable import due, ends_early, last_step
 from deperceiver_jax.training.trackers import check_trackers
@@ -158,7 +159,8 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
         # Waiting for the last step's metrics would let the devices wait for the host: they are read after the next step
         # has begun, or where they are there at once, as CPUs often have them. The log's rates are of finished steps.
         unread = []
-        for step, batch in zip(steps, stream, strict=False):
+        pace = Pace()
+        for step, batch in pace.over(steps, stream):
             if shutdown.before(step):
                 break
             state, metrics = train_step(state, shard_batch(batch, mesh))
@@ -168,6 +170,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
             while len(unread) > (not (pause or there)):
                 note(*unread.pop(0))
             if pause:
+                pace.skip()
                 checkpoints.save(state, log.progress())
             if is_evaluated(step):
                 evaluate_now(step)

@@ -26,18 +26,36 @@ def shared(rectangles, tmp_path_factory):
     ]
 
 
-def test_a_run_in_a_bucket_is_that_on_a_disk(shared, bucket, tmp_path):
-    status, _, err = Run(tmp_path / "whole", shared).end()
+@pytest.fixture(scope="module")
+def whole(shared, tmp_path_factory):
+    """The workdir of a run on a disk that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("whole")
+    status, _, err = Run(workdir, shared).end()
     assert status == 0, err
+    return workdir
 
+
+def saved(bucket, run, complete=True):
+    """Steps of a run's checkpoints that are complete, or have only begun."""
+    names = bucket.names(f"{run}/checkpoints/")
+    found = {name.split("/")[0] for name in names}
+    return {int(step) for step in found if (f"{step}/commit_success.txt" in names) == complete}
+
+
+def download(bucket, run, folder):
+    for name in bucket.names(f"{run}/"):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(bucket.read(f"{run}/{name}"))
+    return folder
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk(shared, whole, bucket, tmp_path):
     def run():
         return Run(f"{bucket.url}/run", shared, variables=bucket.variables)
 
     def steps(complete):
-        """Of the checkpoints that are complete, or have only begun."""
-        names = bucket.names("run/checkpoints/")
-        found = {name.split("/")[0] for name in names}
-        return {int(step) for step in found if (f"{step}/commit_success.txt" in names) == complete}
+        return saved(bucket, "run", complete)
 
     killed = run()
     killed.wait_for(lambda: steps(False) and steps(True), "a save under way")
@@ -60,18 +78,36 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(shared, bucket, tmp_path):
     assert f"steps {second + 1} to {STEPS}." in out.splitlines()[0]
     assert bucket.refused and "has not answered for 5 s; waiting for it." in err and "answers again" in err, err
 
-    for name in bucket.names("run/"):
-        copy = tmp_path / "copy" / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(bucket.read(f"run/{name}"))
-    expected, found = arrays_of(tmp_path / "whole", STEPS), arrays_of(tmp_path / "copy", STEPS)
+    copy = download(bucket, "run", tmp_path)
+    expected, found = arrays_of(whole, STEPS), arrays_of(copy, STEPS)
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         assert array.dtype == found[name].dtype and array.tobytes() == found[name].tobytes(), name
-    assert sorted(names_of(tmp_path / "copy")) == sorted(names_of(tmp_path / "whole"))
-    assert lines_of(tmp_path / "copy") == lines_of(tmp_path / "whole")
-    assert list((tmp_path / "copy").glob("events.out.tfevents.*"))
+    assert sorted(names_of(copy)) == sorted(names_of(whole))
+    assert lines_of(copy) == lines_of(whole)
+    assert list(copy.glob("events.out.tfevents.*"))
     for step in (str(STEPS // 2), str(STEPS)):
         for name in ("metrics.json", "detections.json"):
-            files = [directory / "eval" / step / name for directory in (tmp_path / "copy", tmp_path / "whole")]
+            files = [directory / "eval" / step / name for directory in (copy, whole)]
             assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_processes_become_one_and_two_again(shared, whole, bucket, tmp_path):
+    """Each time SIGTERM ends them, all after the same step; the losses are those of a run of one."""
+    last = 0
+    for count in (2, 1):
+        run = Run(f"{bucket.url}/moved", shared, count=count, variables=bucket.variables)
+        run.wait_for(lambda before=last: max(saved(bucket, "moved"), default=0) > before, "a checkpoint of its own")
+        ends = run.ends(signal.SIGTERM)
+        assert [status for status, _, _ in ends] == [0] * count, ends
+        assert last < (last := max(saved(bucket, "moved"))) < STEPS and not saved(bucket, "moved", complete=False)
+        assert f"after step {last} of {STEPS}" in ends[0][1]
+    ends = Run(f"{bucket.url}/moved", shared, count=2, variables=bucket.variables).ends()
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert f"steps {last + 1} to {STEPS}." in ends[0][1].splitlines()[0]
+    rows = [
+        [row for row in lines_of(place) if row["split"] == "train"]
+        for place in (download(bucket, "moved", tmp_path), whole)
+    ]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-3)
