@@ -8,7 +8,15 @@ import pytest
 
 from deperceiver_jax.compare import __main__ as program
 from deperceiver_jax.compare.__main__ import SHOWN, count_runs
-from deperceiver_jax.compare.rows import group, intervals, learning_curves, names_of, published_rows, read_run
+from deperceiver_jax.compare.rows import (
+    PUBLISHED,
+    group,
+    intervals,
+    learning_curves,
+    names_of,
+    published_rows,
+    read_run,
+)
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
 from deperceiver_jax.program.command_line import run
 
@@ -94,7 +102,7 @@ def test_learning_curves(make_run):
 
 def test_published_rows():
     """Every one has its source and figures in the order of the statistics; of a family there is nothing, or all."""
-    stored = json.loads((program.Path(program.__file__).with_name("published.json")).read_text())
+    stored = json.loads(PUBLISHED.read_text())
     rows = published_rows(sorted({entry["family"] for entry in stored}))
     assert len(rows) == len(stored) > 30
     for row in rows:

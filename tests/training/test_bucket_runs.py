@@ -104,7 +104,7 @@ def test_two_processes_become_one_and_two_again(shared, whole, bucket, tmp_path)
         assert f"after step {last} of {STEPS}" in ends[0][1]
     ends = Run(f"{bucket.url}/moved", shared, count=2, variables=bucket.variables).ends()
     assert [status for status, _, _ in ends] == [0, 0], ends
-    assert f"steps {last + 1} to {STEPS}." in ends[0][1].splitlines()[0]
+    assert f"steps {last + 1} to {STEPS}." in ends[0][1]
     rows = [
         [row for row in lines_of(place) if row["split"] == "train"]
         for place in (download(bucket, "moved", tmp_path), whole)
