@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.models import field_needs
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.training.optimizer import group_multipliers
@@ -80,3 +81,30 @@ def test_every_row_of_the_smca_table_is_a_command(row):
 def test_rows_of_the_smca_table_differ():
     configs = [parse_config(["train.py", *command]) for command, _ in rows_of_the_smca_table().values()]
     assert len({config.to_json() for config in configs}) == len(configs) == 8 + 8 + 4
+
+
+def rows_of_the_detr_table():
+    """{name: (cells as written, overrides)} of docs/detr.md: AP, change, APs, APl, parameters, overrides."""
+    section = Path("docs/detr.md").read_text().split("\n## What the paper says")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    return {name: (cells, shlex.split(cells[-1].replace("`", ""))) for name, *cells in rows[1:]}
+
+
+@pytest.mark.parametrize("row", rows_of_the_detr_table())
+def test_every_row_of_the_detr_table_is_a_command(row):
+    """It builds, every override has an effect, and it has the parameters that the table says, the paper's."""
+    (ap, change, *_, parameters, _), overrides = rows_of_the_detr_table()[row]
+    config = parse_config(["train.py", "--config=configs/detr.py:r50", *overrides], needs=field_needs)
+    detector = abstract_detector(config)
+    trained = sum(math.prod(x.shape) for x in take_apart(detector)[1].values())
+    assert parameters == f"{trained / 1e6:.1f}"
+    assert float(ap) == pytest.approx(40.6 + float(change or 0))
+    image, valid = jnp.zeros((1, 64, 96, 3)), jnp.ones((1, 64, 96), bool)
+    assert nnx.eval_shape(lambda detector: detector(image, valid), detector).logits.shape == (6, 1, 100, 92)
+
+
+def test_rows_of_the_detr_table_differ():
+    rows = rows_of_the_detr_table()
+    assert len({tuple(sorted(overrides)) for _, overrides in rows.values()}) == len(rows) == 11
+    parameters = {cells[-2] for cells, _ in rows.values()}
+    assert {"33.4", "37.4", "41.3", "49.2", "28.7"} == parameters  # as the paper's section 4.2 and table 2 have them
