@@ -10,16 +10,18 @@ from deperceiver_jax.visualize.attention_maps import Size, View
 from deperceiver_jax.visualize.fonts import font_for
 from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, save_picture, wrap
 
-SMALL = 168  # long side of a small panel in pixels; a large one is as high as two of them with what is between
+SMALL = 168  # long side of a small panel; a large one is as high as two of them with what is between
 GAP, CAPTION, MARGIN = 8, 20, 20
 
 
-def save_sheet(path: str | Path, views: Sequence[View], aspect: float, *, title: str, note: str) -> None:
-    """Writes the picture. aspect: width / height of the image.
+def save_sheet(
+    path: str | Path, views: Sequence[View], aspect: float, *, title: str, note: str, side: int = SMALL
+) -> None:
+    """Writes the picture. aspect: width / height of the image; side: the long one of a small panel, in pixels.
 
     Large panels lie below one another where there are lines enough, else side by side.
     """
-    small = round(SMALL / max(aspect, 1)), round(SMALL * min(aspect, 1))
+    small = round(side / max(aspect, 1)), round(side * min(aspect, 1))
     step = small[0] + CAPTION + GAP
     high = 2 * small[0] + CAPTION + GAP
     large = high, round(high * aspect)

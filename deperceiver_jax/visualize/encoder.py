@@ -34,6 +34,7 @@ from deperceiver_jax.visualize.one_image import check_image_flags, define_image_
 
 SELF_ATTENTION = re.compile(r"encoder\.layers\.(\d+)\.attentions?(?:\.|$)")
 POINTS = 4  # that are chosen where none are given
+SIDE = 260  # long side of a point's panel, in pixels
 MARKS = ((0, 190, 255), (255, 120, 60), (130, 220, 60), (240, 90, 220), (255, 214, 10), (120, 130, 255))
 
 Record = DenseRecord | PointRecord
@@ -191,7 +192,8 @@ def main(argv: list[str]) -> None:
     view = make_view(record, places, image, frame, values.level)
     title = f"Encoder self-attention of {config.model.name} in {Path(name).name}"
     text = note(record, range(layers)[values.layer], layers, strides[values.level])
-    save_sheet(values.output, [view], frame.image.shape[1] / frame.image.shape[0], title=title, note=text)
+    aspect = frame.image.shape[1] / frame.image.shape[0]
+    save_sheet(values.output, [view], aspect, title=title, note=text, side=SIDE)
     print(f"Wrote {values.output}: {len(places)} points in layer {range(layers)[values.layer]} of {stored.items}.")
 
 
