@@ -7,12 +7,11 @@ Of runs it takes the newest evaluation; runs of one config that differ in their 
 of COCO and lie in deperceiver_jax/compare/published.json with their sources.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from deperceiver_jax.compare.rows import group, names_of, published_rows, read_run
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import require_readable
 from deperceiver_jax.program.command_line import parse_flags, split_arguments
 from deperceiver_jax.visualize.charts import draw_chart, require_charts
 from deperceiver_jax.visualize.output import check_output, need, save_picture
@@ -30,6 +29,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{rest[1]}: bars take no config; each run has its own.")
     need(values, "output")
     check_output(values.output)
+    for folder in folders:
+        require_readable("A run", folder)
     require_charts()
     from deperceiver_jax.compare.charts import small_objects
 
@@ -39,5 +40,5 @@ def main(argv: list[str]) -> None:
     if not any(row.metrics.get("APs_over_AP", -1.0) >= 0 for row in rows):
         raise UserError("There is no bar to draw: name evaluated runs that found small objects, or --published.")
     chart = small_objects(rows).properties(width=420, title="Small objects: APs / AP")
-    save_picture(draw_chart(chart), Path(values.output))
+    save_picture(draw_chart(chart), values.output)
     print(f"Wrote {values.output}.")

@@ -9,13 +9,9 @@ from deperceiver_jax.training.peak_memory import GIB, peak_memory
 
 
 def test_of_the_process():
-    """An array that is written makes the peak rise by its size, and it stays when the array is gone."""
-    before = peak_memory()["host_memory_gib"]
-    array = np.ones(2**25)  # a quarter of a GiB
-    after = peak_memory()["host_memory_gib"]
-    assert 0.05 < before and after >= before
-    del array
-    assert peak_memory()["host_memory_gib"] >= after
+    """What was written once counts, also when it is gone; to some MiB, as the kernel counts pages."""
+    np.ones(2**25)  # a quarter of a GiB
+    assert peak_memory()["host_memory_gib"] > 0.3
 
 
 def test_of_the_fullest_device(monkeypatch):
