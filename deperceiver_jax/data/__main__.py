@@ -14,16 +14,10 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from PIL import Image
 
-from deperceiver_jax.data.checking.check import check_directory
-from deperceiver_jax.data.checking.report import report
-from deperceiver_jax.data.checking.suggestions import images_per_second, suggest_boxes, suggest_buckets, suggest_scale
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import require_writable
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
-from deperceiver_jax.visualize.contact_sheet import contact_sheet
-from deperceiver_jax.visualize.fonts import readable
 
 DEFAULT_CONFIG = "deperceiver_plus"
 
@@ -57,6 +51,12 @@ def main(argv: list[str]) -> None:
 
 def check(config, sheet: Path, *, decode: bool) -> list[str]:
     """Prints what is to be said of config.data.directory, writes the sheet, and returns what a run would stop with."""
+    # Not above, as below: they take seconds, which no help text needs.
+    from deperceiver_jax.data.checking.check import check_directory
+    from deperceiver_jax.data.checking.report import report
+    from deperceiver_jax.visualize.contact_sheet import contact_sheet
+    from deperceiver_jax.visualize.fonts import readable
+
     data = config.data
     if data.name != "coco_directory":
         raise UserError(f"config.data.name is {data.name!r}; check looks at folders, which are coco_directory.")
@@ -81,6 +81,8 @@ def check(config, sheet: Path, *, decode: bool) -> list[str]:
 
 
 def _save(picture, sheet):
+    from PIL import Image
+
     try:
         Image.fromarray(picture).save(sheet)
     except (OSError, ValueError) as error:  # ValueError: a name whose ending is of no kind of picture
@@ -88,6 +90,13 @@ def _save(picture, sheet):
 
 
 def _suggestions(checked, train, config):
+    from deperceiver_jax.data.checking.suggestions import (
+        images_per_second,
+        suggest_boxes,
+        suggest_buckets,
+        suggest_scale,
+    )
+
     data = config.data
     scale = suggest_scale(train, data)
     suited = data.copy_and_resolve_references()

@@ -9,7 +9,6 @@ import sys
 
 from absl import flags
 
-from deperceiver_jax.data import open_source
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, require_readable, require_writable
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
@@ -28,6 +27,8 @@ def main(argv: list[str]) -> None:
     if not values.workdir:
         raise UserError("--workdir is missing: a run that was evaluated.")
     require_libraries("The report")
+    # Not above: they take a second, which no help text needs.
+    from deperceiver_jax.data import open_source
     from deperceiver_jax.report.page import write_report
 
     workdir = as_path(values.workdir)

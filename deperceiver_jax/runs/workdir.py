@@ -8,15 +8,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from deperceiver_jax import __version__
-from deperceiver_jax.data import Source
 from deperceiver_jax.data.classes import ClassMap, require_same_classes
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import is_bucket, make_folder, reason, write_whole
 from deperceiver_jax.runs.migrations import migrate
+
+if TYPE_CHECKING:  # a data set's libraries take a second, which no help text needs
+    from deperceiver_jax.data import Source
 
 CONFIG = "config.json"
 CLASSES = "classes.json"
@@ -108,7 +111,7 @@ def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
     require_same_classes(classes, "the data set", read_classes(workdir / CLASSES), str(workdir / CLASSES))
 
 
-def data_fingerprint(source: Source) -> dict[str, int | str]:
+def data_fingerprint(source: "Source") -> dict[str, int | str]:
     """By which a data set is known again: counts, and a hash of names, sizes and targets of its images."""
     hashed, boxes = hashlib.sha256(source.sizes.tobytes()), 0
     for position in range(len(source)):

@@ -23,33 +23,28 @@ compare_attention, several runs at one object: figure 3 of SMCA's paper
 Each has a --help of its own.
 """
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.program.command_line import is_help, nearest, run
-
-DRAWN = (
-    "detections",
-    "small_objects",
-    "layers",
-    "queries",
-    "counting",
-    "attention",
-    "encoder",
-    "latents",
-    "compare_attention",
-)
+from deperceiver_jax.program.command_line import is_help, nearest, parse_flags, run
+from deperceiver_jax.visualize.flags import DRAWN
 
 
 def main(argv: list[str]) -> None:
     if is_help(argv[1:2]):
         print(__doc__.strip())
+    elif argv[1:2] and argv[1] in DRAWN and is_help(argv[2:]):  # read, not imported, which would start JAX
+        source = Path(__file__).with_name(f"{argv[1]}.py").read_text()
+        parse_flags(["", "--help"], DRAWN[argv[1]], ast.get_docstring(ast.parse(source)) or "")
     elif argv[1:2] and argv[1] in DRAWN:
         importlib.import_module(f"deperceiver_jax.visualize.{argv[1]}").main([f"{argv[0]} {argv[1]}", *argv[2:]])
     else:
-        close = nearest(argv[1], DRAWN) if argv[1:2] else ""
-        raise UserError(f"visualize draws {', '.join(DRAWN[:-1])} or {DRAWN[-1]}{close}; --help shows how.")
+        close = nearest(argv[1], list(DRAWN)) if argv[1:2] else ""
+        *others, last = DRAWN
+        raise UserError(f"visualize draws {', '.join(others)} or {last}{close}; --help shows how.")
 
 
 if __name__ == "__main__":

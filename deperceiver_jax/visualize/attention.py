@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Array, Float, Int32, UInt8
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, box_iou
@@ -32,8 +31,9 @@ from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.attention_maps import Frame, Panel, View, dense_view, latent_view, point_view
 from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.draw_boxes import draw_detections
+from deperceiver_jax.visualize.flags import attention_flags as define_flags
 from deperceiver_jax.visualize.fonts import readable
-from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
+from deperceiver_jax.visualize.one_image import check_image_flags, read_image, see
 
 
 class Look(NamedTuple):
@@ -113,13 +113,6 @@ def make_view(
         return picture[: size[0], : size[1]]
 
     return View([Panel(f"query {query}: {name_of(label)} {score:.2f}", draw), *view.large], view.lines)
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_image_flags(values)
-    flags.DEFINE_string("queries", None, "Which queries, as in 3,17; else the best ones.", flag_values=values)
-    flags.DEFINE_integer("best", 3, "How many of the best queries of different objects.", flag_values=values)
-    flags.DEFINE_integer("layer", -1, "Which decoder layer, from 0; -1 is the last.", flag_values=values)
 
 
 def parse_queries(text: str | None) -> list[int] | None:

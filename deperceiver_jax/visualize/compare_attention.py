@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Float, UInt8
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, box_iou
@@ -28,8 +27,9 @@ from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.visualize.attention import Look, choose_queries, look, make_view
 from deperceiver_jax.visualize.attention_maps import Frame, Panel, View
 from deperceiver_jax.visualize.attention_sheet import save_sheet
+from deperceiver_jax.visualize.flags import compare_attention_flags as define_flags
 from deperceiver_jax.visualize.fonts import readable
-from deperceiver_jax.visualize.one_image import check_image_flags, define_picture_flags, read_image, see
+from deperceiver_jax.visualize.one_image import check_image_flags, read_image, see
 
 
 class Object(NamedTuple):
@@ -97,12 +97,6 @@ def view_of(answer: Answer, wanted: Object, image: UInt8[np.ndarray, "h w 3"], l
     told = query, wanted.label, float(answer.scores[query, wanted.label])
     view = make_view(found, layer, told, image, Frame(answer.frame, strides), name_of)
     return view._replace(large=[Panel(f"{name}: {view.large[0].caption}", view.large[0].draw), *view.large[1:]])
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_picture_flags(values)
-    flags.DEFINE_integer("object", 0, "Which object, from 0.", flag_values=values)
-    flags.DEFINE_integer("layer", -1, "Which decoder layer, from 0; -1 is the last.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
@@ -27,16 +26,15 @@ from deperceiver_jax.evaluation.evaluate import Answer
 from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.program.command_line import parse_flags
-from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.structures import Detections
 from deperceiver_jax.visualize.charts import draw_chart, require_charts
 from deperceiver_jax.visualize.draw_boxes import draw_detections
+from deperceiver_jax.visualize.flags import counting_flags as define_flags
 from deperceiver_jax.visualize.fonts import font_for
 from deperceiver_jax.visualize.output import INK, PAPER, check_output, need, save_picture
 from deperceiver_jax.visualize.whole_split import answers
 
-COUNTS = "1,2,3,4,6,8,12,16,20,24,32,40,48"
 EXAMPLE = 24  # DETR's giraffes: the picture beside the curve has so many objects, or the nearest count that is drawn
 BLUE, RED = "#2f6db3", "#c8452f"
 
@@ -49,15 +47,6 @@ class Counted(NamedTuple):
     least: int  # found in any of these pictures
     most: int
     wrong: float  # detections that found nothing
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_detector_flags(values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
-    flags.DEFINE_string("label", drawing.CLASSES[0], "The class of all objects.", flag_values=values)
-    flags.DEFINE_list("counts", COUNTS, "How many objects a picture has.", flag_values=values)
-    flags.DEFINE_integer("pictures", 10, "How many pictures of each count.", flag_values=values)
-    flags.DEFINE_float("score_threshold", 0.5, "Detections below it are left out.", flag_values=values)
 
 
 def make_answer(config: ConfigDict) -> Answer:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import flags
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -22,6 +21,7 @@ from deperceiver_jax.program.command_line import parse_config, parse_flags
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
 from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.visualize.draw_boxes import draw_detections
+from deperceiver_jax.visualize.flags import detections_flags as define_flags
 from deperceiver_jax.visualize.fonts import font_for, readable
 from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, check_output, need, save_picture
 
@@ -104,13 +104,6 @@ def drawn_images(source, results: list[dict], count: int = 4) -> dict[str, UInt8
         source.filename(i): draw_detections(row.image, row.boxes, row.labels, row.scores, source.classes.name)
         for i, row in zip(positions, compare(source, results, positions, 0.3), strict=True)
     }
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "An evaluated run.", flag_values=values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
-    flags.DEFINE_integer("images", 8, "How many images, taken evenly from the split.", flag_values=values)
-    flags.DEFINE_float("score_threshold", 0.5, "Detections below it are left out.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:

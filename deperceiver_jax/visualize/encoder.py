@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
@@ -28,9 +27,10 @@ from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.visualize.attention import choose_queries
 from deperceiver_jax.visualize.attention_maps import COLUMNS, Frame, Panel, View, draw_heat, draw_points, fold, spread
 from deperceiver_jax.visualize.attention_sheet import save_sheet
+from deperceiver_jax.visualize.flags import encoder_flags as define_flags
 from deperceiver_jax.visualize.fonts import font_for
 from deperceiver_jax.visualize.latents import predict
-from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
+from deperceiver_jax.visualize.one_image import check_image_flags, read_image, see
 
 SELF_ATTENTION = re.compile(r"encoder\.layers\.(\d+)\.attentions?(?:\.|$)")
 POINTS = 4  # that are chosen where none are given
@@ -141,13 +141,6 @@ def mark(picture: UInt8[np.ndarray, "h w 3"], points, numbers) -> UInt8[np.ndarr
         font = font_for("0", radius * 1.6)
         draw.text((x, y), str(number), fill=(0, 0, 0), font=font, anchor="mm")
     return np.asarray(canvas)
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_image_flags(values)
-    flags.DEFINE_multi_string("points", [], "x,y of points, in pixels of the image.", flag_values=values)
-    flags.DEFINE_integer("layer", -1, "Which encoder layer, from 0; -1 is the last.", flag_values=values)
-    flags.DEFINE_integer("level", 0, "Of which level the tokens are, from 0, the finest.", flag_values=values)
 
 
 def parse_points(texts: list[str], size: tuple[int, int]) -> list[tuple[float, float]]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -26,8 +25,9 @@ from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.draw_boxes import class_color
+from deperceiver_jax.visualize.flags import latents_flags as define_flags
 from deperceiver_jax.visualize.fonts import font_for
-from deperceiver_jax.visualize.one_image import check_image_flags, define_image_flags, read_image, see
+from deperceiver_jax.visualize.one_image import check_image_flags, read_image, see
 from deperceiver_jax.visualize.output import FAINT, INK, PAPER, save_picture
 
 CELL = 420  # longest side of each picture, in pixels
@@ -106,11 +106,6 @@ def predict(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"]) -> Predic
         return loaded.skeleton.merge(arrays)(*normalize_images(image, size))
 
     return jax.device_get(jax.jit(forward)(loaded.arrays, frame[None]))
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_image_flags(values)
-    flags.DEFINE_float("score_threshold", 0.4, "From which score on a latent has an object.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:

@@ -8,7 +8,6 @@ that needs no suppression loses by it in its last layers, and gains in its first
 
 import functools
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError, check_between
@@ -17,16 +16,12 @@ from deperceiver_jax.evaluation.layers import detections_of_layers, layer_metric
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.program.command_line import parse_flags
 from deperceiver_jax.visualize.charts import draw_chart, require_charts
+from deperceiver_jax.visualize.flags import layers_flags as define_flags
 from deperceiver_jax.visualize.output import save_picture
-from deperceiver_jax.visualize.whole_split import answers, define_split_flags, open_subject
+from deperceiver_jax.visualize.whole_split import answers, open_subject
 
 SHOWN = ("AP", "AP50")
 BLUE, ORANGE = "#2f6db3", "#d98a00"
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_split_flags(values)
-    flags.DEFINE_float("nms_iou", 0.5, "From which overlap on the lower score is suppressed.", flag_values=values)
 
 
 def make_answer(config: ConfigDict) -> Answer:

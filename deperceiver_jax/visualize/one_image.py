@@ -11,21 +11,7 @@ from deperceiver_jax.data.batches.pixels import decode_image, place_image
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, reason, require_readable
-from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.visualize.output import check_output, need
-
-
-def define_image_flags(values: flags.FlagValues) -> None:
-    """Of a detector and an image."""
-    define_detector_flags(values)
-    define_picture_flags(values)
-
-
-def define_picture_flags(values: flags.FlagValues) -> None:
-    """Of an image, and the picture that is made of it."""
-    flags.DEFINE_string("image", None, "An image file.", flag_values=values)
-    flags.DEFINE_integer("example", None, "Or an image of the evaluated split, counted from 0.", flag_values=values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
 
 
 def check_image_flags(values: flags.FlagValues) -> None:

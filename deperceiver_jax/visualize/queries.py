@@ -11,7 +11,6 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Array, Float, Int32, UInt8
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
@@ -22,22 +21,16 @@ from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.program.command_line import parse_flags
 from deperceiver_jax.structures import Detections, Predictions
 from deperceiver_jax.visualize.attention import parse_queries
+from deperceiver_jax.visualize.flags import queries_flags as define_flags
 from deperceiver_jax.visualize.fonts import font_for
 from deperceiver_jax.visualize.output import FAINT, INK, PAPER, save_picture, wrap
-from deperceiver_jax.visualize.whole_split import answers, define_split_flags, open_subject
+from deperceiver_jax.visualize.whole_split import answers, open_subject
 
 SMALL, WIDE, TALL = (45, 165, 75), (220, 50, 47), (38, 90, 220)
 LARGE_SIDE = 0.5  # of a square that is as much of the image as a box whose colour says nothing of small
 CELL, COLUMNS, GAP, MARGIN, CAPTION = 200, 5, 14, 20, 22  # pixels
 SURE = 0.5  # score from which on a slot has an object, in the captions
 ENLARGED = 2  # drawn larger and shrunk, for smooth dots
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    define_split_flags(values)
-    flags.DEFINE_string("queries", None, "Which slots, as in 3,17; else --slots of them.", flag_values=values)
-    flags.DEFINE_integer("slots", 20, "How many slots, taken evenly from all.", flag_values=values)
-    flags.DEFINE_float("score_threshold", 0.0, "Boxes below it are left out.", flag_values=values)
 
 
 def answers_of_slots(predictions: Predictions, original_size: Int32[Array, "B 2"], *, classification) -> Detections:

@@ -7,19 +7,13 @@ Of runs it takes the newest evaluation; runs of one config that differ in their 
 of COCO and lie in deperceiver_jax/compare/published.json with their sources.
 """
 
-from absl import flags
-
 from deperceiver_jax.compare.rows import group, names_of, published_rows, read_run
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import require_readable
 from deperceiver_jax.program.command_line import parse_flags, split_arguments
 from deperceiver_jax.visualize.charts import draw_chart, require_charts
+from deperceiver_jax.visualize.flags import small_objects_flags as define_flags
 from deperceiver_jax.visualize.output import check_output, need, save_picture
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_list("published", [], "Families whose published bars are shown, too.", flag_values=values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:

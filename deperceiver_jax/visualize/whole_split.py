@@ -14,7 +14,6 @@ from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.evaluation.evaluate import Answer, detect_split, make_detect_step
 from deperceiver_jax.program.compilation_cache import keep_compiled
-from deperceiver_jax.program.flags import define_detector_flags
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.runs.stored_detector import StoredDetector
 from deperceiver_jax.sharding import make_mesh, replicated
@@ -29,13 +28,6 @@ class Subject(NamedTuple):
     loaded: LoadedDetector
     source: Source
     title: str  # of the picture: the detector, the data set and how many images
-
-
-def define_split_flags(values: flags.FlagValues) -> None:
-    define_detector_flags(values)
-    flags.DEFINE_string("split", None, "Of the data set; without it the run's evaluated one.", flag_values=values)
-    flags.DEFINE_integer("images", None, "Only so many, taken evenly; without it all.", flag_values=values)
-    flags.DEFINE_string("output", None, "The picture to write, a .png or .jpg.", flag_values=values)
 
 
 def open_subject(values: flags.FlagValues, config_arguments: Sequence[str]) -> Subject:

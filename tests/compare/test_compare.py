@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from deperceiver_jax.compare import __main__ as program
-from deperceiver_jax.compare.__main__ import SHOWN, count_runs
+from deperceiver_jax.compare.compare import SHOWN, count_runs
 from deperceiver_jax.compare.rows import (
     PUBLISHED,
     group,
