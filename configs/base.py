@@ -14,7 +14,7 @@ def base() -> ConfigDict:
     config.precision = "float32"  # float32 | bfloat16: the compute type; parameters stay float32
     config.attention = "auto"  # auto | xla | chunked | cudnn | flash: see models/attention/choice.py
     config.rematerialize = False  # layers compute their activations again in the backward pass: less memory, more work
-    config.init_from = ""  # start from these parameters: a workdir, a checkpoint step or an import_weights output
+    config.init_from = ""  # start from a workdir, a checkpoint step, an import_weights output or hf://owner/name
 
     config.data = ConfigDict()
     config.data.name = "coco_directory"  # shapes | coco_directory (any layout below) | tfds
@@ -115,10 +115,10 @@ def base() -> ConfigDict:
     return config
 
 
-def resnet() -> ConfigDict:
+def resnet(depth: int = 50) -> ConfigDict:
     """`config.model.backbone`, the same for all families."""
     b = ConfigDict()
-    b.depth = 50  # 18 | 34 | 50 | 101
+    b.depth = depth  # 18 | 34 | 50 | 101
     b.width = 64  # channels of the stem; stages have 1, 2, 4, 8 times as many
     b.norm = "frozen_batch_norm"  # frozen_batch_norm (pretrained: needs weights) | group_norm (from scratch)
     b.frozen_stages = 2  # the stem and the first stage; 0 trains everything, 5 nothing
@@ -127,5 +127,7 @@ def resnet() -> ConfigDict:
     b.groups = 1  # of the 3x3 convolutions
     b.inner_ratio = 1  # of their channels to those of a ResNet
     b.deformable_stages = 0  # of the last stages, whose 3x3 convolutions are deformable (DCN v2), with bottlenecks
-    b.weights = ""  # a torchvision or timm ResNet or ResNeXt state dict, .pth or .safetensors
+    # A ResNet or ResNeXt of torchvision or timm: a .pth, a .safetensors, or a name of the hub. This is torchvision's
+    # first, from which the published detectors were trained. Unused with init_from, and with group_norm.
+    b.weights = f"hf://timm/resnet{depth}.tv_in1k"
     return b

@@ -4,7 +4,7 @@ Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Dete
 its released code:
 
     python train.py --config=configs/deformable_detr.py:r50 --workdir=runs/deformable \
-        --config.data.directory=/data/coco --config.model.backbone.weights=resnet50.pth
+        --config.data.directory=/data/coco
 
 50 epochs of COCO in batches of 32, learning rate dropped after 40. The released models (COCO val2017) have AP 39.4
 (r50_single_scale), 41.5 (r50_single_scale_dc5), 44.5 (r50), 46.2 (r50_refine) and 46.9 (r50_two_stage). On test-dev the
@@ -30,12 +30,12 @@ def get_config(variant: str = "r50") -> ConfigDict:
     if variant.startswith("r50_single_scale"):
         config.model.strides = (32,)
         config.model.extra_levels = 0
+    config.model.backbone = resnet(50 if variant.startswith("r50") else 101)
     if variant == "r50_single_scale_dc5":
         config.model.strides = (16,)
         config.model.backbone.dilation = True
-    config.model.backbone.depth = 50 if variant.startswith("r50") else 101
-    if variant.startswith("x101"):  # ResNeXt-101 (64x4d)
-        config.model.backbone.update(groups=64, inner_ratio=4)
+    if variant.startswith("x101"):
+        config.model.backbone.update(groups=64, inner_ratio=4, weights="hf://timm/resnext101_64x4d.tv_in1k")
     if "_dcn" in variant:
         config.model.backbone.deformable_stages = 3
     config.model.two_stage = variant.endswith("_two_stage")

@@ -29,7 +29,7 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     }
     config.model = models[variant]()
     config.model.no_object_logit = False
-    config.model.backbone.update(depth=18, width=16, norm="group_norm", frozen_stages=0)
+    config.model.backbone.update(depth=18, width=16, norm="group_norm", frozen_stages=0, weights="")
 
     config.data.name = "shapes"
     config.data.scales = (88, 96, 104, 112)

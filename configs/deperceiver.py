@@ -2,8 +2,7 @@ r"""DePerceiver: DETR with its transformer replaced by Perceiver IO.
 
 Edward Li and Aditya Kannan, "DePerceiver: Improving Small Object Detection in DeTR" (2021), the published recipe:
 
-    python train.py --config=configs/deperceiver.py:r50_16 --workdir=runs/r50_16 --config.data.directory=/data/coco \
-        --config.model.backbone.weights=resnet50.pth
+    python train.py --config=configs/deperceiver.py:r50_16 --workdir=runs/r50_16 --config.data.directory=/data/coco
 
 50 epochs of COCO, learning rate dropped after 33. The paper reports (COCO val2017, AP / APs) 10.5 / 4.3 at stride 32,
 15.3 / 7.1 at 16 and 11.4 / 3.6 at 8; those figures are the paper's, not measured with this code.
@@ -25,7 +24,7 @@ def get_config(variant: str = "r50_16") -> ConfigDict:
 
     config = base()
     config.model = model()
-    config.model.backbone.depth = int(net[1:])
+    config.model.backbone = resnet(int(net[1:]))
     config.model.strides = _STRIDES[scale]
     config.loss.auxiliary = False
     config.train.num_epochs = 50

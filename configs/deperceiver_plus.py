@@ -1,7 +1,6 @@
 r"""DePerceiver+: DePerceiver whose latents have places in the image, so that answers are local at a cost still linear.
 
-    python train.py --config=configs/deperceiver_plus.py:r50_8 --workdir=runs/plus --config.data.directory=/data/coco \
-        --config.model.backbone.weights=resnet50.pth
+    python train.py --config=configs/deperceiver_plus.py:r50_8 --workdir=runs/plus --config.data.directory=/data/coco
 
 Ours, not published; docs/deperceiver_plus.md says what led to it and what was measured. No AP on COCO is known.
 """
@@ -23,7 +22,7 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
     net, scale, epochs = (*variant.split("_"), "50ep")[:3]
     config = base()
     config.model = model()
-    config.model.backbone.depth = int(net[1:])
+    config.model.backbone = resnet(int(net[1:]))
     config.model.strides = _STRIDES[scale]
 
     config.loss.classification = "sigmoid_focal"

@@ -2,8 +2,7 @@ r"""DETR: end-to-end detection with a transformer.
 
 Carion et al., "End-to-End Object Detection with Transformers" (arXiv:2005.12872), the recipe of its released code:
 
-    python train.py --config=configs/detr.py:r50 --workdir=runs/detr_r50 --config.data.directory=/data/coco \
-        --config.model.backbone.weights=resnet50.pth
+    python train.py --config=configs/detr.py:r50 --workdir=runs/detr_r50 --config.data.directory=/data/coco
 
 300 epochs of COCO, learning rate dropped after 200. The released models (500 epochs, COCO val2017) have AP 42.0 (r50),
 43.3 (r50_dc5), 43.5 (r101) and 44.9 (r101_dc5). The variants with _50ep drop the rate after 33 of 50 epochs: the
@@ -27,7 +26,7 @@ def get_config(variant: str = "r50") -> ConfigDict:
         raise ValueError(f"configs/detr.py has no variant {variant!r}; it has {', '.join(VARIANTS)}.")
     config = base()
     config.model = model()
-    config.model.backbone.depth = 101 if variant.startswith("r101") else 50
+    config.model.backbone = resnet(101 if variant.startswith("r101") else 50)
     if "_dc5" in variant:
         config.model.backbone.dilation = True
         config.model.strides = (16,)

@@ -31,7 +31,7 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     }
     config.model = models[variant]()
     config.model.update(num_queries=100, embed_dim=128, no_object_logit=False)
-    config.model.backbone.update(depth=18, width=32, norm="group_norm", frozen_stages=0)
+    config.model.backbone.update(depth=18, width=32, norm="group_norm", frozen_stages=0, weights="")
 
     config.data.batch_size = 8
     config.data.scales = (320, 352, 384, 416, 448)

@@ -2,8 +2,7 @@ r"""SMCA: DETR with spatially modulated co-attention, which converges ten times 
 
 Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention" (arXiv:2101.07448):
 
-    python train.py --config=configs/smca.py:r50_multiscale --workdir=runs/smca --config.data.directory=/data/coco \
-        --config.model.backbone.weights=resnet50.pth
+    python train.py --config=configs/smca.py:r50_multiscale --workdir=runs/smca --config.data.directory=/data/coco
 
 50 epochs of COCO, learning rate dropped after 40. AP on COCO val2017: 41.0 (r50_single_scale, the released code), 43.7
 (r50_multiscale, the paper's encoder, never released and rebuilt here from its description and parameter counts), 44.4
@@ -29,7 +28,7 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
     name = rest.removesuffix("_108ep")
     config = base()
     config.model = model()
-    config.model.backbone.depth = int(net[1:])
+    config.model.backbone = resnet(int(net[1:]))
     if name != "single_scale":
         multiscale(config.model)
     if name == "multiscale_conv":

@@ -43,6 +43,10 @@ def _classification(name: str) -> Need:
 
 _CROPS = Need(lambda config: config.data.crop_probability > 0, "config.data.crop_probability above 0")
 _FILES = Need(lambda config: not config.data.name.startswith("shapes"), "config.data.name=coco_directory")
+_PRETRAINED = Need(  # what init_from brings has a backbone, and published ones have no group norm
+    lambda config: not config.init_from and config.model.backbone.norm == "frozen_batch_norm",
+    "config.init_from= and config.model.backbone.norm=frozen_batch_norm",
+)
 _FOLDER = equal("data.name", "coco_directory")
 _COCO = Need(
     lambda config: _FOLDER.holds(config) and config.data.layout in ("auto", "coco"),
@@ -57,6 +61,7 @@ GENERAL: Mapping[str, Need] = {
     "loss.no_object_weight": _classification("softmax_no_object"),
     "loss.focal_alpha": _classification("sigmoid_focal"),
     "loss.focal_gamma": _classification("sigmoid_focal"),
+    "model.backbone.weights": _PRETRAINED,
     "optimizer.drop_epochs": equal("optimizer.schedule", "step"),
     "optimizer.drop_factor": equal("optimizer.schedule", "step"),
     "train.num_epochs": equal("train.num_steps", 0),

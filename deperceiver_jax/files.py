@@ -34,8 +34,8 @@ def check_address(what: str, place: str, *, buckets: bool) -> None:
         return
     if not place.startswith(BUCKETS):
         raise UserError(
-            f"{what} is {place}: of addresses with :// only {BUCKETS} is known, Google Cloud Storage; another bucket "
-            "can be mounted as a folder."
+            f"{what} is {place}: of addresses with :// only {BUCKETS} is known, Google Cloud Storage, and hf:// for "
+            "weights; another bucket can be mounted as a folder."
         )
     if not buckets:
         raise UserError(

@@ -4,7 +4,8 @@
 
 Reads, without PyTorch and without running anything that is in the file: the released .pth of DETR and
 Deformable DETR, what the released code of SMCA saves, a Lightning .ckpt of DePerceiver, the safetensors of transformers
-for both DETRs, and ResNets of torchvision and timm (then all but the backbone is new).
+for both DETRs, and ResNets of torchvision and timm (then all but the backbone is new). --torch may be a folder that
+transformers wrote or a name of the hub, hf://owner/name, too; then config.json decides where no --config is given.
 The numbers of latents and queries are the file's, unless --config.model.num_queries=N asks for more or fewer queries.
 
 A file with other classes: --classes=FILE or --num_classes=N. If the file's class head is not of that many classes, it
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -24,12 +26,17 @@ from ml_collections import ConfigDict
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, is_bucket, make_folder, reason, require_writable
-from deperceiver_jax.program.command_line import parse_config, parse_flags, run
+from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
 from deperceiver_jax.runs.workdir import config_text, read_classes
+
+if TYPE_CHECKING:
+    from deperceiver_jax.runs.stored_detector import StoredDetector
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("torch", None, "The weights: .pth, .pt, .bin, .ckpt or .safetensors.", flag_values=values)
+    flags.DEFINE_string(
+        "torch", None, "The weights: .pth, .pt, .bin, .ckpt, .safetensors, or hf://owner/name.", flag_values=values
+    )
     flags.DEFINE_string("output", None, "The directory to be made.", flag_values=values)
     flags.DEFINE_string("classes", None, "A classes.json; COCO's 91 class slots without it.", flag_values=values)
     flags.DEFINE_integer("num_classes", None, "So many classes without names, instead.", flag_values=values)
@@ -52,12 +59,17 @@ def main(argv: list[str]) -> None:
     for name in ("torch", "output"):
         if values[name].value is None:
             raise UserError(f"--{name} is needed: {values[name].help}")
-    source, output = as_path(values.torch), as_path(values.output)
+    output = as_path(values.output)
     require_writable("--output", output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists already.")
-    config = parse_config(config_arguments, needs=field_needs)
-    classes = choose_classes(values.classes, values.num_classes)
+    source, stored = find_weights(values.torch)
+    if stored and not has_config_file(config_arguments):
+        own, own_classes = stored.read_config(), stored.read_classes()
+    else:
+        own, own_classes = None, None
+    config = parse_config(config_arguments, own, needs=field_needs)
+    classes = choose_classes(values.classes, values.num_classes, own_classes)
     other_classes = values.classes is not None or values.num_classes is not None
 
     state = without_wrapper(read_state_dict(source))
@@ -79,14 +91,25 @@ def main(argv: list[str]) -> None:
     print(f"Wrote {output}, {sum(x.size for x in imported.arrays.values()) / 1e6:.1f} M numbers.")
 
 
-def choose_classes(classes: str | None, num_classes: int | None) -> ClassMap:
-    """The class map of --classes or --num_classes, else COCO's. Raises UserError."""
+def find_weights(place: str) -> tuple[Path, "StoredDetector | None"]:
+    """The file that --torch means, and the detector of which it is in a folder of transformers or on the hub."""
+    from deperceiver_jax.runs.stored_detector import find_detector, local_directory
+    from deperceiver_jax.weights.hub import WEIGHTS
+
+    source = local_directory(place)
+    if not (source / WEIGHTS).is_file():
+        return source, None
+    return source / WEIGHTS, find_detector(source)
+
+
+def choose_classes(classes: str | None, num_classes: int | None, own: ClassMap | None = None) -> ClassMap:
+    """The class map of --classes or --num_classes, else the file's own, else COCO's. Raises UserError."""
     if classes is not None and num_classes is not None:
         raise UserError("--classes and --num_classes are both given; only one can be.")
     if classes is not None:
         return read_classes(as_path(classes))
     if num_classes is None:
-        return ClassMap.from_categories(COCO_CATEGORIES.items())
+        return own or ClassMap.from_categories(COCO_CATEGORIES.items())
     if num_classes < 1:
         raise UserError(f"--num_classes is {num_classes}; it must be at least 1.")
     slots = tuple(range(num_classes))

@@ -17,6 +17,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags(8)}"
 # steps takes them all while a collective waits for its last participant. More threads than that queue needs:
 os.environ.setdefault("NPROC", "32")
 
+# No test reaches the network: nothing is fetched by name but from a hub on this machine.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
 import cv2  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -169,7 +169,7 @@ def test_commands_are_accepted(page):
 
 
 def test_no_command_trains_behind_a_random_backbone():
-    """Of the pages and the config files: each names weights, or a config that trains its backbone from nothing."""
+    """Of the pages and the config files: each has a config that names weights or trains its backbone from nothing."""
     lines = [
         shlex.join(command.arguments) for page in PAGES for command in commands(page) if command.program == "train.py"
     ]
@@ -178,8 +178,13 @@ def test_no_command_trains_behind_a_random_backbone():
     found = [line for line in lines if re.search(r"--config=configs/", line)]
     assert len(found) > 15
     for line in found:
-        starts = re.search(r"backbone\.weights=|init_from=|configs/(demo|small|ladder|one_look)\.py", line)
-        assert starts or "data.batch_size=64" in line, line
+        name, variant = re.search(r"--config=configs/(\w+)\.py(?::(\w+))?", line).groups()
+        if name != TOY:
+            config = importlib.import_module(f"configs.{name}").get_config(*[variant] if variant else [])
+            backbone = config.model.backbone
+            name = f"resnet{backbone.depth}" if backbone.groups == 1 else f"resnext{backbone.depth}_64x4d"
+            named = backbone.weights == f"hf://timm/{name}.tv_in1k"
+            assert named or (backbone.norm, backbone.frozen_stages) == ("group_norm", 0), line
 
 
 def test_there_are_commands():

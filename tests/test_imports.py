@@ -17,7 +17,7 @@ KEEPERS = {"runs", "losses", "weights"}
 ROOMS = {
     **{name: {"errors"} for name in FOUNDATION},
     **dict.fromkeys(("models", "data", "program"), FOUNDATION),
-    "runs": LIBRARY,
+    "runs": LIBRARY | {"weights"},  # what others have published
     "losses": FOUNDATION,
     "weights": FOUNDATION | {"models"},
     "evaluation": LIBRARY | KEEPERS,

@@ -1,4 +1,4 @@
-"""Two lines of Python: a detector from a directory, and what it finds in pictures of any kind and size.
+"""Two lines of Python: a detector from a directory or the hub, and what it finds in pictures of any kind and size.
 
 from deperceiver_jax import load
 detections = load("runs/x").predict(["a.jpg", pil_image, rgb_array])
@@ -26,20 +26,21 @@ from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_stored
 from deperceiver_jax.runs.stored_detector import find_detector
-from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.sharding import make_mesh, replicated, shard_batch
 from deperceiver_jax.structures import Batch, Detections
 
 THREADS = 4  # that read and scale pictures while the devices are busy
 Result = TypeVar("Result")
+CPU_BATCH = 8  # pictures that a CPU is given together at most, if nobody says so: more are no faster, and start later
 PATIENCE = 8  # batches that may pass a picture which waits for others of its padded size
 
 
 def load(
     directory: str | Path, checkpoint: str = "latest", config: Mapping[str, object] | None = None
 ) -> "PictureDetector":
-    """A detector to be used on pictures, from a workdir, a checkpoint step or an output of import-weights.
+    """A detector to be used on pictures: a workdir's, a checkpoint step's, an output's of import-weights, or the hub's.
 
+    directory: where it lies, or hf://owner/name[@revision], which is fetched once.
     checkpoint: which one of a workdir: latest, best, or a step. Its moving average is taken where it has one.
     config: fields of the stored config to change, as {"eval.max_detections": 300, "precision": "bfloat16"}.
     Compiled programs are kept where config.train.compilation_cache says, unless JAX has been given a place already.
@@ -49,7 +50,7 @@ def load(
     """
     stored = find_detector(directory, checkpoint)
     overrides = [f"--config.{field}={value}" for field, value in (config or {}).items()]
-    settings = parse_config(["load", *overrides], read_config(stored.directory / CONFIG), needs=field_needs)
+    settings = parse_config(["load", *overrides], stored.read_config(), needs=field_needs)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         keep_compiled(settings.train.compilation_cache)
     return PictureDetector(load_stored(stored, settings))
@@ -69,7 +70,9 @@ class PictureDetector:
         check_at_least("config.eval.batch_size", self.config.eval.batch_size, 1)
         self.padded_sizes = padded_sizes(self.config.data)
         self._mesh = make_mesh(self.config.mesh.model)
-        self.config.eval.batch_size = self._for_devices(self.config.eval.batch_size)
+        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        usual = min(self.config.eval.batch_size, CPU_BATCH) if on_cpu else self.config.eval.batch_size
+        self.batch_size = self.config.eval.batch_size = self._for_devices(usual)
         self._step = make_detect_step(loaded.skeleton.merge, self.config, self._mesh)
         self._arrays = jax.device_put(loaded.arrays, replicated(self._mesh))
         self._reader = Reader(self.classes)
@@ -113,7 +116,8 @@ class PictureDetector:
           boxes are in the turned picture.
         threshold: detections with a lower score, in [0, 1], are left out.
         max_detections: of a picture, the best ones; at most config.eval.max_detections, which is what None means.
-        batch_size: pictures that are computed together, config.eval.batch_size without it.
+        batch_size: pictures that are computed together; without it `self.batch_size`, which is config.eval.batch_size,
+          but on CPUs at most 8.
         progress: show a bar.
         Raises UserError for no pictures, and for one that cannot be read.
 
@@ -153,7 +157,7 @@ class PictureDetector:
         >>> for found in detector.stream(frames): ...
         """
         check_at_least("batch_size", 1 if batch_size is None else batch_size, 1)
-        size = self._for_devices(batch_size or self.config.eval.batch_size)
+        size = self._for_devices(batch_size or self.batch_size)
         single = self._for_devices(1)
         most = max_detections or self.config.eval.max_detections
         done: dict[int, PictureDetections | UserError] = {}

@@ -44,6 +44,7 @@ IN_BUCKETS = (  # flags and fields that may be paths in a bucket
     "config.model.backbone.weights",
     "config.train.compilation_cache",
 )
+HUB_NAMES = ("--weights", "--torch", "config.init_from", "config.model.backbone.weights")  # what hf:// may be given to
 
 
 def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -168,7 +169,8 @@ def _check_text(name: str, value: object) -> None:
     """Raises UserError for a text, most likely a path, that no file of this machine can have or that has no home."""
     if not isinstance(value, str):
         return
-    check_address(name, value, buckets=name in IN_BUCKETS)
+    if not (value.startswith("hf://") and name in HUB_NAMES):
+        check_address(name, value, buckets=name in IN_BUCKETS)
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(f"{name} is {value!r}: its bytes are no UTF-8.")
     if value.startswith("~") and os.path.expanduser(value).startswith("~"):

@@ -7,7 +7,13 @@ def define_detector_flags(values: flags.FlagValues) -> None:
     """Which detector a program works with."""
     flags.DEFINE_string("workdir", None, "The run whose detector is used.", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "Of the workdir: latest, best, or a step.", flag_values=values)
-    flags.DEFINE_string("weights", None, "Instead of a workdir: an output of import-weights.", flag_values=values)
+    flags.DEFINE_string(
+        "weights",
+        None,
+        "Instead of a workdir: an output of import-weights, a folder that transformers wrote, or hf://owner/name, such "
+        "as hf://facebook/detr-resnet-50.",
+        flag_values=values,
+    )
 
 
 def define_process_flags(values: flags.FlagValues) -> None:

@@ -16,7 +16,6 @@ from deperceiver_jax.models.skeleton import Skeleton, take_apart
 from deperceiver_jax.program.command_line import has_config_file, parse_config
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import StoredDetector, find_detector, load_params
-from deperceiver_jax.runs.workdir import CLASSES, CONFIG, read_classes, read_config
 
 
 class LoadedDetector(NamedTuple):
@@ -29,21 +28,21 @@ class LoadedDetector(NamedTuple):
 
 
 def load_detector(directory: str | Path, checkpoint: str = "latest") -> tuple[nnx.Module, ConfigDict, ClassMap]:
-    """(detector, config, classes) from a workdir, a checkpoint step or an output of import_weights.
+    """(detector, config, classes) from a workdir, a checkpoint step, an output of import_weights or hf://owner/name.
 
     checkpoint: which one of a workdir: latest, best, or a step. Its moving average is taken where it has one.
     Use: `predictions = detector(*normalize_images(image, size))`.
     Raises UserError for a directory without a detector, and for one whose parameters are not those of its config.
     """
     stored = find_detector(directory, checkpoint)
-    loaded = load_stored(stored, read_config(stored.directory / CONFIG))
+    loaded = load_stored(stored, stored.read_config())
     detector = loaded.skeleton.merge({path: jnp.asarray(array) for path, array in loaded.arrays.items()})
     return detector, loaded.config, loaded.classes
 
 
 def load_stored(stored: StoredDetector, config: ConfigDict) -> LoadedDetector:
     """The detector that `config` describes, with the parameters that `stored` points at. Raises UserError."""
-    classes = read_classes(stored.directory / CLASSES)
+    classes = stored.read_classes()
     config.model.num_classes = classes.num_slots
     skeleton, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
     arrays = load_params(stored.items)
@@ -60,7 +59,9 @@ def load_for_command(
       overrides. Raises UserError.
     """
     if (workdir is None) == (weights is None):
-        raise UserError("Either --workdir or --weights is needed: a run, or the output of import_weights.")
+        raise UserError(
+            "Either --workdir or --weights is needed: a run, or the output of import_weights, or hf://owner/name."
+        )
     stored = find_detector(workdir or weights or "", checkpoint)
-    own = None if has_config_file(config_arguments) else read_config(stored.directory / CONFIG)
+    own = None if has_config_file(config_arguments) else stored.read_config()
     return stored, load_stored(stored, parse_config(config_arguments, own, needs=field_needs))

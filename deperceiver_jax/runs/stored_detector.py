@@ -1,4 +1,4 @@
-"""Detectors' parameters by themselves: found in a workdir or beside one, read, and written.
+"""Detectors' parameters by themselves: found in a workdir or beside one, or on the hub, read, and written.
 
 The output of import_weights is a directory with `weights`, config.json and classes.json.
 """
@@ -12,7 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
+from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, is_bucket, make_folder, require_readable, write_whole
 from deperceiver_jax.runs.checkpoint_files import (
@@ -25,7 +27,9 @@ from deperceiver_jax.runs.checkpoint_files import (
     read_shapes,
 )
 from deperceiver_jax.runs.migrations import renamed_paths
-from deperceiver_jax.runs.workdir import CHECKPOINTS, CLASSES, CONFIG
+from deperceiver_jax.runs.published_detector import is_published, published_classes, published_config, published_params
+from deperceiver_jax.runs.workdir import CHECKPOINTS, CLASSES, CONFIG, read_classes, read_config
+from deperceiver_jax.weights import hub
 
 
 class StoredDetector(NamedTuple):
@@ -35,10 +39,23 @@ class StoredDetector(NamedTuple):
     directory: Path
     step: int | None  # None for parameters that no run here has trained
 
+    def read_config(self) -> ConfigDict:
+        """The config that it was stored with, or that transformers' one means. Raises UserError."""
+        return published_config(self.directory) if self.items.is_file() else read_config(self.directory / CONFIG)
+
+    def read_classes(self) -> ClassMap:
+        """What its class slots mean. Raises UserError."""
+        return published_classes(self.directory) if self.items.is_file() else read_classes(self.directory / CLASSES)
+
 
 def local_directory(place: str | Path) -> Path:
     """The directory, of this machine or in a bucket, that a workdir, --weights or config.init_from means; all of them
-    pass here. Raises UserError for a bucket that is not there or does not permit reading."""
+    pass here. A name of the hub means the folder in which its files lie when they have been fetched.
+
+    Raises UserError for a bucket that is not there or does not permit reading, and as weights/hub.py's `fetch` does.
+    """
+    if isinstance(place, str) and hub.is_hub_name(place):
+        return hub.fetch(place)
     path = as_path(place)
     require_readable("A detector", path)
     if is_bucket(path):
@@ -48,7 +65,8 @@ def local_directory(place: str | Path) -> Path:
 
 def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetector:
     """Finds the parameters in a workdir (its checkpoint `latest`, `best` or a step number), in a checkpoint step
-    (runs/x/checkpoints/1000) or in an output of import_weights. Raises UserError when there are none."""
+    (runs/x/checkpoints/1000), in an output of import_weights, in a folder that transformers wrote, or on the hub
+    (hf://owner/name). Raises UserError when there are none."""
     directory = local_directory(place)
     if not (directory.is_dir() if is_bucket(directory) else os.path.isdir(directory)):  # a name may be too long
         raise UserError(f"{directory} is not a directory.")
@@ -59,6 +77,8 @@ def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetect
             return StoredDetector(directory, parent.parent, int(step))
         return StoredDetector(directory, directory, None)  # import_weights may have been told to write anywhere
     steps = all_steps(directory)
+    if not steps and is_published(directory):
+        return StoredDetector(directory / hub.WEIGHTS, directory, None)
     if not steps:
         raise UserError(f"{directory} has no checkpoint and no weights.")
     if checkpoint == "latest":
@@ -79,6 +99,8 @@ def load_params(items: Path) -> dict[str, np.ndarray]:
 
     Raises UserError when the files are damaged.
     """
+    if items.is_file():
+        return published_params(items)
     arrays = _read_arrays(items / WEIGHTS)
     if (items / EMA).is_dir():
         arrays |= _read_arrays(items / EMA)

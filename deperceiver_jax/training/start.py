@@ -1,42 +1,56 @@
 """How a run begins: its first state, and its first line."""
 
+from pathlib import Path
+
 import jax
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.field_needs import GENERAL
 from deperceiver_jax.files import as_path
 from deperceiver_jax.models.heads.heads import CLASS_HEAD
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
-from deperceiver_jax.runs.workdir import CLASSES, read_classes
+from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.training.diagnosis import untrained_backbone
 from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
 from deperceiver_jax.weights.backbone import load_backbone
+from deperceiver_jax.weights.hub import is_hub_name
+
+
+def settle_backbone_weights(config: ConfigDict, workdir: Path, given: bool) -> None:
+    """Empties config.model.backbone.weights, which published configs name, where something else makes it void.
+
+    given: whether the command names it. Where it does not, a run in `workdir` that began without any goes on so.
+    """
+    stored = workdir / CONFIG
+    begun = not given and stored.is_file() and not read_config(stored).model.backbone.weights
+    if begun or not GENERAL["model.backbone.weights"].holds(config):
+        config.model.backbone.weights = ""
 
 
 def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState:
     """New parameters; over them the backbone of `config.model.backbone.weights`, or all of `config.init_from`.
 
     With init_from, everything must fit, but for a class head that was trained for other classes: that one starts anew,
-    and a line says so. Raises UserError when both are given, when there is nothing to read, when it does not fit, and
-    when nothing is loaded into parts of the backbone that are not trained either.
+    and a line says so. Raises UserError when there is nothing to read, when it does not fit, and when nothing is loaded
+    into parts of the backbone that are not trained either.
     """
     weights = config.model.backbone.weights
     if untrained := untrained_backbone(plan, config):
         raise UserError(
             f"Nothing is loaded into {len(untrained)} frozen arrays of the backbone ({untrained[0]} is the first), so "
-            "they would stay as they begin, random: load a ResNet (config.model.backbone.weights=FILE), start from a "
-            "trained detector (config.init_from=DIR), train the whole backbone (config.model.backbone.norm=group_norm "
-            "and frozen_stages=0), or take configs/small.py, which trains from nothing."
+            "they would stay as they begin, random: load a ResNet (config.model.backbone.weights=FILE or hf://...), "
+            "start from a trained detector (config.init_from=DIR or hf://...), train the whole backbone "
+            "(config.model.backbone.norm=group_norm and frozen_stages=0), or take configs/small.py, which trains from "
+            "nothing."
         )
-    if weights and config.init_from:
-        raise UserError("config.init_from and config.model.backbone.weights are both given; only one can be.")
     if config.init_from:
         stored = find_detector(config.init_from)
         arrays = load_params(stored.items)
         expected = {**plan.abstract.params, **plan.abstract.frozen}
-        if reason := other_classes(read_classes(stored.directory / CLASSES), classes):
+        if reason := other_classes(stored.read_classes(), classes):
             arrays = {path: x for path, x in arrays.items() if CLASS_HEAD not in path}
             expected = {path: x for path, x in expected.items() if CLASS_HEAD not in path}
         require_same_arrays(expected, {path: x.shape for path, x in arrays.items()}, stored.items)
@@ -45,7 +59,7 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
             print(f"Starting from {stored.items}: {kept}.", flush=True)
         return replace_arrays(plan.initialize(), arrays, origin=str(stored.items))
     if weights:
-        path = as_path(weights)
+        path = weights if is_hub_name(weights) else as_path(weights)
         shapes = {name: x.shape for name, x in {**plan.abstract.params, **plan.abstract.frozen}.items()}
         arrays = load_backbone(path, shapes)  # what is wrong with the file is said before anything compiles
         return replace_arrays(plan.initialize(), arrays, origin=str(path))

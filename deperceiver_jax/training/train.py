@@ -29,7 +29,7 @@ from deperceiver_jax.training.diagnosis import because, circumstances, does_not_
 from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.overfit import OVERFIT, few_pictures, overfit_verdict, train_on_few
 from deperceiver_jax.training.pace import Pace
-from deperceiver_jax.training.start import describe_run, first_state
+from deperceiver_jax.training.start import describe_run, first_state, settle_backbone_weights
 from deperceiver_jax.training.timetable import due, ends_early, last_step
 from deperceiver_jax.training.trackers import check_trackers
 from deperceiver_jax.training.train_state import inference_arrays
@@ -52,9 +52,10 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the run shall live in.")
     workdir = as_path(values.workdir)
-
     if is_bucket(workdir):
         require_writable("--workdir", workdir)
+    given = any(argument.lstrip("-").startswith("config.model.backbone.weights=") for argument in config_arguments)
+    settle_backbone_weights(config, workdir, given)
 
     # Chapter 2: devices.
     processes.join(values)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.weights import hub
 from deperceiver_jax.weights.name_rules import NameRules, from_torch
 from deperceiver_jax.weights.tables.parts import NOT_PARAMETERS, resnet_rules
 from deperceiver_jax.weights.torch_checkpoint import read_state_dict
@@ -24,9 +25,11 @@ def load_backbone(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> di
 
     `shapes` are those of a detector's parameters and frozen arrays, by path; those under `backbone/` are answered, all
     of them but for the offsets of deformable convolutions, which start anew. The classifier and the stages that they do
-    without are passed over. Raises UserError as `from_torch` does.
+    without are passed over. `path` may be a name of the hub, of a ResNet or a detector. Raises UserError as
+    `from_torch` does.
     """
-    return backbone_from_torch(read_state_dict(path), shapes, source=path)
+    file = hub.fetch(path) / hub.WEIGHTS if isinstance(path, str) and hub.is_hub_name(path) else path
+    return backbone_from_torch(read_state_dict(file), shapes, source=path)
 
 
 def is_only_a_backbone(state: Mapping[str, np.ndarray]) -> bool:

@@ -62,11 +62,13 @@ class NameRules:
     """A family's table, and the official names that are nobody's parameter (regular expressions).
 
     `copies`: (regular expression of a name, name that the official state dict has for the same array once more).
+    `tied`: (regular expression of a name, name whose array it has in files that lack it, though not in all files).
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
 
 class LoadReport(NamedTuple):
@@ -142,7 +144,13 @@ def copies_of(names: Iterable[str], rules: NameRules) -> dict[str, str]:
 def with_originals(state: Mapping[str, np.ndarray], names: Iterable[str], rules: NameRules) -> dict[str, np.ndarray]:
     """`state`, and where it lacks one of `names` but has a copy of it, that: files may keep any one of equal arrays."""
     found = {name: state[copy] for copy, name in copies_of(names, rules).items() if copy in state}
-    return {**found, **state}
+    whole = {**found, **state}
+    for name in names:
+        for pattern, other in rules.tied:
+            match = re.fullmatch(pattern, name)
+            if match and name not in whole and (first := match.expand(other)) in whole:
+                whole[name] = whole[first]
+    return whole
 
 
 def with_copies(state: Mapping[str, np.ndarray], rules: NameRules) -> dict[str, np.ndarray]:

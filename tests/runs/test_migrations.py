@@ -31,7 +31,8 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_of_the_version_before_is_todays(name):
     config = read_config(STORED / f"{name}.json")
-    assert flat_fields(config) == flat_fields(CONFIGS[name])
+    assert config.model.backbone.weights == ""  # that run read none, and today's configs name some
+    assert flat_fields(config) == flat_fields(CONFIGS[name]) | {"model.backbone.weights": ""}
     abstract_detector(config)
 
 

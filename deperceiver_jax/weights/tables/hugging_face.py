@@ -72,13 +72,16 @@ def hugging_face_detr_rules(resnet: Callable[[str, str], list[Rule]]) -> NameRul
         *linear_rules("heads/class_head/linear", "class_labels_classifier"),
         *linear_rules(r"heads/box_head/mlp/layers/(\d)", r"bbox_predictor.layers.\1"),
     ]
-    return NameRules(tuple(rules), NOT_PARAMETERS)
+    # Version 5 keeps the tables of learned positions outside of the backbone.
+    copies = ((r"model\.backbone\.(position_embedding\..*)", r"model.\1"),)
+    return NameRules(tuple(rules), NOT_PARAMETERS, copies)
 
 
 def hugging_face_deformable_detr_rules(model: ConfigDict, resnet: Callable[[str, str], list[Rule]]) -> NameRules:
     """Deformable DETR's names in transformers (DeformableDetrForObjectDetection), with one of its two backbones.
 
-    They are those of its files, of the first as of the newest; in memory the newest calls some modules otherwise.
+    They are those of its files, of the first as of the newest; in memory the newest calls some modules otherwise. With
+    refinement but one stage, the newest files hold one class head for all layers, and the published ones one a layer.
     """
     rules = [
         *resnet("backbone/", "model.backbone.conv_encoder.model."),
@@ -89,4 +92,5 @@ def hugging_face_deformable_detr_rules(model: ConfigDict, resnet: Callable[[str,
         *reference_rules("model."),
         *head_rules(model),
     ]
-    return NameRules(tuple(rules), NOT_PARAMETERS, head_copies(model, "model.decoder"))
+    tied = ((r"class_embed\.\d+\.(.*)", r"class_embed.0.\1"),) if model.refine and not model.two_stage else ()
+    return NameRules(tuple(rules), NOT_PARAMETERS, head_copies(model, "model.decoder"), tied)
