@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     data.scales, data.max_size, data.eval_scale, data.eval_max_size = (48, 64), 96, 64, 96
     data.crop_scales, data.crop_min, data.crop_max = (48, 56), 32, 64
     model = config.model
-    model.backbone.update(depth=18, width=8, norm="group_norm", frozen_stages=0)
+    model.backbone.update(depth=18, width=8, norm="group_norm", frozen_stages=0, weights="")
     model.update(strides=(8,), embed_dim=32, num_queries=5, dropout=0.1)
     model.encoder.update(num_latents=8, latent_dim=32, num_blocks=1, layers_per_block=1, self_heads=2)
     config.matcher.backend = "device"  # compiled code that calls back to Python is not kept by the compilation cache
