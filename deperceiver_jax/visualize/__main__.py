@@ -1,26 +1,26 @@
 """Pictures of what a detector finds and of where it looks, and the figures of the papers, each with one command.
 
-What a run found:
-    deperceiver visualize detections --workdir=runs/demo --output=detections.png
-    deperceiver visualize small_objects runs/a runs/b --published=deperceiver --output=small_objects.png
-What a detector does, of a run (--workdir) or of import-weights (--weights):
     deperceiver visualize layers --workdir=runs/demo --output=layers.png
-    deperceiver visualize queries --workdir=runs/demo --output=queries.png
-    deperceiver visualize counting --workdir=runs/demo --output=counting.png
-Where it looks, in --image=photo.jpg or in an example of the data:
-    deperceiver visualize attention --workdir=runs/demo --example=0 --output=attention.png
-    deperceiver visualize encoder --workdir=runs/demo --example=0 --output=encoder.png
-    deperceiver visualize latents --workdir=runs/demo --example=0 --output=latents.png
-    deperceiver visualize compare_attention runs/a runs/b --example=0 --output=compared.png
-Memory of encoder and decoder by stride, of no run, from a clone:
+    deperceiver visualize attention --weights=DIR --image=photo.jpg --output=attention.png
+    deperceiver visualize compare_attention runs/a runs/b --example=5 --output=compared.png
+
+What a run found:
+  detections         ground truth beside detections
+  small_objects      APs / AP of runs and papers as bars: figure 3 of DePerceiver's paper
+What a detector does:
+  layers             AP by decoder layer, with and without suppression of doubles: figure 4 of DETR's paper
+  queries            every box of each query slot over a data set: its figure 7
+  counting           objects found by how many there are, far beyond any training picture: its figure 5
+Where it looks in an image:
+  encoder            self-attention of chosen points: its figure 3
+  attention          what chosen queries look at, head by head: its figure 6
+  compare_attention  several runs at one object: figure 3 of SMCA's paper
+  latents            where latents sit, and how they move from layer to layer
+
+Memory of encoder and decoder by stride, figure 2 of DePerceiver's paper, needs no run but a clone:
     python benchmarks/encoder_decoder_memory.py --output=runs/memory
 
-small_objects, APs / AP as bars: figure 3 of DePerceiver's paper; memory: its figure 2
-layers, AP by decoder layer with and without suppression; queries, the boxes of each slot over a data set; counting,
-objects found by their number; encoder, self-attention of points: figures 4, 7, 5 and 3 of DETR's paper
-compare_attention, several runs at one object: figure 3 of SMCA's paper
-
-Each has a --help of its own.
+`deperceiver visualize NAME --help` says more.
 """
 
 import ast

@@ -169,6 +169,7 @@ def main(argv: list[str]) -> None:
     most = most_in_training(loaded, label)
     recipe = drawing.RECIPES[config.data.name.partition("/")[2] or "standard"]
     crowds = Crowds(recipe, label, counts, values.pictures)
+    config.data.max_boxes = 0  # as many as the fullest crowd has
 
     found = answers(loaded, crowds, make_answer)
     rows = count_found(crowds, found, loaded.classes, values.score_threshold)

@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
     found = answers(subject.loaded, subject.source, make_answer, least_layers=2)
     metrics = layer_metrics(found, subject.source, config, values.nms_iou)
     print(table(metrics))
-    save_picture(draw_chart(chart(metrics, subject.title, values.nms_iou)), values.output)
+    subtitle = [subject.title]
+    if not config.loss.auxiliary:
+        subtitle.append("Layers before the last were not trained to answer (config.loss.auxiliary).")
+    save_picture(draw_chart(chart(metrics, subtitle, values.nms_iou)), values.output)
     print(f"Wrote {values.output}: the answers of {len(metrics)} layers of {subject.stored.items}.")
 
 
@@ -54,7 +57,7 @@ def table(metrics: list[tuple[dict, dict]]) -> str:
     return "\n".join(lines)
 
 
-def chart(metrics: list[tuple[dict, dict]], title: str, iou: float):
+def chart(metrics: list[tuple[dict, dict]], subtitle: list[str], iou: float):
     """AP and AP50 by layer, side by side: a line without suppression, and one with it."""
     import altair as alt
 
@@ -77,5 +80,5 @@ def chart(metrics: list[tuple[dict, dict]], title: str, iou: float):
         .properties(width=300, height=280)
         .facet(column=alt.Column("measure:N", title=None, header=alt.Header(labelFontSize=14)))
         .resolve_scale(y="independent")
-        .properties(title=alt.TitleParams("AP by decoder layer", subtitle=title, offset=12))
+        .properties(title=alt.TitleParams("AP by decoder layer", subtitle=subtitle, offset=12))
     )

@@ -13,7 +13,7 @@ def test_every_picture_is_listed(capsys):
     assert drawn == set(visualize.DRAWN)
     assert run(visualize.main, ["visualize", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"deperceiver visualize {name} " in printed for name in drawn) and "encoder_decoder_memory.py" in printed
+    assert all(f"\n  {name} " in printed for name in drawn) and "encoder_decoder_memory.py" in printed
     for name in drawn:
         assert f"deperceiver visualize {name} " in (folder / f"{name}.py").read_text()
 
