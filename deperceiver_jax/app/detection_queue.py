@@ -55,8 +55,8 @@ class DetectionQueue:
         try:
             answers = list(self._detector.stream((picture for picture, _ in jobs), threshold=0))
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0][1].set_exception(error)
+            if len(jobs) == 1:  # UserError would mean the picture, but that is an answer, and this the detector's fault
+                jobs[0][1].set_exception(RuntimeError(str(error)).with_traceback(error.__traceback__))
             else:  # whose fault it is shows when each is alone
                 for job in jobs:
                     self._run([job])

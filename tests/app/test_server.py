@@ -18,6 +18,7 @@ from PIL import Image
 
 from benchmarks.app_load import ask, draw, encode, load, mutated_files
 from deperceiver_jax.app.serve import own_names
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.prediction.detector import PictureDetector
@@ -187,15 +188,16 @@ def test_an_upload_that_ends_early_leaves_its_place(strict):
     assert ask(strict.port, b"")[0] == 415
 
 
-def test_one_bad_picture_harms_no_other(app, monkeypatch):
-    """Whatever a decoder raises: of a batch, only the one that is to blame fails."""
+@pytest.mark.parametrize("error", [KeyError("as no decoder should"), UserError("The answers are no numbers.")])
+def test_one_bad_picture_harms_no_other(app, monkeypatch, error):
+    """Whatever fails but the reading of a file: of a batch, only the one to blame; the fault is the server's."""
     pictures = [encode(Image.new("RGB", (64, 64), (9 * k, 0, 0)), "PNG") for k in range(3)]
     stream = PictureDetector.stream
 
     def failing(self, given, **options):
         given = list(given)
         if pictures[1] in given:
-            raise KeyError("as no decoder should")
+            raise error
         return stream(self, given, **options)
 
     monkeypatch.setattr(PictureDetector, "stream", failing)
@@ -204,7 +206,7 @@ def test_one_bad_picture_harms_no_other(app, monkeypatch):
     futures = [app.service.queue.detect(picture) for picture in pictures]
     go.set()
     assert len(futures[0].result()) == len(futures[2].result()) == 5
-    with pytest.raises(KeyError):
+    with pytest.raises(RuntimeError):
         futures[1].result()
     status, content = ask(app.port, pictures[1])
     assert (status, content) == (500, {"error": "The server failed at this picture; its log says why."})
