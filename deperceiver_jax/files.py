@@ -20,7 +20,7 @@ from typing import Any, cast
 from deperceiver_jax.errors import UserError
 
 BUCKETS = "gs://"
-PATIENCE = 5  # seconds after which a bucket is called slow
+PATIENCE = 5  # seconds after which a bucket is called slow that is asked for little
 RIGHTS = ("list", "get", "create", "delete")  # on objects, which writing needs; overwriting is deleting, too
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -64,7 +64,6 @@ def is_bucket(path: str | Path) -> bool:
 def file_system(what: str, path: Path) -> Any:
     """gcsfs for a path in a bucket, given as `what`. Raises UserError unless the bucket is there and may be listed."""
     try:
-        import fsspec
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise UserError(f"{what}: {path} needs {error.name}: pip install 'deperceiver_jax[gcs]'.") from None
@@ -73,7 +72,8 @@ def file_system(what: str, path: Path) -> Any:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what becomes a sentence here
     bucket = str(path).removeprefix(BUCKETS).split("/")[0]
     try:
-        system = fsspec.filesystem("gcs", finalize_on_close=True)  # epath's own
+        system = _epaths_own(path)
+        system.dircache.use_listings_cache = False  # TensorStore and other processes write there, too
         with told_when_slow(path):
             system.call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
     except FileNotFoundError:
@@ -81,6 +81,23 @@ def file_system(what: str, path: Path) -> Any:
     except Exception as error:  # of the network, the credentials, the answer
         raise UserError(f"{what}: {path} cannot be read: {reason(error)}.") from error
     return system
+
+
+def _epaths_own(path: Path) -> Any:
+    """The file system object by which epath reads and writes in buckets."""
+    from etils.epath import backend
+
+    return backend.fsspec_backend.fs(str(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder. Raises what a bucket answers that cannot tell, where `is_dir` would say no."""
+    if not is_bucket(path):
+        return os.path.isdir(path)  # Path.is_dir raises OSError for a name that is too long
+    try:
+        return _epaths_own(path).info(str(path))["type"] == "directory"
+    except FileNotFoundError:
+        return False
 
 
 def require_readable(what: str, path: Path) -> None:
@@ -174,21 +191,21 @@ def _upload(file: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_when_slow(path: object) -> Iterator[None]:
-    """Says so while a bucket takes longer than PATIENCE, and when it has answered after all."""
+def told_when_slow(path: object, patience: float = PATIENCE) -> Iterator[None]:
+    """Says so while a bucket takes longer than so many seconds, and when it has answered after all."""
     told = threading.Event()
 
     def tell() -> None:
         told.set()
-        print(f"warning: {path} has not answered for {PATIENCE} s; waiting for it.", file=sys.stderr, flush=True)
+        print(f"warning: waiting for {path} for more than {patience} s.", file=sys.stderr, flush=True)
 
-    timer = threading.Timer(PATIENCE, tell)
+    timer = threading.Timer(patience, tell)
     timer.daemon = True
     timer.start()
     try:
         yield
         if told.is_set():
-            print(f"{path} answers again; nothing is lost.", file=sys.stderr, flush=True)
+            print(f"{path} has answered; nothing is lost.", file=sys.stderr, flush=True)
     finally:
         timer.cancel()
 
@@ -205,6 +222,6 @@ def reason(error: BaseException) -> str:
 
 def bucket_error(error: BaseException) -> str:
     """What to say when `error` is a bucket's, met in the middle of the work; else nothing."""
-    if not any(kind.__module__.partition(".")[0] in ("gcsfs", "aiohttp") for kind in type(error).__mro__):
+    if not any(kind.__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google") for kind in type(error).__mro__):
         return ""
     return f"The bucket does not answer as it should: {reason(error)}. The same command continues a run."

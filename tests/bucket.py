@@ -41,11 +41,11 @@ class Bucket:
             "NO_GCE_CHECK": "true",  # no search for a machine's own account
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # nor for the kind of the bucket, by gRPC
         }
-        self.refused = 0  # requests so far
         self.mend()
 
     def mend(self) -> None:
         """Everything works and is permitted from here on."""
+        self.refused = 0  # requests
         self.fault: Callable[[str, str], int | None] = lambda method, path: None
         """Of (method, path of a request): the HTTP status to answer with instead. It may sleep."""
         self.rights: list[str] | None = None  # those that the bucket says it gives; None: whichever it is asked about
@@ -59,6 +59,10 @@ class Bucket:
         return [
             name.removeprefix(folder) for name in list(self._storage.objects.get(NAME, ())) if name.startswith(folder)
         ]
+
+    def delete(self, name: str) -> None:
+        """As another client does."""
+        self._storage.delete_file(NAME, name)
 
     def read(self, name: str) -> bytes:
         return self._storage.get_file(NAME, name, show_error=False)

@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Array
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import BUCKETS, is_bucket, reason
+from deperceiver_jax.files import BUCKETS, is_bucket, is_folder, reason
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.workdir import CHECKPOINTS, METRICS
 
@@ -32,7 +32,7 @@ class DamagedCheckpoint(UserError):
 def all_steps(workdir: Path) -> list[int]:
     """The steps of a workdir's complete checkpoints, in ascending order."""
     directory = workdir / CHECKPOINTS
-    steps = [path for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
+    steps = [path for path in directory.iterdir() if path.name.isdecimal()] if is_folder(directory) else []
     return sorted(int(path.name) for path in steps if not is_bucket(path) or (path / COMMITTED).exists())
 
 

@@ -3,7 +3,6 @@
 The output of import_weights is a directory with `weights`, config.json and classes.json.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, is_bucket, make_folder, require_readable, write_whole
+from deperceiver_jax.files import as_path, is_bucket, is_folder, make_folder, require_readable, write_whole
 from deperceiver_jax.runs.checkpoint_files import (
     EMA,
     WEIGHTS,
@@ -68,9 +67,9 @@ def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetect
     (runs/x/checkpoints/1000), in an output of import_weights, in a folder that transformers wrote, or on the hub
     (hf://owner/name). Raises UserError when there are none."""
     directory = local_directory(place)
-    if not (directory.is_dir() if is_bucket(directory) else os.path.isdir(directory)):  # a name may be too long
+    if not is_folder(directory):
         raise UserError(f"{directory} is not a directory.")
-    if (directory / WEIGHTS).is_dir():
+    if is_folder(directory / WEIGHTS):
         whole = directory if is_bucket(directory) else directory.absolute()
         step, parent = whole.name, whole.parent
         if parent.name == CHECKPOINTS and step.isdecimal() and not (directory / CONFIG).exists():
@@ -102,7 +101,7 @@ def load_params(items: Path) -> dict[str, np.ndarray]:
     if items.is_file():
         return published_params(items)
     arrays = _read_arrays(items / WEIGHTS)
-    if (items / EMA).is_dir():
+    if is_folder(items / EMA):
         arrays |= _read_arrays(items / EMA)
     return arrays
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax import __version__
 from deperceiver_jax.data.classes import ClassMap, require_same_classes
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import is_bucket, make_folder, reason, write_whole
+from deperceiver_jax.files import is_bucket, is_folder, make_folder, reason, write_whole
 from deperceiver_jax.runs.migrations import migrate
 
 if TYPE_CHECKING:  # a data set's libraries take a second, which no help text needs
@@ -91,7 +91,7 @@ def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
         pass
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be used: {reason(error)}.") from None
-    if workdir.exists() and not workdir.is_dir():
+    if workdir.exists() and not is_folder(workdir):
         raise UserError(f"--workdir: {workdir} is not a directory.")
     if not (workdir / CONFIG).exists():
         if (workdir / CHECKPOINTS).exists():

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import is_bucket, reason, remove_folder, told_when_slow
+from deperceiver_jax.files import is_bucket, is_folder, reason, remove_folder, told_when_slow
 from deperceiver_jax.runs.checkpoint_files import (
     EMA,
     PROGRESS,
@@ -48,6 +49,7 @@ from deperceiver_jax.runs.workdir import CHECKPOINTS
 from deperceiver_jax.training.train_state import TrainState
 
 WORTH_SHARING = 2**20  # bytes of an array for each of its replicas, from which on they share the writing of it
+LONG_SAVE = 60  # seconds
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on files
 
 
@@ -89,6 +91,7 @@ class Checkpoints:
         self.workdir = workdir
         self.directory = workdir / CHECKPOINTS
         self.keep = keep
+        self._repeated = repeated_requests()
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
@@ -193,8 +196,18 @@ class Checkpoints:
         with self._failure_is_a_user_error(), self._told_when_slow():
             self.manager.wait_until_finished()
 
-    def _told_when_slow(self) -> contextlib.AbstractContextManager[None]:
-        return told_when_slow(self.directory) if is_bucket(self.directory) else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _told_when_slow(self) -> Iterator[None]:
+        """Says when a bucket takes long, or has not taken requests of a save at once; TensorStore repeats them."""
+        if not is_bucket(self.directory):
+            yield
+            return
+        with told_when_slow(self.directory, LONG_SAVE):
+            yield
+        if repeated := repeated_requests() - self._repeated:
+            self._repeated += repeated
+            sentence = f"warning: {repeated} requests to {self.directory} were repeated; nothing is lost."
+            print(sentence, file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self
@@ -235,6 +248,12 @@ class Checkpoints:
         raise FailedSave(f"A checkpoint cannot be written to {self.directory}: {why}; {kept}.") from error
 
 
+def repeated_requests() -> int:
+    """How many requests to buckets TensorStore has repeated in this process, because they failed at first."""
+    counted = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/gcs/retries")
+    return sum(value["value"] for metric in counted for value in metric["values"])
+
+
 def _rename(tree, names: Mapping[str, str]):
     """A tree whose dicts are keyed by path, in which some paths get other names."""
 
@@ -267,7 +286,7 @@ def newest_whole(workdir: Path) -> tuple[int, dict[int, DamagedCheckpoint]]:
 
 def check_whole(directory: Path) -> None:
     """Raises DamagedCheckpoint unless everything that a run needs of a checkpoint can be read."""
-    for item in (WEIGHTS, TRAINING, *([EMA] if (directory / EMA).is_dir() else [])):
+    for item in (WEIGHTS, TRAINING, *([EMA] if is_folder(directory / EMA) else [])):
         check_readable(directory / item)
         with damage_is_a_user_error(directory / item):
             ocp.PyTreeCheckpointHandler().metadata(epath.Path(plain_path(directory / item)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, require_writable, write_whole, written_whole
+from deperceiver_jax.files import as_path, require_readable, require_writable, write_whole, written_whole
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs import mirror
 from deperceiver_jax.runs.checkpoint_files import all_steps, best_step
@@ -70,6 +70,19 @@ def test_a_bucket_that_may_only_be_read(bucket):
     assert str(refusal.value) == f"--output: gs://bucket/out cannot be written: gs://bucket does not permit {lacking}."
 
 
+def test_what_others_change_is_seen_at_once_and_no_answer_is_not_no(bucket):
+    require_readable("--workdir", folder := as_path(f"{bucket.url}/shared"))
+    for step in (1, 2):
+        write_whole(folder / "checkpoints" / str(step) / "commit_success.txt", "")
+    assert all_steps(folder) == [1, 2]
+    bucket.delete("shared/checkpoints/2/commit_success.txt")
+    assert all_steps(folder) == [1]
+    bucket.fault = lambda method, path: 403
+    assert not folder.is_dir()  # epath's answer
+    with pytest.raises(OSError, match="Forbidden"):
+        all_steps(folder)
+
+
 @pytest.mark.parametrize("place", ["gs://", "gs:///run", "gs://bucket/lr[1e-4]", "gs://bucket/a#1"])
 def test_names_that_no_bucket_has(place):
     with pytest.raises(UserError, match="is not gs://BUCKET/... without any of the letters"):
@@ -89,6 +102,17 @@ def test_checkpoints_are_kept_found_and_restored(tiny, bucket, same):
         restored, progress = checkpoints.restore(3, tiny(4, ema_decay=0.5).plan.abstract)
     same(jax.device_get(restored), jax.device_get(state))
     assert progress == {"window": 3}
+
+
+def test_a_save_that_is_refused_for_a_moment_is_repeated_and_told(tiny, bucket, capsys):
+    fixture, workdir = tiny(), as_path(f"{bucket.url}/refused")
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.manager  # noqa: B018 - Orbax's own requests at its start are gcsfs's
+        bucket.fault = lambda method, path: 503 if "ocdbt" in path and bucket.refused < 2 else None
+        checkpoints.save(fixture.plan.initialize(), {})
+    assert all_steps(workdir) == [0] and bucket.refused == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert told == [f"warning: 2 requests to {workdir}/checkpoints were repeated; nothing is lost."]
 
 
 def test_a_damaged_checkpoint_is_set_aside_but_a_closed_bucket_is_no_damage(tiny, bucket, capsys):
