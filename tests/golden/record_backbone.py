@@ -1,13 +1,19 @@
 """Runs torchvision's parts of backbones and writes backbone.npz. Needs PyTorch and torchvision, not JAX.
 
-python tests/golden/record_backbone.py
+    python tests/golden/record_backbone.py
+    python tests/golden/record_backbone.py --whole=resnext101_64x4d --output=/tmp/x101   # or a timm model: timm/NAME
+
+The second writes, of a whole network with seeded weights, weights.safetensors, and maps and gradients in answers.npz,
+which `python -m tests.backbone_parity` compares. They are too large for the repository.
 """
 
+import argparse
 import runpy
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torchvision.models.resnet import Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
@@ -58,7 +64,46 @@ def deformable(rng, *, stride: int, dilation: int, groups: int, offsets: str) ->
     return {**drawn, **gradients(rng, y, **inputs)}
 
 
+def whole(name: str, output: Path) -> None:
+    """The four maps of an image, and gradients of every kernel of their product with random numbers, in float64."""
+    from safetensors.numpy import save_file
+
+    if name.startswith("timm/"):
+        import timm
+
+        network = timm.create_model(name.removeprefix("timm/")).eval()
+    else:
+        network = torchvision.models.get_model(name, norm_layer=FrozenBatchNorm2d)
+    shapes = {n: tuple(x.shape) for n, x in network.state_dict().items() if not n.endswith("num_batches_tracked")}
+    state = seeded_state_dict(shapes)
+    network.load_state_dict({n: torch.from_numpy(x) for n, x in state.items()}, strict=False)
+    network.double()
+    rng = np.random.default_rng(3)
+    image = draw(rng, 1, 3, 97, 131)
+    x, maps = network.maxpool(torch.relu(network.bn1(network.conv1(image)))), []
+    for stage in range(1, 5):
+        x = getattr(network, f"layer{stage}")(x)
+        maps.append(x)
+    cotangents = [draw(rng, *x.shape) for x in maps]
+    kernels = {n: x for n, x in network.named_parameters() if n.startswith("layer") and x.ndim == 4}
+    found = torch.autograd.grad(maps, list(kernels.values()), [x.detach() for x in cotangents])
+    arrays = {"image": image, **{f"gradient/{n}": g for n, g in zip(kernels, found, strict=True)}}
+    for i, (x, cotangent) in enumerate(zip(maps, cotangents, strict=True)):
+        arrays |= {f"map/{4 * 2**i}": x, f"cotangent/{4 * 2**i}": cotangent}
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(state, output / "weights.safetensors")
+    np.savez(output / "answers.npz", **{n: x.detach().numpy() for n, x in arrays.items()})
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", help="a network of torchvision, or timm/NAME")
+    parser.add_argument("--output", type=Path, help="the folder for its weights and answers")
+    args = parser.parse_args()
+    if args.whole:
+        if args.output is None:
+            parser.error("--whole needs --output")
+        raise SystemExit(whole(args.whole, args.output))
     rng = np.random.default_rng(20261129)
     cases = {
         "resnext_stage": resnext_stage(rng),
