@@ -132,13 +132,17 @@ def intervals(first: Sequence[Counted], other: Sequence[Counted], samples: int) 
 def _change_in_a_draw(first: Sequence[Counted], other: Sequence[Counted], draw: int) -> dict[str, float]:
     """The difference of the means where every run is counted on the same drawn images, which its number decides."""
 
-    def changes(runs):
-        """Of each run, to the first of `first`."""
-        told = [hotcoco.compare(first[0].run, run.run, n_bootstrap=1, seed=draw)["ci"] for run in runs]
-        return {name: statistics.fmean(ci[name]["lower"] for ci in told) for name in told[0]}
+    def changes(runs) -> dict[str, float]:
+        """The mean over `runs`, less the first run's; empty for that one alone."""
+        total: dict[str, float] = {}
+        for run in runs:
+            if run is not first[0]:
+                told = hotcoco.compare(first[0].run, run.run, n_bootstrap=1, seed=draw)["ci"]
+                total = {name: total.get(name, 0.0) + told[name]["lower"] for name in told}
+        return {name: value / len(runs) for name, value in total.items()}
 
     before, after = changes(first), changes(other)
-    return {name: after[name] - before[name] for name in after}
+    return {name: after[name] - before.get(name, 0.0) for name in after}
 
 
 def step_milliseconds(run: Run) -> float | None:
