@@ -7,6 +7,7 @@ appears in it whole.
 """
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -67,9 +68,9 @@ def file_system(what: str, path: Path) -> Any:
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise UserError(f"{what}: {path} needs {error.name}: pip install 'deperceiver_jax[gcs]'.") from None
-    import logging
-
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what becomes a sentence here
+    logger = logging.getLogger("gcsfs")  # it prints the traceback of what becomes a sentence here
+    logger.handlers, logger.propagate = [_repeats], False
+    logger.setLevel(logging.DEBUG)
     bucket = str(path).removeprefix(BUCKETS).split("/")[0]
     try:
         system = _epaths_own(path)
@@ -98,6 +99,23 @@ def is_folder(path: Path) -> bool:
         return _epaths_own(path).info(str(path))["type"] == "directory"
     except FileNotFoundError:
         return False
+
+
+class _Repeats(logging.Handler):
+    """Counts the requests that gcsfs repeats because they failed at first, which it tells in its log alone."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "retrying after exception" in str(record.msg)
+
+
+_repeats = _Repeats()
+
+
+def repeated_requests() -> int:
+    """Of gcsfs to buckets, in this process; Orbax's are among them, TensorStore's are not."""
+    return _repeats.count
 
 
 def require_readable(what: str, path: Path) -> None:
@@ -214,7 +232,7 @@ def reason(error: BaseException) -> str:
     """Why a file could not be read or written: the system's word for it, or else the first sentence of the message."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
-    if number:
+    if number and number > 0:  # below it are those of name resolution
         return os.strerror(number)
     text = str(getattr(error, "strerror", None) or error).split("[")[0].split("\n")[0].strip()[:300].rstrip(".:")
     return text or type(error).__name__

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import reason, require_writable
 
 
 def test_places_that_can_be_written(tmp_path):
@@ -34,3 +34,17 @@ def test_a_folder_of_another_users(tmp_path, monkeypatch, name):
     )
     with pytest.raises(UserError, match=f"cannot be written: {folder} does not permit it"):
         require_writable("--output", folder / name)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(28, "what it says"), "No space left on device"),
+        (OSError(-2, "Name or service not known"), "Name or service not known"),
+        (ValueError("Error opening: it has a cause [with='a long list']"), "Error opening: it has a cause"),
+        (ValueError("failed [os_error_code='13']"), "Permission denied"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_reasons_are_the_systems_or_the_first_sentence(error, why):
+    assert reason(error) == why

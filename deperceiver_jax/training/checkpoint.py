@@ -29,7 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import is_bucket, is_folder, reason, remove_folder, told_when_slow
+from deperceiver_jax.files import is_bucket, is_folder, reason, remove_folder, repeated_requests, told_when_slow
 from deperceiver_jax.runs.checkpoint_files import (
     EMA,
     PROGRESS,
@@ -91,7 +91,7 @@ class Checkpoints:
         self.workdir = workdir
         self.directory = workdir / CHECKPOINTS
         self.keep = keep
-        self._repeated = repeated_requests()
+        self._repeated = all_repeated_requests()
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
@@ -198,13 +198,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told_when_slow(self) -> Iterator[None]:
-        """Says when a bucket takes long, or has not taken requests of a save at once; TensorStore repeats them."""
+        """Says when a bucket takes long, or has not taken requests at once; its libraries repeat them."""
         if not is_bucket(self.directory):
             yield
             return
         with told_when_slow(self.directory, LONG_SAVE):
             yield
-        if repeated := repeated_requests() - self._repeated:
+        if repeated := all_repeated_requests() - self._repeated:
             self._repeated += repeated
             sentence = f"warning: {repeated} requests to {self.directory} were repeated; nothing is lost."
             print(sentence, file=sys.stderr, flush=True)
@@ -248,10 +248,10 @@ class Checkpoints:
         raise FailedSave(f"A checkpoint cannot be written to {self.directory}: {why}; {kept}.") from error
 
 
-def repeated_requests() -> int:
-    """How many requests to buckets TensorStore has repeated in this process, because they failed at first."""
+def all_repeated_requests() -> int:
+    """How many requests to buckets were repeated in this process, because they failed at first."""
     counted = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/gcs/retries")
-    return sum(value["value"] for metric in counted for value in metric["values"])
+    return repeated_requests() + sum(value["value"] for metric in counted for value in metric["values"])
 
 
 def _rename(tree, names: Mapping[str, str]):

@@ -71,8 +71,14 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(shared, whole, bucket, tmp_path):
 
     continued = run()
     continued.wait_for(lambda: max(steps(True)) > second, "a checkpoint of its own")
-    until = time.monotonic() + OUTAGE
-    bucket.fault = lambda method, path: 503 if time.monotonic() < until else None
+    asked = []
+
+    def outage(method, path):
+        """From the next request on."""
+        asked.append(time.monotonic())
+        return 503 if asked[-1] - asked[0] < OUTAGE else None
+
+    bucket.fault = outage
     status, out, err = continued.end()
     assert status == 0, err
     assert f"steps {second + 1} to {STEPS}." in out.splitlines()[0]
