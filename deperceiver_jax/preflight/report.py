@@ -15,7 +15,7 @@ _COLUMNS = {
     "at least": 10,
     "bound by": 9,
     "GB sent": 8,
-    "to slices": 10,
+    "to slices": 11,
     "compiled": 9,
 }
 HEADER = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
@@ -27,7 +27,7 @@ def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, 
     cells = [f"{bucket[0]}x{bucket[1]}"]
     cells += [f"{part / GIB:.2f}" for part in (cost.arguments, cost.temporaries, cost.outputs, cost.memory)]
     cells += [share, f"{cost.flops / 1e12:.2f}", f"{cost.memory_bytes / 1e9:.1f}", *bound(cost, chip)]
-    cells += [f"{cost.interconnect_bytes / 1e9:.2f}", f"{cost.network_bytes / 1e9:.2f}", f"{cost.seconds:.0f} s"]
+    cells += [f"{cost.interconnect_bytes / 1e9:.2f}", f"{cost.network_bytes / 1e9:.3f}", f"{cost.seconds:.0f} s"]
     if not cost.fits_chip:  # there is no program to take the figures from
         for column in (1, 2, 3, 7, 8, 9, 10, 11):
             cells[column] = "-"
