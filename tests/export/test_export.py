@@ -90,8 +90,8 @@ def answers_of(detector):
     ("family", "variant", "changes", "size"),
     [
         ("detr", "r50", {}, "dynamic"),
-        ("deformable_detr", "r50_single_scale", {}, "64x96"),
-        ("deformable_detr", "r50_two_stage", {}, "dynamic"),
+        ("deformable_detr", "r50_single_scale_dc5", {"backbone.groups": 2, "backbone.deformable_stages": 1}, "64x96"),
+        ("deformable_detr", "r50_two_stage", {"neck": "bifpn", "neck_layers": 1}, "dynamic"),
         ("smca", "r50_single_scale", ONE_LAYER, "64x96"),
         ("smca", "r50_multiscale", {"encoder.layout": ("intra", "multi")}, "64x96"),
         ("smca", "r50_multiscale_conv", {"encoder.num_layers": 1}, "dynamic"),
