@@ -46,7 +46,20 @@ def backbone_from_torch(
     if prefix is None:
         raise UserError(f"{source} holds no ResNet: conv1.weight is not in it.")
     state = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+    _check_groups(state, shapes, source)
     stages = {stage for stage in range(4) if any(name.startswith(f"backbone/stages/{stage}/") for name in shapes)}
     absent = tuple(rf"^layer{stage + 1}\." for stage in set(range(4)) - stages)
     rules = NameRules(tuple(resnet_rules("backbone/")), (*NOT_PARAMETERS, r"^fc\.(weight|bias)$", *absent))
     return from_torch(state, shapes, rules, source=source)[0]
+
+
+def _check_groups(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
+    """Raises UserError, with the fields that fit, for the ResNeXt of `state` and another network of the same width."""
+    inner, outer = (state.get(f"layer1.0.conv{number}.weight") for number in (2, 3))
+    ours, ours_outer = (shapes.get(f"backbone/stages/0/first/conv{number}/kernel") for number in (2, 3))
+    if inner is None or outer is None or ours is None or ours_outer is None:
+        return
+    if inner.shape[1::-1] != ours[2:] and outer.shape[0] == ours_outer[3]:
+        groups, ratio = inner.shape[0] // inner.shape[1], 4 * inner.shape[0] // outer.shape[0]
+        fields = f"config.model.backbone.groups={groups} and config.model.backbone.inner_ratio={ratio}"
+        raise UserError(f"The network in {source} is another one; it fits with {fields}.")

@@ -202,6 +202,18 @@ def test_wrong_backbones(tmp_path):
     with pytest.raises(UserError, match=r"holds bn1.running_mean, which this model does not have"):
         load_backbone(path, shapes)  # batch norm's statistics, and a network without
 
+    first = "backbone/stages/0/first"
+    shapes |= {f"{first}/conv2/kernel": (3, 3, 4, 4), f"{first}/conv3/kernel": (1, 1, 4, 16)}
+    state = {
+        "conv1.weight": (4, 3, 7, 7),
+        "layer1.0.conv2.weight": (8, 2, 3, 3),
+        "layer1.0.conv3.weight": (16, 8, 1, 1),
+    }
+    safetensors.numpy.save_file({name: np.zeros(shape) for name, shape in state.items()}, path)
+    fields = "config.model.backbone.groups=4 and config.model.backbone.inner_ratio=2"
+    with pytest.raises(UserError, match=f"x.safetensors is another one; it fits with {fields}."):
+        load_backbone(path, shapes)  # a ResNeXt, and a ResNet of the same width
+
 
 def test_seeded_arrays():
     """A function of seed, name and shape alone, with the sizes that keep activations of order one."""
