@@ -108,6 +108,13 @@ def base() -> ConfigDict:
     config.eval.batch_size = 8  # global
     config.eval.max_detections = 100  # per image
     config.eval.max_detections_per_class = 100  # of an image that the metric counts; 100 in every published table
+    # Views of each picture beside the whole at data.eval_scale; predict.py's, too. See docs/evaluation.md
+    config.eval.flip = False  # all of them mirrored, too
+    config.eval.scales = ()  # further short sides in pixels, as in (640, 960)
+    config.eval.tiles = ConfigDict()
+    config.eval.tiles.size = 0  # side of square tiles, in pixels of the stored picture; 0: none
+    config.eval.tiles.overlap = 0.25  # of neighbours, at least this share of a tile
+    config.eval.merge_iou = 0.6  # from which overlap on boxes of several views are one object
     config.eval.score_threshold = 0.0  # of what is evaluated and written; the published tables leave out nothing
 
     config.mesh = ConfigDict()

@@ -47,6 +47,10 @@ _PRETRAINED = Need(  # what init_from brings has a backbone, and published ones 
     lambda config: not config.init_from and config.model.backbone.norm == "frozen_batch_norm",
     "config.init_from= and config.model.backbone.norm=frozen_batch_norm",
 )
+_VIEWS = Need(
+    lambda config: bool(config.eval.flip or config.eval.scales or config.eval.tiles.size),
+    "config.eval.flip=True, config.eval.scales or config.eval.tiles.size",
+)
 _FOLDER = equal("data.name", "coco_directory")
 _COCO = Need(
     lambda config: _FOLDER.holds(config) and config.data.layout in ("auto", "coco"),
@@ -61,6 +65,8 @@ GENERAL: Mapping[str, Need] = {
     "loss.no_object_weight": _classification("softmax_no_object"),
     "loss.focal_alpha": _classification("sigmoid_focal"),
     "loss.focal_gamma": _classification("sigmoid_focal"),
+    "eval.tiles.overlap": at_least("eval.tiles.size", 1),
+    "eval.merge_iou": _VIEWS,
     "model.backbone.weights": _PRETRAINED,
     "optimizer.drop_epochs": equal("optimizer.schedule", "step"),
     "optimizer.drop_factor": equal("optimizer.schedule", "step"),

@@ -16,8 +16,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from deperceiver_jax.data.batches.loader import EvaluationBatches
+from deperceiver_jax.data.batches.views import Views, check_views, has_several, plan_views
 from deperceiver_jax.errors import UserError, check_at_least, check_between
 from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
+from deperceiver_jax.evaluation.merge import merge_views
 from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.images import normalize_images
@@ -40,6 +42,7 @@ def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh, answer: An
     for name in ("max_detections", "max_detections_per_class"):
         check_at_least(f"config.eval.{name}", config.eval[name], 1)
     check_between("config.eval.score_threshold", config.eval.score_threshold, 0, 1)
+    check_views(config.eval)
     classification = build_classification(config.loss)
     answer = answer or functools.partial(
         postprocess, classification=classification, max_detections=config.eval.max_detections
@@ -97,14 +100,26 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """(metrics, results) of a whole split: what `coco_metric` tells, and COCO's results format, which it tells it of.
 
-    arrays: what `detect_step` was made for. A split without annotations has no metrics. Raises UserError for answers
-    that are not finite.
+    arrays: what `detect_step` was made for. A split without annotations has no metrics. Where config.eval asks for
+    views of the images, their detections are merged. Raises UserError for answers that are not finite.
     """
-    return count_detections(detect_split(detect_step, arrays, source, config, mesh), source, config)
+    views = plan_views(source.sizes, config.data, config.eval) if has_several(config.eval) else None
+    detections = detect_split(detect_step, arrays, source, config, mesh, views)
+    if views is not None:
+        limits = dict(max_detections=config.eval.max_detections, iou=config.eval.merge_iou)
+        detections = merge_views(views, detections, **limits)
+    return count_detections(detections, source, config)
 
 
-def detect_split(detect_step: DetectStep, arrays: dict[str, Array], source, config: ConfigDict, mesh: Mesh):
-    """What `detect_step` answers to every image of a split, NumPy arrays in the split's order.
+def detect_split(
+    detect_step: DetectStep,
+    arrays: dict[str, Array],
+    source,
+    config: ConfigDict,
+    mesh: Mesh,
+    views: Views | None = None,
+):
+    """What `detect_step` answers to every image of a split, or to views of them, NumPy arrays in their order.
 
     Every process calls this with the same arguments and gets the same answer: each runs its slice of every batch.
     Raises UserError for answers that are not finite.
@@ -115,10 +130,12 @@ def detect_split(detect_step: DetectStep, arrays: dict[str, Array], source, conf
         batch_size=config.eval.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        views=views,
     )
-    example, detections = detect(detect_step, arrays, batches, len(source), mesh, "Evaluating")
-    if not np.array_equal(example, np.arange(len(source))):
-        raise RuntimeError(f"Evaluation saw {len(example)} of {len(source)} images, or some of them twice.")
+    count = len(source) if views is None else len(views.example)
+    example, detections = detect(detect_step, arrays, batches, count, mesh, "Evaluating")
+    if not np.array_equal(example, np.arange(count)):
+        raise RuntimeError(f"Evaluation saw {len(example)} of {count} images, or some of them twice.")
     if not all(np.isfinite(x).all() for x in (detections.scores, detections.boxes)):
         raise UserError("The detector's answers are not finite numbers: its parameters are broken.")
     return detections

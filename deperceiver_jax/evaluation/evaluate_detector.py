@@ -37,6 +37,10 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     config = loaded.config
     split = values.split or config.data.eval_split
+    if not values.output and stored.items.is_file():
+        raise UserError(
+            f"--output is needed: {values.weights} is no run of this package that could keep an evaluation."
+        )
     output = as_path(values.output) if values.output else default_output(stored, split, config.data.eval_split)
     first = jax.process_index() == 0
     if first:

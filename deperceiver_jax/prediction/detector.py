@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import jax
 import numpy as np
@@ -17,11 +17,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from deperceiver_jax.data.batches.geometry import check_augmentation
+from deperceiver_jax.data.batches.views import Views, check_views, has_several
 from deperceiver_jax.errors import UserError, check_at_least, check_between
 from deperceiver_jax.evaluation.evaluate import make_detect_step
+from deperceiver_jax.evaluation.merge import merge_views
 from deperceiver_jax.models import field_needs
 from deperceiver_jax.prediction.detections import PictureDetections, Reader
-from deperceiver_jax.prediction.pictures import Picture, Prepared, padded_sizes, prepare, read_pixels
+from deperceiver_jax.prediction.pictures import Picture, Prepared, padded_sizes, prepare_views, read_pixels
 from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_stored
@@ -56,10 +58,28 @@ def load(
     return PictureDetector(load_stored(stored, settings))
 
 
+class Seen(NamedTuple):
+    """A picture whose views are under way."""
+
+    number: int  # of the picture
+    views: Views
+    answers: dict[int, Detections]  # of those views that are done, by their number
+
+
+class Member(NamedTuple):
+    """A view in a batch."""
+
+    seen: Seen
+    view: int
+    prepared: Prepared
+
+
 class PictureDetector:
     """Finds objects in pictures of any size, one or many. Several threads may use one at the same time.
 
-    Pictures are scaled as evaluation scales them and padded to one of `padded_sizes`, of which there are at most five.
+    Pictures are scaled as evaluation scales them and padded to one of `padded_sizes`, of which there are at most five
+    (and five more for each of config.eval.scales). The detections of several views of a picture, for which config.eval
+    may ask, are merged.
     Each is compiled twice at most: for batches, and for a single picture (as many as there are devices).
     """
 
@@ -68,7 +88,8 @@ class PictureDetector:
         self.config, self.classes = loaded.config, loaded.classes
         check_augmentation(self.config.data)
         check_at_least("config.eval.batch_size", self.config.eval.batch_size, 1)
-        self.padded_sizes = padded_sizes(self.config.data)
+        check_views(self.config.eval)
+        self.padded_sizes = padded_sizes(self.config.data, self.config.eval.scales)
         self._mesh = make_mesh(self.config.mesh.model)
         on_cpu = self._mesh.devices.flat[0].platform == "cpu"
         usual = min(self.config.eval.batch_size, CPU_BATCH) if on_cpu else self.config.eval.batch_size
@@ -161,13 +182,13 @@ class PictureDetector:
         single = self._for_devices(1)
         most = max_detections or self.config.eval.max_detections
         done: dict[int, PictureDetections | UserError] = {}
-        waiting: dict[tuple[int, ...], list[tuple[int, Prepared]]] = {}
+        waiting: dict[tuple[int, ...], list[Member]] = {}
         running: deque = deque()
         position = 0  # of the next answer
 
-        def start(members: list[tuple[int, Prepared]], count: int) -> None:
+        def start(members: list[Member], count: int) -> None:
             """Runs a batch, and reads the answer of the one before while the devices are busy."""
-            running.append((members, self._run([prepared for _, prepared in members], count)))
+            running.append((members, self._run([member.prepared for member in members], count)))
             if len(running) > 1:
                 finish()
 
@@ -176,11 +197,12 @@ class PictureDetector:
             detections = Detections(*map(np.asarray, detections))
             if not all(np.isfinite(x[: len(members)]).all() for x in (detections.scores, detections.boxes)):
                 raise UserError("The detector's answers are not finite numbers: its parameters are broken.")
-            for row, (number, prepared) in enumerate(members):
-                answer = Detections(*(column[row] for column in detections))
-                done[number] = self._reader.read(answer, prepared.original_size, threshold, most)
+            for row, (seen, view, prepared) in enumerate(members):
+                seen.answers[view] = Detections(*(column[row] for column in detections))
+                if len(seen.answers) == len(seen.views.example):
+                    done[seen.number] = self._reader.read(self._merged(seen), prepared.original_size, threshold, most)
 
-        def flush(members: list[tuple[int, Prepared]]) -> None:
+        def flush(members: list[Member]) -> None:
             """Runs fewer pictures than a batch has: together if they fill half of it, or else one by one."""
             if 2 * len(members) > size:
                 start(members, size)
@@ -192,11 +214,14 @@ class PictureDetector:
             if isinstance(prepared, UserError):
                 done[number] = prepared
             else:
-                members = waiting.setdefault(prepared.frame.shape, [])
-                members.append((number, prepared))
-                if len(members) == size:
-                    start(waiting.pop(prepared.frame.shape), size)
-            for shape in [shape for shape, members in waiting.items() if members[0][0] <= number - PATIENCE * size]:
+                seen = Seen(number, prepared[0], {})
+                for view, picture in enumerate(prepared[1]):
+                    members = waiting.setdefault(picture.frame.shape, [])
+                    members.append(Member(seen, view, picture))
+                    if len(members) == size:
+                        start(waiting.pop(picture.frame.shape), size)
+            late = number - PATIENCE * size
+            for shape in [shape for shape, members in waiting.items() if members[0].seen.number <= late]:
                 flush(waiting.pop(shape))
             while position in done:
                 yield done.pop(position)
@@ -207,11 +232,20 @@ class PictureDetector:
             finish()
         yield from (done[number] for number in sorted(done))
 
-    def _prepare(self, picture: Picture) -> Prepared | UserError:
+    def _prepare(self, picture: Picture) -> tuple[Views, list[Prepared]] | UserError:
         try:
-            return prepare(read_pixels(picture), self.config.data, self.padded_sizes)
+            return prepare_views(read_pixels(picture), self.config.data, self.config.eval, self.padded_sizes)
         except UserError as error:
             return error
+
+    def _merged(self, seen: "Seen") -> Detections:
+        """The [K] detections of a picture, of all of its views."""
+        if not has_several(self.config.eval):
+            return seen.answers[0]
+        answers = [seen.answers[view] for view in range(len(seen.answers))]
+        stacked = Detections(*(np.stack(column) for column in zip(*answers, strict=True)))
+        limits = dict(max_detections=self.config.eval.max_detections, iou=self.config.eval.merge_iou)
+        return Detections(*(column[0] for column in merge_views(seen.views, stacked, **limits)))
 
     def _run(self, members: list[Prepared], count: int) -> Detections:
         """Starts a batch of `count`, filled up with black pictures; the answer is on its way."""

@@ -1,6 +1,7 @@
 """What a picture may be, and how it becomes one of a few padded sizes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from deperceiver_jax.data.batches.bit_depth import to_8_bits
-from deperceiver_jax.data.batches.geometry import evaluation_geometry
+from deperceiver_jax.data.batches.geometry import Geometry, evaluation_geometry
 from deperceiver_jax.data.batches.pixels import decode_image, place_image, turn_upright
 from deperceiver_jax.data.batches.plan import GRID
+from deperceiver_jax.data.batches.views import Views, plan_views
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, reason
@@ -30,15 +32,18 @@ class Prepared(NamedTuple):
     original_size: Int32[np.ndarray, "2"]  # (height, width) of the upright picture
 
 
-def padded_sizes(config: ConfigDict) -> Int32[np.ndarray, "N 2"]:
+def padded_sizes(config: ConfigDict, scales: Sequence[int] = ()) -> Int32[np.ndarray, "N 2"]:
     """The padded sizes (height, width) that every picture gets one of; at most five. `config` is config.data.
 
     The short side is eval_scale; the long side is as long, 4/3 as long, or eval_max_size; upright and lying. They do
-    not depend on the pictures, so what is compiled once serves all of them.
+    not depend on the pictures, so what is compiled once serves all of them. There are as many for each of `scales`,
+    config.eval.scales.
     """
-    short = min(config.eval_scale, config.eval_max_size)
-    longs = {short, min(-(-4 * short // 3), config.eval_max_size), config.eval_max_size}
-    padded = {tuple(-(-side // GRID) * GRID for side in (short, long)) for long in longs}
+    padded = set()
+    for scale in (config.eval_scale, *scales):
+        short = min(scale, config.eval_max_size)
+        longs = {short, min(-(-4 * short // 3), config.eval_max_size), config.eval_max_size}
+        padded |= {tuple(-(-side // GRID) * GRID for side in (short, long)) for long in longs}
     sizes = padded | {size[::-1] for size in padded}
     return np.array(sorted(sizes, key=lambda size: (size[0] * size[1], size)), np.int32)
 
@@ -48,14 +53,25 @@ def prepare(pixels: UInt8[np.ndarray, "h w 3"], config: ConfigDict, sizes: Int32
 
     A long side that evaluation would let pass eval_max_size, as it may in strips, ends at the largest frame's.
     """
-    geometry = evaluation_geometry(np.array([pixels.shape[:2]], np.int32), config)
-    size = geometry.size[0]
+    return _prepare(pixels, evaluation_geometry(np.array([pixels.shape[:2]], np.int32), config), 0, sizes)
+
+
+def prepare_views(
+    pixels: UInt8[np.ndarray, "h w 3"], data: ConfigDict, config: ConfigDict, sizes: Int32[np.ndarray, "N 2"]
+) -> tuple[Views, list[Prepared]]:
+    """The views of an upright picture that config.eval, `config`, asks for, each as `prepare` does it."""
+    views = plan_views(np.array([pixels.shape[:2]], np.int32), data, config)
+    return views, [_prepare(pixels, views.geometry, view, sizes) for view in range(len(views.example))]
+
+
+def _prepare(pixels: np.ndarray, geometry: Geometry, view: int, sizes: np.ndarray) -> Prepared:
+    size = geometry.size[view]
     holding = sizes[(sizes >= size).all(1)]
     padded = holding[0] if len(holding) else max(sizes, key=lambda padded: np.minimum(padded, size).prod())
     size = np.minimum(size, padded)
     frame = np.empty((*padded.tolist(), 3), np.uint8)
-    place_image(frame, pixels, False, geometry.window()[0], size)
-    return Prepared(frame, size, geometry.original[0])
+    place_image(frame, pixels, bool(geometry.flip[view]), geometry.window()[view], size)
+    return Prepared(frame, size, geometry.original[view])
 
 
 def read_pixels(picture: object) -> UInt8[np.ndarray, "h w 3"]:

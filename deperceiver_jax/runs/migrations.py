@@ -72,6 +72,8 @@ def _to_0_2_0(config: dict) -> None:
         for part, name in (("annotations", f"annotations/instances_{split}2017.json"), ("images", f"{split}2017")):
             data[f"{split}_{part}"] = "" if data[f"{split}_{part}"] == name else data[f"{split}_{part}"]
     config["train"].update(overfit=0, patience=0, trackers=[])
+    views: dict = {"flip": False, "scales": [], "tiles": {"size": 0, "overlap": 0.25}, "merge_iou": 0.6}
+    config["eval"].update(views)
     denoising = {"copies": loss.pop("hint_copies", 0), "noise": loss.pop("hint_noise", 0.4)}
     _drop(loss, "proposal_repeats", 1)
     if model["name"] == "deperceiver_plus":

@@ -107,6 +107,22 @@ def test_fields_of_the_config_can_be_changed(tiny_run, pictures):
         load(tiny_run, config={"eval.max_detection": 2})
 
 
+def test_a_mirrored_picture_has_mirrored_boxes(tiny_run, pictures):
+    """With config.eval.flip; tiles and scales find in, too, and what is compiled does not grow with the pictures."""
+    fields = {"eval.flip": True, "eval.scales": "(64,)", "eval.tiles.size": 300, "eval.batch_size": 8}
+    detector = load(tiny_run, config=fields)
+    large = pictures[1]
+    mirrored = np.ascontiguousarray(large[:, ::-1])
+    found, other = detector.predict([large, mirrored], threshold=0)
+    assert len(found) > 5  # of the whole picture alone
+    np.testing.assert_allclose(np.sort(found.scores), np.sort(other.scores), rtol=1e-3, atol=1e-5)
+    left = large.shape[1] - other.boxes[:, 2]
+    np.testing.assert_allclose(np.sort(found.boxes[:, 0]), np.sort(left), atol=0.5)
+    compiled = detector._step._cache_size()
+    detector.predict([np.concatenate([large, large])], threshold=0)
+    assert detector._step._cache_size() <= compiled + 2 <= 2 * len(detector.padded_sizes)
+
+
 def test_several_threads_get_what_one_gets(detector, pictures):
     expected, found = detector.predict(pictures, threshold=0), {}
 

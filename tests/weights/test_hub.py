@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from configs import deformable_detr, detr
 from deperceiver_jax import UserError, load, load_detector
+from deperceiver_jax import eval as eval_program
 from deperceiver_jax import import_weights as import_program
 from deperceiver_jax import predict as predict_program
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
@@ -191,6 +192,12 @@ def test_offline_after_the_first_time(hub, monkeypatch):
     arrays, again = (load_params(find_detector(place).items) for place in ("hf://facebook/detr-small", first.directory))
     assert arrays["decoder/query_position"].shape == (7, 32)
     assert all(np.array_equal(array, again[path]) for path, array in arrays.items())
+
+
+def test_an_evaluation_of_a_name_needs_a_place(hub, capsys):
+    """Not in the cache of the hub."""
+    assert run(eval_program.main, ["eval", "--weights=hf://facebook/detr-small"]) == 1
+    assert "--output is needed: hf://facebook/detr-small is no run of this package" in capsys.readouterr().err
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub):

@@ -23,12 +23,14 @@ from deperceiver_jax.data.batches.pasting import GROUP, Member, Pasted, Piece, c
 from deperceiver_jax.data.batches.pixels import decode_image, paste_window, place_image
 from deperceiver_jax.data.batches.plan import (
     Plan,
+    choose_buckets,
     evaluation_buckets,
     evaluation_plan,
     host_rows,
     training_buckets,
     training_plan,
 )
+from deperceiver_jax.data.batches.views import Views
 from deperceiver_jax.data.batches.workers import Empty, Stream
 from deperceiver_jax.data.image_header import CorruptImage
 from deperceiver_jax.errors import UserError
@@ -101,7 +103,8 @@ class EvaluationBatches:
     """Every image of a split once, in host-local batches of one bucket each; a ragged last one is filled up.
 
     An image that only fills up is black, as large as its frame, and its `example` is -1. `batch_size` counts over all
-    hosts, of which each gets its share of every batch.
+    hosts, of which each gets its share of every batch. views: what is loaded in place of the images; `example` is a
+    view's number, then.
     """
 
     def __init__(
@@ -112,13 +115,17 @@ class EvaluationBatches:
         batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
+        views: Views | None = None,
     ):
         check_augmentation(config)
         rows = host_rows(batch_size, process_index, process_count, "config.eval.batch_size")
         if config.eval_buckets < 1:
             raise UserError(f"config.data.eval_buckets is {config.eval_buckets}; it must be at least 1.")
-        buckets = evaluation_buckets(source.sizes, config)
-        geometry = evaluation_geometry(source.sizes, config)
+        if views is None:
+            buckets, geometry = evaluation_buckets(source.sizes, config), evaluation_geometry(source.sizes, config)
+        else:
+            source, geometry = _Viewed(source, views), views.geometry
+            buckets = choose_buckets(geometry.size, geometry.size, config.eval_buckets)
         plan = evaluation_plan(geometry.size, buckets, batch_size)
         self._make = _EvaluationStep(source, plan, geometry, buckets, rows, _box_slots(source, config))
         self._num_workers = config.num_workers
@@ -131,6 +138,29 @@ class EvaluationBatches:
 
     def __iter__(self) -> Stream:
         return Stream(self._make, range(self.num_batches), self._num_workers, self._image_bytes)
+
+
+class _Viewed:
+    """A split whose images are views of another's."""
+
+    def __init__(self, source: Images, views: Views):
+        self._source, self._example = source, views.example
+        self.sizes, self.max_boxes = source.sizes[views.example], source.max_boxes
+
+    def __len__(self) -> int:
+        return len(self._example)
+
+    def filename(self, position: int) -> str:
+        return self._source.filename(self._example[position])
+
+    def image_bytes(self, position: int) -> bytes:
+        return self._source.image_bytes(self._example[position])
+
+    def orientation(self, position: int) -> int:
+        return self._source.orientation(self._example[position])
+
+    def targets(self, position: int) -> tuple[Float32[np.ndarray, "K 4"], Int32[np.ndarray, " K"]]:
+        return self._source.targets(self._example[position])
 
 
 class _TrainingStep:
