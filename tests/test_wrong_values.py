@@ -127,6 +127,7 @@ LEGAL = {  # of values that are out of most fields' range
     "train.eval_every": ("-1",),
     "train.checkpoint_every": ("-1",),
     "train.trackers": ("()",),
+    "eval.scales": ("()",),
 }
 
 
