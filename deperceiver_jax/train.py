@@ -17,6 +17,14 @@ from deperceiver_jax.program.flags import define_process_flags
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Where the run lives; continued if it is there.", flag_values=values)
+    flags.DEFINE_integer(
+        "stopped_status",
+        0,
+        "Exit status of a run that SIGTERM or Ctrl-C stopped, for engines that start again what has failed.",
+        flag_values=values,
+        lower_bound=0,
+        upper_bound=255,
+    )
     define_process_flags(values)
 
 
@@ -24,7 +32,8 @@ def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     from deperceiver_jax.training.train import train  # not above: it starts JAX, which no help text needs
 
-    train(values, config_arguments)
+    if train(values, config_arguments) and values.stopped_status:
+        raise SystemExit(values.stopped_status)
 
 
 if __name__ == "__main__":

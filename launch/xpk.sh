@@ -11,4 +11,4 @@ xpk workload create \
 exec deperceiver train --config=deperceiver_plus:r50_multiscale --workdir=gs://my-bucket/runs/plus \
 --config.data.directory=/data/coco --config.data.prepared_directory=/data/prepared --config.data.batch_size=128 \
 --config.precision=bfloat16 --config.matcher.backend=device \
---config.model.backbone.weights=gs://my-bucket/resnet50.pth"
+--config.model.backbone.weights=gs://my-bucket/resnet50.pth --stopped_status=75"

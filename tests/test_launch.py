@@ -72,6 +72,7 @@ def test_every_run_has_a_place_that_all_hosts_see_and_a_batch_that_divides():
     for name, arguments in commands():
         given = dict(argument.split("=", 1) for argument in arguments)
         assert given["--workdir"].startswith("/shared/" if name == "slurm.sh" else "gs://")
+        assert given.get("--stopped_status", "0") == ("75" if name in JOBSETS or name == "xpk.sh" else "0"), name
         assert int(given["--config.data.batch_size"]) % chips.get(name, 16) == 0
 
 

@@ -37,13 +37,16 @@ from deperceiver_jax.training.train_step import non_finite_term
 from deperceiver_jax.visualize.detections import drawn_images
 
 
-def train(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
-    """The program. values: the flags of deperceiver_jax/train.py; config_arguments: `--config...`. Raises UserError."""
+def train(values: flags.FlagValues, config_arguments: Sequence[str]) -> bool:
+    """The program. values: the flags of deperceiver_jax/train.py; config_arguments: `--config...`. Raises UserError.
+
+    Whether it was stopped before its last step, and the same command continues it.
+    """
     with contextlib.ExitStack() as until_end:
-        _train(values, config_arguments, until_end)
+        return _train(values, config_arguments, until_end)
 
 
-def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end: contextlib.ExitStack) -> None:
+def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end: contextlib.ExitStack) -> bool:
     """What `until_end` has entered is left however the program ends."""
     # Chapter 1: the config. Nothing is written before chapter 6, but for the lock of a workdir that is there.
     config = parse_config(config_arguments, needs=field_needs)
@@ -194,3 +197,4 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
             raise UserError(verdict)
         if first:
             print(verdict)
+    return stopped
