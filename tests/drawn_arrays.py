@@ -55,7 +55,10 @@ class Patches(nnx.Module):
         rngs,
     ):
         self.strides = strides
-        self.channels = dict.fromkeys(strides, 3)
+        self.channels = {stride: self.channels_of(stride) for stride in strides}
+
+    def channels_of(self, stride: int) -> int:
+        return 3
 
     def __call__(self, image, pixel_valid):
         batch, height, width, _ = image.shape

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.app_load import ask, draw
+from tests.browser_page import set_control, texts
 
 pytestmark = pytest.mark.slow
 
@@ -19,20 +20,6 @@ def wait(browser, condition, *arguments, seconds=120):
         assert time.monotonic() < end, condition
         time.sleep(0.05)
     return value
-
-
-def texts(browser, selector):
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-    )
-
-
-def set_control(browser, id, value):
-    browser.execute_script(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-        "e.dispatchEvent(new Event('input', {bubbles: true}));",
-        *(id, str(value)),
-    )
 
 
 def drop(browser, files):

@@ -6,6 +6,7 @@ import pytest
 
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
 from deperceiver_jax.report.page import write_report
+from tests.browser_page import set_control, texts
 
 pytestmark = pytest.mark.slow
 
@@ -40,20 +41,6 @@ def opened(request, browser, address):
 
 def shown(value):
     return "–" if value is None or value < 0 else f"{value:.3f}"
-
-
-def texts(browser, selector):
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-    )
-
-
-def set_control(browser, id, value):
-    browser.execute_script(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-        "e.dispatchEvent(new Event('input', {bubbles: true}));",
-        *(id, str(value)),
-    )
 
 
 def test_it_shows_metrics_json(opened, evaluated):

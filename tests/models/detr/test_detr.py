@@ -13,33 +13,18 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.detr.transformer import TransformerDecoder, TransformerEncoder
 from deperceiver_jax.models.features.resnet import ResNet
 from deperceiver_jax.runs.workdir import flat_fields
-from tests.drawn_arrays import FLOAT32, abstract_detector, start_beside_backbone
+from tests.drawn_arrays import FLOAT32, Patches, abstract_detector, start_beside_backbone
 
 
-class Patches(nnx.Module):
-    """Stands in for the ResNet where convolutions would only cost time: a cell is its pixels, zero on padding."""
+class WholePatches(Patches):
+    """Patches of which a cell is its pixels, zero on padding."""
 
-    def __init__(
-        self,
-        *,
-        depth,
-        width,
-        norm,
-        frozen_stages,
-        dilation,
-        groups,
-        inner_ratio,
-        deformable_stages,
-        strides,
-        compute,
-        rngs,
-    ):
-        (self.stride,) = strides
-        self.channels = {self.stride: 3 * self.stride**2}
+    def channels_of(self, stride):
+        return 3 * stride**2
 
     def __call__(self, image, pixel_valid):
         batch, height, width, _ = image.shape
-        s = self.stride
+        (s,) = self.strides
         cells = image.reshape(batch, height // s, s, width // s, s, 3).swapaxes(2, 3)
         return {s: cells.reshape(batch, height // s, width // s, -1)}
 
@@ -73,7 +58,7 @@ def random_numbers(abstract):
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def build(config, backbone=Patches):
+def build(config, backbone=WholePatches):
     """The detector as a jitted function, with `random_numbers`."""
     graphdef, abstract = nnx.split(abstract_detector(config, backbone))
     state = random_numbers(abstract)
