@@ -113,7 +113,7 @@ def test_variants():
     assert (long.train.num_epochs, long.optimizer.drop_epochs) == (150, (120,))
     assert long.model.to_dict() == config.model.to_dict()
     deep, shallow = (deformable_detr.get_config(f"{net}_two_stage") for net in ("r101", "r50"))
-    shallow.model.backbone.depth = 101
+    shallow.model.backbone.update(depth=101, weights="hf://timm/resnet101.tv_in1k")
     assert deep.to_json() == shallow.to_json()
 
 
