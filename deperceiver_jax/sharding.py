@@ -42,8 +42,11 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:
-    """How many TPU slices they are of; elsewhere 1. JAX calls the machines of a cluster of GPUs slices, too."""
-    return len({device.slice_index if device.platform == "tpu" else 0 for device in devices})
+    """How many TPU slices they are of; elsewhere 1. JAX calls the machines of a cluster of GPUs slices, too.
+
+    A chip of a topology of one slice, which is not there, has no number of its slice.
+    """
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,7 @@
 """Meshes and batches on eight simulated devices."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.sharding import (
     batch_sharding,
     check_batch_size,
+    count_slices,
     gather,
     make_mesh,
     replicated,
@@ -84,6 +86,12 @@ def test_neighbours_along_model_are_of_one_slice(model, monkeypatch):
     slices = np.vectorize(lambda chip: chip.slice_index)(placed)
     assert (slices == slices[:, :1]).all()
     assert (slices[:, 0].reshape(4, -1) == np.arange(4)[:, None]).all()  # and along data one slice after the other
+
+
+def test_chips_that_know_no_slice_are_of_one():
+    """Those of a topology of one slice, as libtpu 0.0.51 describes it."""
+    nameless = [SimpleNamespace(platform="tpu", id=chip.id) for chip in chips(slices=1)]
+    assert (count_slices(nameless), count_slices(chips(slices=1)), count_slices(chips(slices=4))) == (1, 1, 4)
 
 
 def test_the_model_axis_must_divide_a_slice():
