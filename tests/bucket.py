@@ -64,6 +64,11 @@ class Bucket:
         """As another client does."""
         self._storage.delete_file(NAME, name)
 
+    def spoil(self, name: str) -> None:
+        """What arrives of an object is not what the bucket says of it: another last byte."""
+        content = self.read(name)
+        self._storage._store.write_bytes(f"{NAME}/{name}", content[:-1] + bytes([content[-1] ^ 1]))
+
     def read(self, name: str) -> bytes:
         return self._storage.get_file(NAME, name, show_error=False)
 

@@ -43,12 +43,12 @@ def scripts():
             yield from ((path.name, text) for text in texts(yaml_of(path.name)) if "\n" in text)
 
 
-def commands():
-    """(file, arguments) of every `deperceiver train` in them."""
+def commands(program="train"):
+    """(file, arguments) of every `deperceiver PROGRAM` in them."""
     found = []
     for name, script in scripts():
         for line in re.sub(r"#.*", "", script).replace("\\\n", " ").splitlines():
-            if "--command=" not in line and (match := re.search(r"\bdeperceiver train (.*)", line)):
+            if "--command=" not in line and (match := re.search(rf"\bdeperceiver {program} ([^&]*)", line)):
                 found.append((name, shlex.split(match[1])))
     return found
 
@@ -65,6 +65,16 @@ def test_every_command_is_taken(monkeypatch):
     assert sorted({name for name, _ in commands()}) == sorted(path.name for path in LAUNCH.iterdir())[1:]
     for _, arguments in commands():
         check_package_program(Command("deperceiver train", arguments))
+    assert sorted(name for name, _ in commands("data")) == ["skypilot_gpus.yaml", "skypilot_tpu.yaml", "xpk.sh"]
+    for name in JOBSETS:
+        (job,) = yaml_of(name)["spec"]["replicatedJobs"]
+        (first,) = job["template"]["spec"]["template"]["spec"]["initContainers"]
+        assert first["command"][:2] == ["deperceiver", "data"]
+        check_package_program(Command("deperceiver data", first["command"][2:]))
+    for name, arguments in commands("data"):
+        check_package_program(Command("deperceiver data", arguments))
+        (trained,) = (rest for file, rest in commands() if file == name)
+        assert f"--config.data.directory={arguments[1]}" in trained
 
 
 def test_every_run_has_a_place_that_all_hosts_see_and_a_batch_that_divides():

@@ -1,14 +1,21 @@
-"""Looks at pictures and annotations before a model is trained on them.
+"""Looks at pictures and annotations before a model is trained on them, and prepares them.
 
     deperceiver data check DIR [--decode] [--sheet=contact_sheet.png]
+    deperceiver data prepare DIR [--to=gs://BUCKET/FOLDER] [--from=gs://BUCKET/FOLDER] [--share=0/4]
 
-DIR is in any layout that train.py reads (docs/own_pictures.md). What is in it, what a run would stop with, what
+check: DIR is in any layout that train.py reads (docs/own_pictures.md). What is in it, what a run would stop with, what
 config.data would suit it, and a sheet of pictures as the loader makes them, augmented and with their boxes. Status 1
-when a run would stop. --decode reads all pixels, too. --config=FILE:VARIANT and --config.data.a=value are those of the
-run to be; without a file it is DePerceiver+'s. Nothing is prepared.
+when a run would stop. --decode reads all pixels, too. Nothing is prepared.
+
+prepare: writes what a run would write at its first start, and with --to copies it to a bucket. On the hosts that shall
+train, --from copies it to DIR, which config.data.directory then is; no picture's own file is needed there
+(docs/pods.md). The same command goes on where it was cut off.
+
+--config=FILE:VARIANT and --config.data.a=value are those of the run to be; without a file it is DePerceiver+'s.
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,37 +23,89 @@ from pathlib import Path
 from absl import flags
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_writable
+from deperceiver_jax.files import as_path, require_writable
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
 
 DEFAULT_CONFIG = "deperceiver_plus"
+FLAGS = {"check": ("decode", "sheet"), "prepare": ("to", "from", "share")}  # of each thing that can be done
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("decode", False, "Read all pixels of all pictures.", flag_values=values)
     flags.DEFINE_string("sheet", "contact_sheet.png", "Where the sheet of pictures goes.", flag_values=values)
+    flags.DEFINE_string("to", None, "A folder of a bucket, to copy what is prepared to.", flag_values=values)
+    flags.DEFINE_string("from", None, "A folder of a bucket, to copy what was prepared from.", flag_values=values)
+    flags.DEFINE_string(
+        "share",
+        "0/1",
+        "With --to or --from, I/N: this is process I, from 0, of N that see the same DIR and copy a range each.",
+        flag_values=values,
+    )
 
 
 def main(argv: list[str]) -> None:
     if {"--help", "-h"} & set(argv):
         parse_flags([argv[0], "--help"], define_flags, __doc__)
-    if argv[1:2] != ["check"]:
-        raise UserError("deperceiver data does one thing: check DIR; --help shows how.")
+    what = argv[1] if len(argv) > 1 else ""
+    if what not in FLAGS:
+        raise UserError("deperceiver data does two things: check DIR and prepare DIR; --help shows how.")
     places = [argument for argument in argv[2:] if not argument.startswith("-")]
     if len(places) != 1:
-        raise UserError("check needs one folder: deperceiver data check DIR.")
+        raise UserError(f"{what} needs one folder: deperceiver data {what} DIR.")
     rest = [argument for argument in argv[2:] if argument.startswith("-")]
     values, config_arguments = parse_flags([argv[0], *rest], define_flags, __doc__)
+    for name in {*FLAGS["check"], *FLAGS["prepare"]} - {*FLAGS[what]}:
+        if values[name].present:
+            raise UserError(f"--{name} is none of {what}'s flags, which are --{', --'.join(FLAGS[what])}.")
     from deperceiver_jax.models import field_needs  # not above: it starts JAX, which no help text needs
 
     if not has_config_file(config_arguments):
         config_arguments.insert(1, f"--config={DEFAULT_CONFIG}")
     config = parse_config([*config_arguments, f"--config.data.directory={places[0]}"], needs=field_needs)
+    if what == "prepare":
+        prepare(config.data, values)
+        return
     sheet = Path(values.sheet).expanduser()
     require_writable("--sheet", sheet)
     problems = check(config, sheet, decode=values.decode)
     if problems:
         raise UserError(f"a run would stop: {problems[0]}")
+
+
+def prepare(data, values: flags.FlagValues) -> None:
+    """Prepares the splits of a run, or copies them from a bucket. data: config.data. Raises UserError."""
+    from deperceiver_jax.data.datasets import bucket_copy
+
+    to, source = values.to, values["from"].value
+    share = bucket_copy.Share(*parse_share(values.share))
+    if to and source:
+        raise UserError("--to and --from are given; what is copied goes one way.")
+    if share.processes > 1 and not (to or source):
+        raise UserError("--share needs --to or --from: one process prepares, the others wait for it.")
+    if source:
+        bucket_copy.require_place("--from", as_path(source))
+        bucket_copy.download(as_path(source), Path(data.directory).expanduser().absolute(), share)
+        return
+    if to:
+        bucket_copy.require_place("--to", as_path(to))
+    from deperceiver_jax.data.datasets.source import open_source, prepared_folder
+
+    folders = {}
+    for split in dict.fromkeys((data.train_split, data.eval_split)):
+        count = len(open_source(data, split))
+        folder = prepared_folder(data, split)
+        folders["" if data.name == "tfds" else split] = folder
+        print(f"Split {split}, {count} images, is prepared in {folder}.", flush=True)
+    if to:
+        bucket_copy.upload(folders, as_path(to), share)
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """(which, of how many) as --share has it. Raises UserError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"--share is {text!r}; it is I/N, the process and how many there are, from 0/N on.")
+    return int(found[1]), int(found[2])
 
 
 def check(config, sheet: Path, *, decode: bool) -> list[str]:

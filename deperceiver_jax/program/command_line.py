@@ -40,6 +40,8 @@ IN_BUCKETS = (  # flags and fields that may be paths in a bucket
     "--annotations",
     "--torch",
     "--classes",
+    "--to",
+    "--from",
     "config.init_from",
     "config.model.backbone.weights",
     "config.train.compilation_cache",

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from deperceiver_jax.data import Source
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.field_needs import GENERAL
@@ -79,16 +80,20 @@ def other_classes(stored: ClassMap, classes: ClassMap) -> str:
     return ""
 
 
-def describe_run(config: ConfigDict, state: TrainState, num_images: int, batches, steps: range) -> str:
+def describe_run(config: ConfigDict, state: TrainState, source: Source, batches, steps: range) -> str:
     """The first line of a run: what it will do. `batches` is the TrainBatches, `steps` the numbers of its steps."""
+    read = batches.steps_per_epoch * config.data.batch_size * source.bytes_per_image / 1e9
+    processes = jax.process_count()
+    each = f", each of {processes} processes {read / processes:.3g} GB" if processes > 1 else ""
     trained, frozen = count_parameters(state)
     count, device = jax.device_count(), jax.devices()[0]
     sizes = ", ".join(f"{height}x{width}" for height, width in batches.buckets)
     return (
         f"Training {config.model.name} ({(trained + frozen) / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them "
         f"trained) on {count} {device.platform} device{'s' if count > 1 else ''} ({device.device_kind}): "
-        f"{num_images} images of {config.data.name} {config.data.train_split}, batches of {config.data.batch_size} "
+        f"{len(source)} images of {config.data.name} {config.data.train_split}, batches of {config.data.batch_size} "
         f"in {len(batches.buckets)} size{'s' if len(batches.buckets) > 1 else ''} ({sizes}), "
         f"{batches.steps_per_epoch} steps per epoch, "
         + (f"steps {steps[0]} to {steps[-1]}." if steps else "and nothing left to do.")
+        + f" An epoch reads {read:.3g} GB of pictures from the disk{each}."
     )

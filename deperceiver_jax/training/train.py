@@ -115,7 +115,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
         if new:
             until_end.enter_context(keep_others_out(workdir, new=True))
         write_workdir(workdir, config, source.classes, data)
-        print(describe_run(config, state, len(source), batches, steps), flush=True)
+        print(describe_run(config, state, source, batches, steps), flush=True)
     log = MetricLog(workdir, config, steps=steps, steps_per_epoch=per_epoch, writes=first, progress=progress)
 
     # Chapter 7: the step of every size, compiled, and training, with checkpoints and evaluations at their times.

@@ -14,7 +14,7 @@ from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.data.datasets.coco.near_name import near_name
 from deperceiver_jax.data.datasets.layouts.layout import SPLITS, Layout
 from deperceiver_jax.data.datasets.layouts.recognise import find_layout, find_split
-from deperceiver_jax.data.datasets.source import existing_directory
+from deperceiver_jax.data.datasets.source import copied_splits, existing_directory
 from deperceiver_jax.data.image_header import PICTURE_ENDINGS
 from deperceiver_jax.errors import UserError
 
@@ -49,6 +49,8 @@ def check_directory(config_data: ConfigDict, *, decode: bool) -> Checked:
 
 def _check(config_data, decode):
     root = existing_directory(config_data)
+    if copied := copied_splits(root):
+        raise UserError(f"{root} has {' and '.join(copied)} prepared; check looks at pictures before they are.")
     checked = Checked(root, find_layout(root, config_data))
     used, said = (config_data.train_split, config_data.eval_split), dict[str, list[str]]()
     for split in (*SPLITS, *used):

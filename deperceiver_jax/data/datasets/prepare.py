@@ -40,7 +40,7 @@ def prepare(
     try:
         if prepared.is_dir() and damage(prepared) is None:
             return prepared
-        with _alone(directory):
+        with alone(directory):
             found = damage(prepared) if prepared.is_dir() else "it is not there"
             if found is not None:  # else another process has written it while this one waited
                 if prepared.is_dir():
@@ -100,10 +100,10 @@ def _require_room(directory, num_bytes, what):
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Holds the directory's lock, which the system releases when its process dies."""
+def alone(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """Holds the directory's lock of this name, which the system releases when its process dies."""
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
+    with open(directory / name, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -19,7 +19,7 @@ from deperceiver_jax.data.datasets.prepare import prepare
 from deperceiver_jax.data.datasets.record import Annotations
 from deperceiver_jax.data.datasets.shapes import drawing
 from deperceiver_jax.data.datasets.shapes.builder import Shapes
-from deperceiver_jax.data.datasets.tfds_directory import describe
+from deperceiver_jax.data.datasets.tfds_directory import DESCRIPTION, damage, describe, stored_bytes
 from deperceiver_jax.errors import UserError
 
 NORMALISED = 1.1  # the most that a number of a normalised box is, rounding and boxes beyond the border included
@@ -67,6 +67,11 @@ class Source:
     def max_boxes(self) -> int:
         """Targets of the fullest image."""
         return int(np.diff(self._target_offsets).max())
+
+    @property
+    def bytes_per_image(self) -> float:
+        """What an image and its annotations take on the disk, on average over the split."""
+        return stored_bytes(self._prepared, self._split)
 
     @property
     def filenames(self) -> np.ndarray:
@@ -119,15 +124,7 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
 
 
 def _open_source(config_data, split):
-    name, _, variant = config_data.name.partition("/")
-    if name == "shapes":
-        prepared = _prepare_shapes(config_data, split, variant or "standard")
-    elif name == "coco_directory" and not variant:
-        prepared = _prepare_directory(config_data, split)
-    elif name == "tfds" and not variant:
-        prepared = existing_directory(config_data)
-    else:
-        raise UserError(f"config.data.name is {config_data.name!r}; it may be shapes, coco_directory or tfds.")
+    prepared = prepared_folder(config_data, split)
     classes, label_ids, notes = describe(prepared, split)
     index = load_or_build(
         prepared,
@@ -142,7 +139,20 @@ def _open_source(config_data, split):
     found = notes + turned + _oddities(index)
     if found:
         logging.warning("%s: %s.", what, "; ".join(found))
-    return Source(prepared, split, classes, index, area_scale=drawing.AREA_SCALE if name == "shapes" else 1.0)
+    drawn = config_data.name.startswith("shapes")
+    return Source(prepared, split, classes, index, area_scale=drawing.AREA_SCALE if drawn else 1.0)
+
+
+def prepared_folder(config_data: ConfigDict, split: str) -> Path:
+    """Where a split of the data set that config.data names lies, prepared first if need be. Raises UserError."""
+    name, _, variant = config_data.name.partition("/")
+    if name == "shapes":
+        return _prepare_shapes(config_data, split, variant or "standard")
+    if name == "coco_directory" and not variant:
+        return _prepare_directory(config_data, split)
+    if name == "tfds" and not variant:
+        return existing_directory(config_data)
+    raise UserError(f"config.data.name is {config_data.name!r}; it may be shapes, coco_directory or tfds.")
 
 
 def _prepared_directory(config_data):
@@ -172,9 +182,25 @@ def _prepare_directory(config_data, split):
     if split not in SPLITS:
         raise UserError(f"Data set {config_data.name} has no split {split!r}; it has {', '.join(SPLITS)}.")
     root = existing_directory(config_data)
+    if copied := copied_splits(root):
+        return _copied_folder(root, split, copied)
     config = directory_config(find_split(root, config_data, split), split, config_data.skip_corrupt)
     what = f"split {split} of {root}"
     return prepare(CocoDirectory, _prepared_directory(config_data), config, what, config.image_bytes)
+
+
+def copied_splits(root: Path) -> list[str]:
+    """Of a folder that `deperceiver data prepare --from` has filled; none of any other."""
+    return [split for split in SPLITS if os.path.isfile(root / split / DESCRIPTION)]
+
+
+def _copied_folder(root, split, copied):
+    if split not in copied:
+        raise UserError(f"{root} has no split {split!r}; what was copied there has {' and '.join(copied)}.")
+    if found := damage(root / split):
+        remedy = "what is missing is copied by: deperceiver data prepare DIR --from=gs://..."
+        raise UserError(f"{root / split} is not whole: {found}; {remedy}.")
+    return root / split
 
 
 def _targets(index, classes):

@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
 
+DESCRIPTION = "dataset_info.json"
 CATALOGUE_FEATURES = {
     "": ("image", "image/filename", "image/id", "objects"),
     "objects": ("area", "bbox", "id", "is_crowd", "label"),
@@ -21,7 +22,7 @@ CATALOGUE_FEATURES = {
 
 def damage(prepared: Path) -> str | None:
     """What is missing or broken, in words, in a directory that this package prepared; None when it is whole."""
-    for name, key in {"dataset_info.json": "splits", "features.json": "featuresDict", "metadata.json": "notes"}.items():
+    for name, key in {DESCRIPTION: "splits", "features.json": "featuresDict", "metadata.json": "notes"}.items():
         if not (prepared / name).is_file():
             return f"{name} is missing"
         try:
@@ -46,15 +47,21 @@ def _damaged_shard(split):
     return None
 
 
+def stored_bytes(prepared: Path, split: str) -> float:
+    """Of an example of a split, on average over its files."""
+    info = tfds.builder_from_directory(os.fspath(prepared)).info.splits[split]
+    return sum(os.stat(path).st_size for path in info.filepaths) / sum(info.shard_lengths)
+
+
 def describe(prepared: Path, split: str) -> tuple[ClassMap, Int64[np.ndarray, " labels"], list[str]]:
     """(class map, category id of every label, notes in words) of a prepared directory.
 
     Raises UserError if it cannot be used. The catalogue's labels 0 to 79 get COCO's ids if they carry COCO's names,
     else they are ids themselves; a directory that this package prepared stores ids, and no labels.
     """
-    if not (prepared / "dataset_info.json").is_file():
+    if not (prepared / DESCRIPTION).is_file():
         raise UserError(
-            f"{prepared} is no prepared TFDS data set: it has no dataset_info.json, as coco/2017/1.1.0 would have."
+            f"{prepared} is no prepared TFDS data set: it has no {DESCRIPTION}, as coco/2017/1.1.0 would have."
         )
     try:
         info = tfds.builder_from_directory(os.fspath(prepared)).info

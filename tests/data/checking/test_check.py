@@ -184,7 +184,7 @@ def test_what_it_is_told_wrongly(folder, check, tmp_path, capsys):
     for arguments, words in {
         ("check",): "check needs one folder",
         ("check", str(folder.root), "more"): "check needs one folder",
-        ("look",): "does one thing: check DIR",
+        ("look",): "does two things: check DIR and prepare DIR",
         ("check", str(tmp_path / "none")): "There is no directory",
         ("check", str(folder.root), f"--sheet={folder.annotation_file()}/x.png"): "is not a folder.",
     }.items():
