@@ -1,6 +1,7 @@
 """Every way to compute attention equals plain attention, and the choice between them is the documented one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from deperceiver_jax.models.attention import choice as attention_choice
 from deperceiver_jax.models.attention.choice import chunked_attention, cudnn_attention, cudnn_takes
 from deperceiver_jax.models.attention.dense import dense_attention
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
+from deperceiver_jax.models.kernels import pallas
 from deperceiver_jax.models.kernels.flash_attention import block_size, flash_attention
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
 from deperceiver_jax.models.layers.compute import Compute
@@ -102,10 +104,15 @@ def test_blocks_drop_with_keys_of_their_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("bias_shape", "masked"), [(None, True), ((1, 140, 200), True), (None, False), ("gaussian", True)]
+    ("bias_shape", "masked", "held"),
+    [(None, True, True), ((1, 140, 200), True, True), (None, False, True), ("gaussian", True, True)]
+    + [("gaussian", True, False)],
 )
-def test_kernels_equal_plain_attention(bias_shape, masked):
-    """In Pallas' simulation of a TPU. Lengths that no block divides; values of another width than queries."""
+def test_kernels_equal_plain_attention(bias_shape, masked, held, monkeypatch):
+    """In Pallas' simulation of a TPU. Lengths that no block divides; values of another width than queries; keys, or in
+    the backward pass queries, that on-chip memory holds whole, or block by block."""
+    if not held:
+        monkeypatch.setattr(pallas, "HELD", 0)
     query, key, value, valid = arrays(heads=2 if bias_shape == "gaussian" else 1)
     if bias_shape == "gaussian":
         bias = gaussian_for(140, 200)
@@ -113,6 +120,16 @@ def test_kernels_equal_plain_attention(bias_shape, masked):
         bias = None if bias_shape is None else bias_for(140, 200, bias_shape)
     with pltpu.force_tpu_interpret_mode():
         same_values_and_gradients(flash_attention, query, key, value, valid if masked else None, bias, 1e-5)
+
+
+@pytest.mark.parametrize(("room", "reads"), [(2 * 2048 * 8 * 4, 1), (2 * 2048 * 8 * 4 - 1, 2)])
+def test_keys_that_fit_on_the_chip_are_read_once(room, reads, monkeypatch):
+    """Of two blocks of queries and four of keys: what the kernel says that it moves."""
+    monkeypatch.setattr(pallas, "HELD", room)
+    query, key = jnp.zeros((1, 1, 1024, 8)), jnp.zeros((1, 1, 2048, 8))
+    kernels = str(jax.make_jaxpr(lambda q, k, v: flash_attention(q, k, v))(query, key, key))
+    moved = [int(found) for found in re.findall(r"bytes_accessed=(\d+)", kernels)]
+    assert moved == [4 * (2 * query.size + query.shape[2] + reads * 2 * key.size)]
 
 
 def murmur_finaliser(x):

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention.deformable import MultiScaleDeformableAttention
-from deperceiver_jax.models.kernels import sampling_kernel
+from deperceiver_jax.models.kernels import pallas, sampling_kernel
 from deperceiver_jax.models.layers import level_sampling
 from deperceiver_jax.models.layers.level_sampling import in_cells, sample_by_kernel, sample_levels
 from tests.drawn_arrays import FLOAT32
@@ -193,10 +193,12 @@ def test_bfloat16_gather_rounds_values_and_not_places():
 
 
 @simulated_tpu
-def test_kernel_of_several_strips_and_blocks_of_queries(monkeypatch):
+@pytest.mark.parametrize("held", [pallas.HELD, 0])
+def test_kernel_of_several_strips_and_blocks_of_queries(held, monkeypatch):
     """A map of 20 x 19 is three strips of 32 columns. The second block of queries touches the first strip alone, and a
     third of its points sit exactly a row above the second, where they have no weight, but a slope."""
     monkeypatch.setattr(sampling_kernel, "QUERIES", 128)
+    monkeypatch.setattr(pallas, "HELD", held)
     rng = np.random.default_rng(8)
     value, weight = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((1, 380, 2, 4), (1, 150, 2, 1, 3)))
     location = rng.uniform(-0.1, 1.1, (1, 150, 2, 1, 3, 2))
