@@ -1,7 +1,8 @@
 """Says before a pod is rented whether a run fits it, and how fast a step can be: compiles the real train step for it.
 
     deperceiver preflight --config=deperceiver:r50_16 --topology=v5e:16x16 \\
-        --config.data.batch_size=2048 --config.precision=bfloat16 [--suggest] [--hbm_gib=16] [--sizes=832x1344]
+        --config.data.batch_size=2048 --config.precision=bfloat16 [--sizes=832x1344] [--bytes] [--suggest] \\
+        [--hbm_gib=16]
 
 --config.a.b=value changes a field, as for train. No accelerator is needed; for a TPU, only its compiler, libtpu.
 Buckets are those of the data set, if it is there (config.data.directory); else those of COCO's commonest image sizes.
@@ -20,6 +21,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_float("hbm_gib", 0.0, "Memory of a chip; 0 is the published one.", flag_values=values, lower_bound=0.0)
     flags.DEFINE_list("sizes", [], "Only these padded sizes, HEIGHTxWIDTH.", flag_values=values)
+    flags.DEFINE_bool("bytes", False, "List which parts of the package move the bytes.", flag_values=values)
     flags.DEFINE_bool("suggest", False, "Find the largest batch, as it is and rematerialised.", flag_values=values)
 
 

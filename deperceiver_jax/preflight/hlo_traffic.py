@@ -57,6 +57,13 @@ def program_traffic(text: str, slices: int = 1) -> Traffic:
     return Traffic(memory, sent, network)
 
 
+def memory_by_instruction(text: str) -> Iterator[tuple[Instruction, int, dict[str, Instruction]]]:
+    """Each instruction that runs by itself, the bytes that all its runs move through memory, and its computation."""
+    computations, entry = parse_program(text)
+    for instruction, times, siblings in _executed(computations, entry, 1):
+        yield instruction, times * _memory(instruction, computations, siblings), siblings
+
+
 def parse_program(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """(computations by name, each its instructions by name; the name of the entry)."""
     computations: dict[str, dict[str, Instruction]] = {}

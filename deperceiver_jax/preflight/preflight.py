@@ -13,7 +13,7 @@ from deperceiver_jax.models import field_needs
 from deperceiver_jax.preflight.chips import GIB, open_topology
 from deperceiver_jax.preflight.nominal import NOMINAL_BOXES, nominal_sizes
 from deperceiver_jax.preflight.program import Cost, compile_step
-from deperceiver_jax.preflight.report import HEADER, row
+from deperceiver_jax.preflight.report import HEADER, parts_table, row
 from deperceiver_jax.preflight.search import largest_batch
 from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.sharding import count_slices
@@ -48,6 +48,10 @@ def preflight(values: flags.FlagValues, config_arguments: Sequence[str]) -> None
     for bucket in buckets:
         costs[bucket] = compile_step(config, devices, bucket, num_boxes)
         print(row(bucket, costs[bucket], chip, hbm_gib, fits(costs[bucket])), flush=True)
+    if values.bytes:
+        for bucket, cost in costs.items():
+            if cost.fits_chip:
+                print(parts_table(bucket, cost), flush=True)
     hungriest = max(costs, key=lambda bucket: costs[bucket].memory)
 
     def search(rematerialize: bool) -> int:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import program_traffic
+from deperceiver_jax.preflight.parts import Part, memory_by_part
 from deperceiver_jax.sharding import batch_sharding, count_slices, make_mesh
 from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.compile_ahead import abstract_batch
@@ -31,6 +32,7 @@ class Cost(NamedTuple):
     interconnect_bytes: int  # to chips of its slice
     network_bytes: int  # to other slices
     seconds: float  # to compile
+    parts: Sequence[Part] = ()  # what `memory_bytes` consists of, the largest first
 
     @property
     def memory(self) -> int:
@@ -50,7 +52,8 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
             raise UserError(f"The compiler gives up at {bucket[0]}x{bucket[1]}: {reason(str(error))}") from error
         return Cost(0, needed, 0, False, flops, 0, 0, 0, time.monotonic() - start)
     memory = compiled.memory_analysis()
-    traffic = program_traffic(compiled.as_text(), count_slices(devices))
+    text = compiled.as_text()
+    traffic = program_traffic(text, count_slices(devices))
     return Cost(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
@@ -61,6 +64,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
         interconnect_bytes=traffic.interconnect,
         network_bytes=traffic.network,
         seconds=time.monotonic() - start,
+        parts=memory_by_part(text),
     )
 
 

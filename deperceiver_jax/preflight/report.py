@@ -1,4 +1,4 @@
-"""The table of preflight: one row for each bucket."""
+"""The tables of preflight: one row for each bucket, and of a bucket one for each part of the package."""
 
 from deperceiver_jax.preflight.chips import GIB, Chip
 from deperceiver_jax.preflight.program import Cost
@@ -33,6 +33,19 @@ def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, 
             cells[column] = "-"
     text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
     return text if fits else text + "  does not fit"
+
+
+def parts_table(bucket: tuple[int, int], cost: Cost) -> str:
+    """What the bytes through memory are, by the part of the package that moves them: those of 1 % and more."""
+    total = sum(part.bytes for part in cost.parts)
+    large = [part for part in cost.parts if 100 * part.bytes >= total]
+    lines = [f"Of the GB moved at {bucket[0]}x{bucket[1]}:", f"{'GB moved':>10}{'share':>8}  pass      part"]
+    for size, direction, name in [
+        *((part.bytes, "backward" if part.backward else "forward", part.name) for part in large),
+        (total - sum(part.bytes for part in large), "both", f"{len(cost.parts) - len(large)} others of less than 1 %"),
+    ]:
+        lines.append(f"{size / 1e9:>10.2f}{100 * size / max(total, 1):>6.1f} %  {direction:<10}{name}")
+    return "\n".join(lines)
 
 
 def bound(cost: Cost, chip: Chip | None) -> tuple[str, str]:

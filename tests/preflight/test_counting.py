@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deperceiver_jax.preflight.arithmetic import count_flops
 from deperceiver_jax.preflight.hlo_traffic import Traffic, array_bytes, program_traffic
+from deperceiver_jax.preflight.parts import NOWHERE, Part, memory_by_part
 from deperceiver_jax.preflight.program import Cost, needed_bytes, reason
 from deperceiver_jax.preflight.search import largest_batch
 from deperceiver_jax.sharding import make_mesh
@@ -128,6 +129,52 @@ ENTRY %main (a: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
 def test_a_loop_of_a_tpu_has_its_count_in_its_condition():
     compare = 4 + 4 + 1
     assert program_traffic(TPU_LOOP) == Traffic(5 * (3 * 4096 + compare), 0, 0)
+
+
+# Frames as XLA writes them: a frame's parent is the number before the one that stands there, 0 for none.
+SOURCES = """FileNames
+1 "/somewhere/deperceiver_jax/training/train_step.py"
+2 "/somewhere/deperceiver_jax/models/detr/transformer.py"
+3 "/somewhere/site-packages/flax/nnx/linear.py"
+
+FunctionNames
+1 "make_train_step.<locals>.train_step"
+2 "Encoder.__call__"
+3 "Linear.__call__"
+4 "Layer.__call__.<locals>.attend"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=42 end_line=42 column=19 end_column=78}
+2 {file_name_id=2 function_name_id=2 line=5 end_line=5 column=1 end_column=2}
+3 {file_name_id=2 function_name_id=4 line=9 end_line=9 column=1 end_column=2}
+4 {file_name_id=3 function_name_id=3 line=7 end_line=7 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=3}
+4 {file_location_id=4 parent_frame_id=4}
+"""
+
+
+def test_bytes_belong_to_the_parts_whose_lines_made_them():
+    name = 'metadata={op_name="jit(f)/transpose(jvp())/while/body/mul" stack_frame_id=4}'
+    named = TPU_LOOP.replace('%x), custom_call_target="tpu_custom_call"', f'%x), custom_call_target="f", {name}')
+    named = named.replace("direction=LT", 'direction=LT, metadata={op_name="jit(f)/while/cond/lt" stack_frame_id=1}')
+    entry, computations = named.split("\n", 1)
+    layer = "Encoder > Layer"
+    compare, array = 4 + 4 + 1, 4096
+    # the second kernel of the loop has no lines of its own, and takes what the first gives
+    assert memory_by_part(f"{entry}\n\n{SOURCES}\n{computations}") == [
+        Part(layer, True, 5 * 3 * array),
+        Part("the step", False, 5 * compare),
+    ]
+    taken_later = computations.replace("custom-call(%x)", "custom-call(%y0)").replace(
+        "  %y = ", "  %y0 = f32[8,128]{1,0:T(8,128)} copy(%x)\n  %y = "
+    )
+    parts = memory_by_part(f"{entry}\n\n{SOURCES}\n{taken_later}")
+    assert parts[0] == Part(layer, True, 5 * 5 * array)  # a copy of what comes from outside belongs to its taker
+    assert memory_by_part(TPU_LOOP) == [Part(NOWHERE, False, program_traffic(TPU_LOOP).memory)]
 
 
 def test_a_kernel_counts_what_its_author_says_it_reads_again():

@@ -28,7 +28,7 @@ def tiny():
         costs, lines = [], []
         patch.setattr(preflight, "compile_step", lambda *step: costs.append(compile_step(*step)) or costs[-1])
         patch.setattr("builtins.print", lambda *text, **_: lines.extend(text))
-        status = command(TINY, "--topology=local", "--sizes=64x96", "--config.data.batch_size=8")
+        status = command(TINY, "--topology=local", "--sizes=64x96", "--config.data.batch_size=8", "--bytes")
     assert status == 0, lines
     return costs[0], "\n".join(lines)
 
@@ -43,6 +43,17 @@ def test_a_table_of_the_real_step(tiny):
     assert cost.temporaries > 0 and cost.memory_bytes > cost.arguments
     assert cost.interconnect_bytes > 2 * parameters * 7 // 8 // 4  # the gradients of all devices are added
     assert cost.flops > 0
+
+
+def test_bytes_lists_the_parts_of_the_real_step(tiny):
+    cost, printed = tiny
+    assert sum(part.bytes for part in cost.parts) == cost.memory_bytes
+    listed = printed.split("Of the GB moved at 64x96:\n")[1].splitlines()
+    assert listed[0].split() == ["GB", "moved", "share", "pass", "part"]
+    assert {part.backward for part in cost.parts if "ResNet" in part.name} == {True, False}
+    shares = [float(line.split()[1]) for line in listed[1:]]
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
+    assert shares[:-1] == sorted(shares[:-1], reverse=True) and shares[-2] >= 0.95
 
 
 def test_what_does_not_fit_ends_with_one_sentence(tiny, monkeypatch, capsys):
