@@ -27,7 +27,8 @@ ROOMS = {
     "compare": LIBRARY | KEEPERS | {"evaluation", "report", "pages"},
     "visualize": LIBRARY | KEEPERS | {"evaluation", "report", "compare"},  # charts, and rows to compare
     "training": LIBRARY | KEEPERS | {"evaluation", "visualize"},  # pictures for trackers
-    "preflight": LIBRARY | KEEPERS | {"training"},  # it compiles the step that a training run takes
+    # It compiles the step that a training run takes, and traces that of its evaluations.
+    "preflight": LIBRARY | KEEPERS | {"training", "evaluation"},
     "prediction": LIBRARY | KEEPERS | {"evaluation", "visualize"},
     "app": LIBRARY | KEEPERS | {"prediction", "visualize", "pages"},
 }

@@ -25,17 +25,20 @@ class Chip(NamedTuple):
     network: float  # to other slices, over its share of its hosts' network; 0 where no figure is published
     accelerator: str  # what the cloud calls a slice of them; a number of cores or chips follows
     cores: int  # that this number counts for each chip
+    slice_chips: int  # of the largest slice
+    host_chips: int
+    host_cpus: int  # virtual ones; 0 where no figure was found
     source: str
 
 
 # Read on 2026-11-21. v6e: earlier versions of its page said 1640 GB/s and 3584 Gbit/s of links. The page of v4 has no
-# figure for its links; Google's announcement of v5p says 2400 Gbit/s. v5e's network has 6.4 Tbit/s for a pod of 256
-# chips; no figure was found for the others'.
+# figure for its links; Google's announcement of v5p says 2400 Gbit/s. The network of a pod of 256 chips has 6.4 Tbit/s
+# for v5e and 25.6 for v6e, that of a chip of v5p 50 Gbit/s; no figure was found for v4's. Hosts are those of slices.
 CHIPS = {
-    "v4": Chip(32, 275e12, 1200e9, 300e9, 0, "v4", 2, "cloud.google.com/tpu/docs/v4"),
-    "v5e": Chip(16, 197e12, 819e9, 200e9, 3.125e9, "v5litepod", 1, "cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(95, 459e12, 2765e9, 600e9, 0, "v5p", 2, "cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(32, 918e12, 1600e9, 400e9, 0, "v6e", 1, "cloud.google.com/tpu/docs/v6e"),
+    "v4": Chip(32, 275e12, 1200e9, 300e9, 0, "v4", 2, 4096, 4, 0, "cloud.google.com/tpu/docs/v4"),
+    "v5e": Chip(16, 197e12, 819e9, 200e9, 3.125e9, "v5litepod", 1, 256, 4, 112, "cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip(95, 459e12, 2765e9, 600e9, 6.25e9, "v5p", 2, 6144, 4, 208, "cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip(32, 918e12, 1600e9, 400e9, 12.5e9, "v6e", 1, 256, 4, 0, "cloud.google.com/tpu/docs/v6e"),
 }
 
 

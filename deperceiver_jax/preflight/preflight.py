@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -10,8 +11,9 @@ from deperceiver_jax.data import open_source
 from deperceiver_jax.data.batches.plan import training_buckets
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models import field_needs
-from deperceiver_jax.preflight.chips import GIB, open_topology
-from deperceiver_jax.preflight.nominal import NOMINAL_BOXES, nominal_sizes
+from deperceiver_jax.preflight import scaling
+from deperceiver_jax.preflight.chips import GIB, Chip, open_topology
+from deperceiver_jax.preflight.nominal import NOMINAL_BOXES, NOMINAL_IMAGES, nominal_sizes
 from deperceiver_jax.preflight.program import Cost, compile_step
 from deperceiver_jax.preflight.report import HEADER, parts_table, row
 from deperceiver_jax.preflight.search import largest_batch
@@ -23,6 +25,8 @@ def preflight(values: flags.FlagValues, config_arguments: Sequence[str]) -> None
     """The program. values: its flags; config_arguments: `--config...`. Raises UserError."""
     config = parse_config(config_arguments, needs=field_needs)
     chip, devices = open_topology(values.topology)
+    if values.scaling:
+        require_scalable(config, values.topology, chip, devices)
     buckets, num_boxes = plan_buckets(config, values.sizes)
     hbm_gib = values.hbm_gib or (chip.hbm_gib if chip else local_memory(devices) / GIB)
     per_chip = config.data.batch_size / len(devices)
@@ -52,6 +56,17 @@ def preflight(values: flags.FlagValues, config_arguments: Sequence[str]) -> None
         for bucket, cost in costs.items():
             if cost.fits_chip:
                 print(parts_table(bucket, cost), flush=True)
+    if values.scaling and chip and all(map(fits, costs.values())):
+        slowest = max(buckets, key=lambda bucket: costs[bucket].flops)
+        compiling = sum(cost.seconds for cost in costs.values())
+        rates = scaling.Rates(values.worker_rate, 1e6 * values.checkpoint_rate, compiling)
+        work = scaling.measure_work(config, devices, slowest, num_boxes, count_images(config))
+        rows = scaling.scale(costs[slowest], len(devices), chip, work, rates)
+        if not rows:
+            few = f"{work.train_images} images are fewer than a batch of {scaling.CHIPS[0]} chips"
+            raise UserError(f"--scaling: {few}.")
+        compiled = f"{values.topology}, {slowest[0]}x{slowest[1]}"
+        print(scaling.describe(rows, chip, work, rates, compiled), flush=True)
     hungriest = max(costs, key=lambda bucket: costs[bucket].memory)
 
     def search(rematerialize: bool) -> int:
@@ -86,6 +101,23 @@ def preflight(values: flags.FlagValues, config_arguments: Sequence[str]) -> None
             f"config.data.batch_size {config.data.batch_size} does not fit {hbm_gib:g} GiB a chip on "
             f"{values.topology}; {remedy} ({largest} a chip)."
         )
+
+
+def require_scalable(config: ConfigDict, topology: str, chip: Chip | None, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError where the sums of gradients of one slice cannot be told."""
+    if chip is None or count_slices(devices) > 1 or len(devices) == 1:
+        raise UserError(f"--scaling needs one slice of several chips, as in v5e:4x4; --topology is {topology}.")
+    if config.mesh.model > 1:
+        raise UserError(f"--scaling reckons data parallelism alone; config.mesh.model is {config.mesh.model}.")
+
+
+def count_images(config: ConfigDict) -> tuple[int, int]:
+    """Of an epoch and of an evaluation: the data set's, or else COCO's."""
+    if config.data.name.startswith("shapes") or config.data.directory:
+        return len(open_source(config.data, config.data.train_split)), len(
+            open_source(config.data, config.data.eval_split)
+        )
+    return NOMINAL_IMAGES
 
 
 def plan_buckets(config: ConfigDict, sizes: list[str]) -> tuple[list[tuple[int, int]], int]:
