@@ -76,6 +76,20 @@ def test_hosts_share_a_batch():
     _assert_equal(joined, whole)
 
 
+def test_a_host_reads_its_share_of_an_epoch_alone(monkeypatch):
+    """Of four hosts, a fourth of the pictures each, and no picture twice."""
+    source, config, read = FakeSource(SHAPES), _config(), []
+    stored = FakeSource.image_bytes
+    monkeypatch.setattr(FakeSource, "image_bytes", lambda self, at: read.append(at) or stored(self, at))
+    for host in range(4):
+        batches = TrainBatches(source, config, seed=0, process_index=host, process_count=4)
+        before = len(read)
+        for step in range(batches.steps_per_epoch):
+            batches._make(step, lambda shape: np.empty(shape, np.uint8))
+        assert len(read) - before == batches.steps_per_epoch * config.batch_size // 4
+    assert len(set(read)) == len(read)
+
+
 def test_a_run_resumes_at_any_step():
     source, config = FakeSource(SHAPES), _config()
     whole = _first(TrainBatches(source, config, seed=0), 15)  # into the third epoch
