@@ -11,6 +11,7 @@ VENV ?= .venv-latest
 else
 VENV ?= .venv
 PINS = --constraint constraints.txt
+MORE = ,trackio
 endif
 ifdef FAST
 SELECTED = -m 'not slow'
@@ -23,7 +24,7 @@ BIN = $(VENV)/bin
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "deperceiver_jax needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 demo")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PINS) --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PINS) --editable '.[dev$(MORE)]'
 	touch $@
 
 demo: $(VENV)/installed

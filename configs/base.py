@@ -101,7 +101,7 @@ def base() -> ConfigDict:
     # 8: trains on eight pictures, without augmentation, until they are learned, and says why if they are not
     config.train.overfit = 0
     config.train.patience = 0  # a run ends when AP has not risen in so many evaluations; 0: never before its time
-    config.train.trackers = ()  # of wandb and mlflow, beside metrics.jsonl and TensorBoard
+    config.train.trackers = ()  # of wandb, mlflow and trackio, beside metrics.jsonl and TensorBoard
     config.train.compilation_cache = "~/.cache/deperceiver_jax/compiled"  # empty: none
 
     config.eval = ConfigDict()

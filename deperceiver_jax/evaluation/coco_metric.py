@@ -6,6 +6,8 @@ against pycocotools, the reference.
 
 import math
 from collections.abc import Sequence
+from itertools import chain, repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 import hotcoco
@@ -110,12 +112,16 @@ def count(truth: dict, results: list[dict], *, max_detections: int = 100, area_s
 
     def columns(entries, *more):
         """image, category, boxes and `more` of those entries that count."""
-        image = np.array([images.get(entry["image_id"], 0) for entry in entries], int)
-        category = np.array([categories.get(entry["category_id"], 0) for entry in entries], int)
-        boxes = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+
+        def column(values, kind, each=1):
+            return np.fromiter(values, kind, each * len(entries))
+
+        image = column(map(images.get, map(itemgetter("image_id"), entries), repeat(0)), int)
+        category = column(map(categories.get, map(itemgetter("category_id"), entries), repeat(0)), int)
+        boxes = column(chain.from_iterable(map(itemgetter("bbox"), entries)), float, 4).reshape(-1, 4)
         known = (image > 0) & (category > 0)
-        others = (np.array([entry[key] for entry in entries], float) for key in more)
-        return [column[known] for column in (image, category, boxes, *others)]
+        others = (column(map(itemgetter(key), entries), float) for key in more)
+        return [values[known] for values in (image, category, boxes, *others)]
 
     image, category, boxes, area, crowd = columns(truth["annotations"], "area", "iscrowd")
     crowd = crowd.astype(bool)

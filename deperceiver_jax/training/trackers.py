@@ -1,4 +1,4 @@
-"""Experiment trackers beside metrics.jsonl: Weights & Biases and MLflow get its numbers, the config and a few images.
+"""Experiment trackers beside metrics.jsonl, which get its numbers, the config and a few images.
 
 Each is an extra (`pip install '.[wandb]'`) and is set up as its own documentation says, by its environment variables.
 A tracker only watches: one that fails is left out with a warning, and the run goes on.
@@ -7,6 +7,7 @@ A tracker only watches: one that fails is left out with a warning, and the run g
 import importlib.util
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,36 @@ class MLflow:
         self.client.set_terminated(self.id)
 
 
-TRACKERS: Mapping[str, type[Any]] = {"wandb": Wandb, "mlflow": MLflow}
+class Trackio:
+    """Trackio, in TRACKIO_DIR, or on the server or Space that its variables name; `trackio show` shows it."""
+
+    def __init__(self, name: str, folder: Path, config: ConfigDict, known: str | None):
+        import trackio
+
+        self.trackio = trackio
+        self.id = known or f"{name}-{secrets.token_hex(3)}"  # Trackio finds a run by its name
+        self.run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=self.id,
+            config=flat_fields(config),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def numbers(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def images(self, step: int, title: str, images: Images) -> None:
+        named = [self.trackio.Image(image, caption=name) for name, image in images.items()]
+        self.run.log({f"{title}/{number}": image for number, image in enumerate(named)}, step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+TRACKERS: Mapping[str, type[Any]] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
 
 
 def check_trackers(names: Sequence[str], workdir: Path) -> None:

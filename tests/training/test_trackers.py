@@ -1,5 +1,6 @@
-"""Real trackers without a network: W&B's offline mode and MLflow's files have what metrics.jsonl has."""
+"""Real trackers without a network: W&B's offline mode, MLflow's and Trackio's files have what metrics.jsonl has."""
 
+import importlib.util
 import json
 import struct
 import sys
@@ -117,6 +118,28 @@ def test_mlflow(tmp_path):
     assert len(list((tmp_path / "run" / "mlruns").rglob("artifacts/validation/images/*/*.png"))) == 4
 
 
+def test_trackio(tmp_path, monkeypatch):
+    """Its folder is read when it is imported, which this test alone does."""
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("Trackio is not installed: pip install '.[trackio]', which brings a Pillow below 13.")
+    assert "trackio" not in sys.modules
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    config = log_of(tmp_path / "run", "trackio")
+    log_of(tmp_path / "run", "trackio", steps=range(5, 7))
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("deperceiver_jax")
+    rows = SQLiteStorage.get_logs("deperceiver_jax", name)
+    numbers = {(key, row["step"]): x for row in rows for key, x in row.items() if key not in ("step", "timestamp")}
+    pictures = {key: numbers.pop(key) for key in list(numbers) if key[0].startswith("validation/images/")}
+    assert numbers == numbers_of(tmp_path / "run") and len(numbers) > 10 and name.startswith("run-")
+    assert [pictures[f"validation/images/{k}", 4]["caption"] for k in (0, 1)] == ["a.jpg", "ü b.jpg"]
+    saved = tmp_path / "trackio" / "media" / pictures["validation/images/0", 4]["file_path"]
+    assert np.array_equal(Image.open(saved).convert("RGB"), PICTURE) and len(pictures) == 4
+    stored = SQLiteStorage.get_run_config("deperceiver_jax", name)
+    assert stored["data.batch_size"] == config.data.batch_size
+
+
 @pytest.mark.parametrize("what", ["start", "log", "finish"])
 def test_a_tracker_that_fails_never_ends_a_run(tmp_path, monkeypatch, capsys, what):
     """The other one still has everything."""
@@ -137,7 +160,7 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, monkeypatch, capsys, wh
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (("tensorboard",), "config.train.trackers is 'tensorboard'; it can be wandb or mlflow."),
+        (("tensorboard",), "config.train.trackers is 'tensorboard'; it can be wandb, mlflow or trackio."),
         (("mlflow", "wandb"), "config.train.trackers has wandb, which is not installed: pip install '.[wandb]'."),
     ],
 )
