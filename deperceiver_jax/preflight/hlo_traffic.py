@@ -23,6 +23,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 _ESTIMATE = re.compile(r'cost_estimate\\?"?:\s*\{[^}]*bytes_accessed\\?"?:\s*\\?"?(\d+)')
+_MOVES_NOTHING = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -190,7 +191,7 @@ def _memory(instruction: Instruction, computations, siblings: dict[str, Instruct
     shapes = [siblings[name].shape for name in instruction.operands if name in siblings]
     if opcode in _FREE or opcode in ("while", "call", "conditional", "async-start", "async-update", "async-done"):
         return 0
-    if opcode == "custom-call" and 'custom_call_target="ConcatBitcast"' in instruction.attributes:
+    if opcode == "custom-call" and _MOVES_NOTHING.search(instruction.attributes):
         return 0
     if opcode == "send":
         return array_bytes(siblings[instruction.operands[0]].shape)
@@ -235,41 +236,50 @@ def _updates(instruction: Instruction) -> bool:
 
 
 def _fusion_memory(fusion: Instruction, shapes: list[str], computations) -> int:
-    inside = computations[_CALLED.findall(fusion.attributes)[0][0].lstrip("%")]
-    users: dict[str, list[Instruction]] = {}
-    for instruction in inside.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction)
-
-    def uses(name: str) -> list[Instruction]:
-        found = []
-        for user in users.get(name, []):
-            found += uses(user.name) if user.opcode == "bitcast" else [user]
-        return found
-
-    def origin(name: str) -> str:
-        while inside[name].opcode in ("bitcast", "convert", "copy"):
-            name = inside[name].operands[0]
-        return name
-
-    total = 0
-    for instruction in inside.values():
-        if instruction.opcode != "parameter":
-            continue
-        shape, found = shapes[int(instruction.literal)], uses(instruction.name)
-        if not array_bytes(shape):
-            continue
-        if found and all(user.opcode in _SLICES for user in found):
-            total += sum(_taken(user, shape) for user in found)
-        elif not (found and all(_updates(user) and origin(user.operands[0]) == instruction.name for user in found)):
-            total += array_bytes(shape)
+    inside = _called(fusion, computations)
+    total = sum(_read(inside, number, shape, computations) for number, shape in enumerate(shapes))
     root = next(i for i in inside.values() if i.is_root)
     outputs = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     kinds = _ARRAY.finditer(fusion.shape)
     for output, shape in zip(outputs, (match[0] for match in kinds), strict=False):
-        last = inside[origin(output.name)]
+        last = inside[_origin(inside, output.name)]
         if _updates(last) and array_bytes(shape):
             total += array_bytes(inside[last.operands[1]].shape, everywhere=True)
         else:
             total += array_bytes(shape)
     return total
+
+
+def _called(fusion: Instruction, computations) -> dict[str, Instruction]:
+    return computations[_CALLED.findall(fusion.attributes)[0][0].lstrip("%")]
+
+
+def _origin(inside: dict[str, Instruction], name: str) -> str:
+    while inside[name].opcode in ("bitcast", "convert", "copy"):
+        name = inside[name].operands[0]
+    return name
+
+
+def _read(inside: dict[str, Instruction], number: int, shape: str, computations) -> int:
+    """What a fusion reads of its operand of this number: slices of it, or the whole; of what it updates, nothing."""
+    parameter = next((i.name for i in inside.values() if i.opcode == "parameter" and int(i.literal) == number), None)
+    whole = array_bytes(shape)
+    if parameter is None or not whole:
+        return 0
+    if not any(parameter in user.operands for user in inside.values()):
+        return whole
+    total, names = 0, [parameter]  # it, and what is only another view of it
+    for name in names:
+        for user in inside.values():
+            if name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode in _SLICES:
+                total += _taken(user, shape)
+            elif user.opcode == "fusion":
+                inner = _called(user, computations)
+                total += sum(_read(inner, k, shape, computations) for k, x in enumerate(user.operands) if x == name)
+            elif not (_updates(user) and _origin(inside, user.operands[0]) == parameter):
+                return whole
+    return min(total, whole)

@@ -187,6 +187,36 @@ def test_a_kernel_counts_what_its_author_says_it_reads_again():
     assert program_traffic(told) == Traffic(5 * (once + 40960 // 2 + compare), 0, 0)  # its result stays on the chip
 
 
+def test_a_fusion_within_a_fusion_reads_its_slice_of_a_stack_alone():
+    """As libtpu writes a layer's gradient, beside a buffer that it sets aside and that nothing fills."""
+    text = """HloModule jit_f
+
+%slicing (p0: f32[6,8,128], p1: s32[]) -> f32[8,128] {
+  %p0 = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %taken = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%taken)
+}
+
+%product (q0: f32[6,8,128], q1: s32[], q2: f32[8,128]) -> f32[8,128] {
+  %q0 = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %layer = f32[8,128]{1,0:T(8,128)} fusion(%q0, %q1), kind=kLoop, calls=%slicing
+  ROOT %times = f32[8,128]{1,0:T(8,128)} multiply(%layer, %q2)
+}
+
+ENTRY %main (a: f32[6,8,128], b: s32[], c: f32[8,128]) -> f32[8,128] {
+  %a = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %b = s32[]{:S(6)} parameter(1)
+  %c = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %room = f32[6,8,128]{2,1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %f = f32[8,128]{1,0:T(8,128)} fusion(%a, %b, %c), kind=kOutput, calls=%product
+}
+"""
+    assert program_traffic(text).memory == 3 * 4096
+
+
 @pytest.mark.parametrize(
     "groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['a'=2,'b'=4] {'b'}", "mesh['a'=8] {'a':(2)4}"]
 )
