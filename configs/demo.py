@@ -44,13 +44,13 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.loss.classification = "sigmoid_focal"
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3 if variant == "deperceiver_plus" else 1e-3
     config.optimizer.groups.backbone.multiplier = 1.0  # nothing is pretrained
     config.optimizer.clip_norm = 1.0
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
 
-    config.train.num_steps = 700 if variant == "deperceiver_plus" else 1600  # the others learn more slowly
+    config.train.num_steps = 500 if variant == "deperceiver_plus" else 1600  # the others learn more slowly
     config.train.eval_every = -1
     config.train.checkpoint_every = 500
     config.eval.batch_size = 40
