@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention.choice import attention
-from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_of_keys
+from deperceiver_jax.models.kernels.log_gaussian import Bias, bias_of_keys
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.linear import linear, split_key, xavier_start
 from deperceiver_jax.models.layers.recorder import record_dense
@@ -66,14 +66,15 @@ class MultiHeadAttention(nnx.Module):
         value: Float[Array, "B K D"],
         *,
         key_valid: Bool[Array, "B K"] | None = None,
-        bias: Float[Array, "B Hb Qb K"] | LogGaussian | None = None,
+        bias: Bias | list[Bias] | None = None,
         segments: Sequence[int] | None = None,
         segment_weight: Float[Array, "B Q S"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B Q D"]:
         """What lies between the linear layers: projected queries, keys and values in, the heads side by side out.
 
-        `key_valid` is False on padding; `bias` is added to the scaled logits. Dropout is on the probabilities.
+        `key_valid` is False on padding; `bias`, or a list with one for each segment, is added to the scaled logits.
+        Dropout is on the probabilities.
         `segments`: lengths of consecutive runs of keys. Each has a softmax of its own, and their results are added,
         times `segment_weight` if that is given.
         """
@@ -91,7 +92,7 @@ class MultiHeadAttention(nnx.Module):
             for i, part_key in enumerate(split_key(dropout_key, len(ends))):
                 part = slice(ends[i] - segments[i], ends[i])
                 valid = None if key_valid is None else key_valid[:, part]
-                part_bias = bias_of_keys(bias, part)
+                part_bias = bias[i] if isinstance(bias, list) else bias_of_keys(bias, part)
                 result = attend(query, key[:, :, part], value[:, :, part], valid, part_bias, dropout_key=part_key)
                 if segment_weight is not None:
                     result = result * segment_weight[:, None, :, i, None].astype(result.dtype)

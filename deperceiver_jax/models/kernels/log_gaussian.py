@@ -24,12 +24,17 @@ class LogGaussian(NamedTuple):
         return -0.5 * (jnp.square(x) + jnp.square(y))
 
 
-def bias_map(bias: Float[Array, "B Hb Qb K"] | LogGaussian) -> Float[Array, "B Hb Qb K"]:
-    """What is added to the logits."""
+Bias = Float[Array, "B Hb Qb K"] | LogGaussian
+
+
+def bias_map(bias: Bias | list[Bias]) -> Float[Array, "B Hb Qb K"]:
+    """What is added to the logits; of a list, for one run of keys after the other."""
+    if isinstance(bias, list):
+        return jnp.concatenate([bias_map(part) for part in bias], axis=-1)
     return bias.map() if isinstance(bias, LogGaussian) else bias
 
 
-def bias_of_keys(bias: Float[Array, "B Hb Qb K"] | LogGaussian | None, part: slice):
+def bias_of_keys(bias: Bias | None, part: slice):
     """The same over some of the keys."""
     if isinstance(bias, LogGaussian):
         return bias._replace(place=bias.place[:, part])

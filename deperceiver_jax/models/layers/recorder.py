@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Bool, Float
 
-from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
+from deperceiver_jax.models.kernels.log_gaussian import Bias, bias_map
 from deperceiver_jax.structures import Array
 
 
@@ -92,7 +92,7 @@ def record_dense(
     query: Float[Array, "B H Q D"],
     key: Float[Array, "B H K D"],
     key_valid: Bool[Array, "B K"] | None,
-    bias: Float[Array, "B Hb Qb K"] | LogGaussian | None,
+    bias: Bias | list[Bias] | None,
     segments: Sequence[int] | None,
     segment_weight: Float[Array, "B Q S"] | None,
 ) -> None:

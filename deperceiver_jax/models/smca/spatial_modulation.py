@@ -13,7 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deperceiver_jax.errors import check_above_zero, check_at_least, check_choice
+from deperceiver_jax.models.attention.choice import LARGE
 from deperceiver_jax.models.features.pyramid import LevelTokens
+from deperceiver_jax.models.kernels.log_gaussian import Bias, LogGaussian
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
 
@@ -83,10 +85,11 @@ class SpatialModulation(nnx.Module):
 
     def __call__(
         self, query: Float[Array, "B Q D"], center: Float[Array, "B Q 2"] | None, image: LevelTokens
-    ) -> tuple[Float[Array, "B H Q S"] | None, Float[Array, "B Q L"] | None]:
-        """`center` is (x, y) in pixels of the image whose tokens these are.
+    ) -> tuple[list[Bias] | None, Float[Array, "B Q L"] | None]:
+        """Of each level its map, and the levels' weights. `center` is (x, y) in pixels of the image of these tokens.
 
-        H is 1 where heads share the map. None where there is no modulation, or no selection.
+        A LogGaussian where attention is never a whole matrix and every head has its own, else a map; H is 1 where heads
+        share it. None where there is no modulation, or no selection.
         """
         if self.norm is None:
             return None, None
@@ -94,39 +97,51 @@ class SpatialModulation(nnx.Module):
         weight = None if self.selection is None else jax.nn.softmax(self.selection(query), axis=-1)
         if not self.modulates:
             return None, weight
-        place, precision = self._gaussians(query, center)
-        maps = [
-            _quadratic(place[:, :, level], precision[:, :, level], *size) * (-self._factor(stride) / self.fields.beta)
-            for level, (size, stride) in enumerate(zip(image.sizes, self.strides, strict=True))
-        ]
-        return jnp.concatenate(maps, axis=-1), weight
+        place, scale = self._gaussians(query, center)
+        maps: list[Bias] = []
+        for level, (size, stride) in enumerate(zip(image.sizes, self.strides, strict=True)):
+            factor = self._factor(stride) / self.fields.beta
+            own_place, own_scale = place[:, :, level].swapaxes(1, 2), scale[:, :, level].swapaxes(1, 2)
+            entries = query.shape[1] * size[0] * size[1]
+            large = isinstance(entries, int) and entries >= LARGE  # a whole map is cheaper from its rows and columns
+            if not large or self.offset is None or scale.shape[-1] == 3:
+                maps.append(-factor * _quadratic(own_place, jnp.square(own_scale), *size))
+            else:
+                cells = jnp.broadcast_to(_cells(*size), (len(query), size[0] * size[1], 2))
+                maps.append(LogGaussian(own_place, own_scale * (2 * factor) ** 0.5, cells))
+        return maps, weight
 
-    def _gaussians(self, query, center) -> tuple[Float[Array, "B Q L H 2"], Float[Array, "B Q L H 3"]]:
-        """Centres in cells, and what multiplies dx^2, dy^2 and dx^2 dy^2."""
+    def _gaussians(self, query, center) -> tuple[Float[Array, "B Q L H 2"], Float[Array, "B Q L H n"]]:
+        """Centres in cells, and a_x, a_y and a_xy, whose squares multiply dx^2, dy^2 and dx^2 dy^2."""
         shape = (*query.shape[:2], len(self.strides), self.num_heads)
         place = center[:, :, None] / jnp.asarray(self.strides, jnp.float32)[None, None, :, None]
         place = jnp.broadcast_to(place[:, :, :, None], (*shape, 2))
         if self.offset is not None:
             place = place + self.offset(query).reshape(*shape, 2)
         if self.scale is None:
-            precision = jnp.ones((*shape, 1), jnp.float32)
+            scale = jnp.ones((*shape, 1), jnp.float32)
         else:
-            precision = jnp.square(self.scale(query).reshape(*shape, self.num_scales))
+            scale = self.scale(query).reshape(*shape, self.num_scales)
             if self.fields.scale_form == "width":  # a width of a hundredth of a cell is as narrow as can be
-                precision = 1.0 / (precision + 1e-4)
+                scale = jax.lax.rsqrt(jnp.square(scale) + 1e-4)
         if self.num_scales < 2:
-            precision = jnp.concatenate([precision, precision], axis=-1)
-        return place, precision
+            scale = jnp.concatenate([scale, scale], axis=-1)
+        return place, scale
 
     def _factor(self, stride: int) -> float:
         return stride / 32 if self.fields.stride_factor else 1.0
 
 
+def _cells(height: int, width: int) -> Float[Array, "h*w 2"]:
+    """(x, y) of every cell."""
+    y, x = jnp.mgrid[:height, :width].reshape(2, -1)
+    return jnp.stack([x, y], axis=-1).astype(jnp.float32)
+
+
 def _quadratic(
-    place: Float[Array, "B Q H 2"], precision: Float[Array, "B Q H n"], height: int, width: int
+    place: Float[Array, "B H Q 2"], precision: Float[Array, "B H Q n"], height: int, width: int
 ) -> Float[Array, "B H Q h*w"]:
     """a_x^2 dx^2 + a_y^2 dy^2 (+ a_xy^2 dx^2 dy^2) at every cell, from one row and one column of squares."""
-    place, precision = place.swapaxes(1, 2), precision.swapaxes(1, 2)
     dx = jnp.square(place[..., 0, None] - jnp.arange(width, dtype=jnp.float32)[None, None, None])
     dy = jnp.square(place[..., 1, None] - jnp.arange(height, dtype=jnp.float32)[None, None, None])
     total = (precision[..., 0, None] * dx)[..., None, :] + (precision[..., 1, None] * dy)[..., None]

@@ -150,14 +150,15 @@ class ModulatedDecoderLayer(DecoderLayer):
     ) -> Float[Array, "B Q D"]:
         """`center`: (x, y) of each query's estimated centre, in pixels of the image."""
         bias, level_weight = self.modulation(content + query_position, center, memory)
+        several = len(memory.lengths) > 1
         return super().__call__(
             content,
             query_position,
             memory.tokens,
             memory.keys,
             memory.valid,
-            bias=bias,
-            segments=memory.lengths if len(memory.lengths) > 1 else None,
+            bias=bias if several or bias is None else bias[0],
+            segments=memory.lengths if several else None,
             segment_weight=level_weight,
             dropout_key=dropout_key,
         )

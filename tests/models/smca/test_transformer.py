@@ -12,6 +12,7 @@ from configs import smca
 from deperceiver_jax.models.attention import choice as attention_choice
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.detr.transformer import EncoderLayer
+from deperceiver_jax.models.smca import spatial_modulation
 from deperceiver_jax.models.smca.spatial_modulation import ModulationFields, SpatialModulation
 from deperceiver_jax.models.smca.transformer import AttentionEncoder, AttentionFields, LevelEncoderLayer
 from tests.drawn_arrays import FLOAT32, level_tokens
@@ -131,8 +132,10 @@ def modulated():
     return make_step, state
 
 
-def test_modulation_goes_through_every_implementation(monkeypatch):
+@pytest.mark.parametrize("large", [0, 2**20])
+def test_modulation_goes_through_every_implementation(large, monkeypatch):
     """As a bias that queries, heads and levels have, whose gradient returns. (cuDNN takes no bias: it gets blocks.)"""
+    monkeypatch.setattr(spatial_modulation, "LARGE", large)
     monkeypatch.setattr(attention_choice, "BLOCK", 6)
     monkeypatch.setattr(attention_choice, "FEWEST_QUERIES", 4)  # a block of four queries and one of two
     make_step, state = modulated()
