@@ -22,7 +22,7 @@ FAR = -2.0  # a place beyond every cell, for queries that are padding
 
 
 def sample_level(
-    cells: Float[Array, "B H D h w"],
+    cells: Float[Array, "B h w H D"],
     x: Float[Array, "B Q H K"],
     y: Float[Array, "B Q H K"],
     weight: Float[Array, "B Q H K"],
@@ -33,11 +33,11 @@ def sample_level(
     Units are cells, 0 the centre of the first; points are at most one cell outside of the map.
     Products are of `dtype`. All arrays are float32, and so are their gradients' sums.
     """
-    batch, heads, channels, height, width = cells.shape
+    batch, height, width, heads, channels = cells.shape
     num_queries, num_points = x.shape[1], x.shape[3]
     columns = -(-width // COLUMNS) * COLUMNS
-    cells = jnp.pad(cells, [(0, 0), (0, 0), (0, 0), (0, -height % STRIP), (0, columns - width)])
-    cells = cells.reshape(batch, heads, channels, -1)
+    cells = jnp.pad(cells, [(0, 0), (0, -height % STRIP), (0, columns - width), (0, 0), (0, 0)])
+    cells = jnp.transpose(cells, (0, 3, 4, 1, 2)).reshape(batch, heads, channels, -1)
     points = jnp.transpose(jnp.concatenate([x, y, weight], axis=-1), (0, 2, 3, 1))  # B H 3K Q
     block = min(QUERIES, -(-num_queries // 128) * 128)
     pads = [(0, 0), (0, 0), (0, -3 * num_points % SUBLANES), (0, -num_queries % block)]

@@ -239,13 +239,9 @@ def _add(quads, rows, values):
 
 def sample_by_kernel(level_sizes, value, place, weight):
     """`sample_cells` on one TPU."""
-    cells = value.astype(jnp.float32)  # blocks' gradients of a cell add up in float32
-    # A few channels last would leave most of a TPU's lanes empty in every copy.
-    cells = jnp.transpose(cells, (0, 2, 3, 1))
-    total, start = 0.0, 0
-    for level, (height, width) in enumerate(level_sizes):
-        own = cells[..., start : start + height * width].reshape(*cells.shape[:3], height, width)
-        x, y = _clipped(place[:, :, :, level], (height, width))
-        total += sample_level(own, x, y, weight[:, :, :, level], value.dtype)
-        start += height * width
-    return total.astype(value.dtype)
+    maps = _split_levels(value.astype(jnp.float32), level_sizes)  # blocks' gradients of a cell add up in float32
+    sums = (
+        sample_level(cells, *_clipped(place[:, :, :, level], size), weight[:, :, :, level], value.dtype)
+        for level, (cells, size) in enumerate(zip(maps, level_sizes, strict=True))
+    )
+    return sum(sums).astype(value.dtype)
