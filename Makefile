@@ -1,4 +1,4 @@
-# make demo   installs, trains on the built-in dataset, evaluates, draws detections: five minutes after the install
+# make demo   installs, trains on the built-in dataset, evaluates, draws detections: four minutes after the install
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
 # make lint   ruff and mypy, as CI does

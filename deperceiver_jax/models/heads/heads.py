@@ -21,11 +21,16 @@ def inverse_sigmoid(x: Array) -> Array:
     return jnp.log(jnp.maximum(x, 1e-5) / jnp.maximum(1.0 - x, 1e-5))
 
 
+def _with_barrier(x: Array, kernel: Array, *dimensions, **options) -> Array:
+    """lax.dot_general, whose gradient libtpu 0.0.51 can sum over several slices, also that of a stack of kernels."""
+    return jax.lax.dot_general(x, jax.lax.optimization_barrier(kernel), *dimensions, **options)
+
+
 class ClassHead(nnx.Module):
     """One linear layer, in float32. With `rare`, every class starts at a probability of 1 %."""
 
     def __init__(self, dim: int, num_logits: int, *, rare: bool = False, rngs: nnx.Rngs):
-        self.linear = linear(dim, num_logits, dtype=jnp.float32, rngs=rngs)
+        self.linear = linear(dim, num_logits, dtype=jnp.float32, dot_general=_with_barrier, rngs=rngs)
         if rare:
             self.linear.bias[...] = jnp.full(num_logits, RARE)
 
