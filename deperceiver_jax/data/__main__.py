@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, require_writable
+from deperceiver_jax.files import as_path, check_address, require_writable
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
 
 DEFAULT_CONFIG = "deperceiver_plus"
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     places = [argument for argument in argv[2:] if not argument.startswith("-")]
     if len(places) != 1:
         raise UserError(f"{what} needs one folder: deperceiver data {what} DIR.")
+    check_address(f"{what}'s DIR", places[0], buckets=False)
     rest = [argument for argument in argv[2:] if argument.startswith("-")]
     values, config_arguments = parse_flags([argv[0], *rest], define_flags, __doc__)
     for name in {*FLAGS["check"], *FLAGS["prepare"]} - {*FLAGS[what]}:

@@ -42,6 +42,7 @@ IN_BUCKETS = (  # flags and fields that may be paths in a bucket
     "--classes",
     "--to",
     "--from",
+    "config.data.directory",
     "config.init_from",
     "config.model.backbone.weights",
     "config.train.compilation_cache",

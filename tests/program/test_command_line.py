@@ -110,8 +110,8 @@ def test_the_last_of_repeated_flags_counts():
         (["--config.data={}"], "The config lacks data."),
         (["--config.data.directory=s3://bucket/coco"], "config.data.directory is s3://bucket/coco: of addresses with"),
         (
-            ["--config.data.directory=gs://bucket/coco"],
-            "config.data.directory is gs://bucket/coco: it is read from a d",
+            ["--config.data.prepared_directory=gs://bucket/coco"],
+            "config.data.prepared_directory is gs://bucket/coco: it is read from a d",
         ),
         (["--workdir=file:///x"], "--workdir is file:///x: of addresses with :// only gs:// is known"),
         (["--workdir=~nobody_is_called_so/x"], "--workdir is ~nobody_is_called_so/x: there is no such home directory."),

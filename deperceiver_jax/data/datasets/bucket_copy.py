@@ -107,15 +107,17 @@ def upload(folders: Mapping[str, Path], place: Path, share: Share) -> None:
     print(f"{copied} {place}/{LIST} lists all {len(files)}, {_total(states)}.", flush=True)
 
 
-def download(place: Path, directory: Path, share: Share) -> None:
+def download(place: Path, directory: Path, share: Share, given_as: str = "--from") -> None:
     """Copies what `place` lists into `directory`, but for the files that are there. Raises UserError, in one sentence.
 
-    A file has its name when it is whole. The descriptions come first, so that a reader sees what is missing.
+    given_as: the flag or field that a person wrote `place` into. A file has its name when it is whole. The descriptions
+    come first, so that a reader sees what is missing.
     """
-    system, there = _stored("--from", place)
-    listed = _listed("--from", place, there)
+    system, there = _stored(given_as, place)
+    listed = _listed(given_as, place, there)
     if listed is None:
-        raise UserError(f"--from: {place} has no {LIST}; it is there when `--to` has copied everything.")
+        command = f"deperceiver data prepare DIR --to={place}"
+        raise UserError(f"{given_as}: {place} has no {LIST}, which is there when this has copied everything: {command}")
 
     def copy(name: str) -> int | None:
         target, state, source = directory / name, listed[name], f"{place}/{name}"
@@ -123,21 +125,21 @@ def download(place: Path, directory: Path, share: Share) -> None:
             return None
         if there.get(name) != state:
             what = "is damaged: its size or checksum is not that of" if name in there else "is gone from"
-            raise UserError(f"--from: {source} {what} {place}/{LIST}; `--to` copies it there again.")
+            raise UserError(f"{given_as}: {source} {what} {place}/{LIST}; `--to` copies it there again.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as partial:
             for _ in range(TRIES):
                 system.get_file(source, os.fspath(partial))
                 if _state(partial) == state:
                     return state.size
-            raise UserError(f"--from: {source} arrived {TRIES} times with a checksum that is not the bucket's.")
+            raise UserError(f"{given_as}: {source} arrived {TRIES} times with a checksum that is not the bucket's.")
 
     names = sorted(listed, key=lambda name: listed[name].size)
     mine = share.of(names)
     try:
         with alone(directory, ".lock" if share.processes == 1 else f".lock-{share.process}-of-{share.processes}"):
             _require_room(directory, {name: listed[name] for name in mine})
-            copied = _copy_all("--from", place, copy, mine, {name: listed[name].size for name in mine})
+            copied = _copy_all(given_as, place, copy, mine, {name: listed[name].size for name in mine})
     except OSError as error:
         raise UserError(f"{error.filename or directory} cannot be written: {reason(error)}.") from error
     print(f"{copied} {directory} has {len(mine)} of {len(names)}, of {_total(listed)} in all.", flush=True)

@@ -1,5 +1,6 @@
 """A split of any data set: encoded images by position, with sizes and annotations known beforehand."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.data.datasets.bucket_copy import Share, download
 from deperceiver_jax.data.datasets.directory_builder import CocoDirectory, directory_config
 from deperceiver_jax.data.datasets.index import Index, load_or_build, open_records, read_stored
 from deperceiver_jax.data.datasets.layouts.layout import FIELDS, SPLITS
@@ -21,6 +23,7 @@ from deperceiver_jax.data.datasets.shapes import drawing
 from deperceiver_jax.data.datasets.shapes.builder import Shapes
 from deperceiver_jax.data.datasets.tfds_directory import DESCRIPTION, damage, describe, stored_bytes
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import BUCKETS, as_path, is_bucket
 
 NORMALISED = 1.1  # the most that a number of a normalised box is, rounding and boxes beyond the border included
 CLIP_TOLERANCE = 0.5  # pixels; annotations that reach further outside their image are counted
@@ -160,12 +163,21 @@ def _prepared_directory(config_data):
 
 
 def existing_directory(config_data: ConfigDict) -> Path:
-    """config.data.directory. Raises UserError where there is none."""
+    """config.data.directory, or the copy of one in a bucket, made first. Raises UserError where there is none."""
     if not config_data.directory:
         raise UserError(f"config.data.directory is empty, and data set {config_data.name} needs one.")
+    if is_bucket(config_data.directory):
+        return _from_bucket(config_data.directory, _prepared_directory(config_data) / "buckets")
     directory = Path(config_data.directory).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory} (config.data.directory).")
+    return directory
+
+
+@functools.cache  # all that was copied is read again to see whether it is whole: once in a process
+def _from_bucket(place, copies):
+    directory = copies / place.removeprefix(BUCKETS)
+    download(as_path(place), directory, Share(), given_as="config.data.directory")
     return directory
 
 

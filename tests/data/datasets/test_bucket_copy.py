@@ -17,6 +17,7 @@ import pytest
 from deperceiver_jax.data.__main__ import main
 from deperceiver_jax.data.datasets import bucket_copy
 from deperceiver_jax.data.datasets.source import open_source
+from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, write_whole
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.workdir import data_fingerprint
@@ -87,6 +88,22 @@ def test_what_arrives_is_the_data_set(pictures, prepare, there, bucket, tmp_path
         assert len(found) < found.bytes_per_image  # as Source says it, which a run multiplies
     assert "Copied 0 of" in prepare(tmp_path / "host", f"--from={there}")[1]
     assert "Copied 0 of" in prepare(pictures.root, f"--to={there}")[1]
+
+
+def test_a_run_copies_the_data_set_that_its_config_names(pictures, prepare, there, bucket, place, tmp_path, capsys):
+    config = pictures.config(directory=there, prepared_directory=str(tmp_path / "host"))
+    for split in ("train", "validation"):
+        found, expected = open_source(config, split), open_source(pictures.config(), split)
+        assert data_fingerprint(found) == data_fingerprint(expected)
+        assert all(found.image_bytes(i) == expected.image_bytes(i) for i in range(len(expected)))
+    assert capsys.readouterr().out.count("Copied ") == 1
+    absent = (f"{place}-none", f"{place}-none has no prepared.json"), ("gs://nowhere/x", "there is no bucket")
+    for empty, sentence in absent:
+        with pytest.raises(UserError, match=f"config.data.directory: {sentence}"):
+            open_source(pictures.config(directory=empty), "train")
+    for what in ("check", "prepare"):
+        assert run(main, ["data", what, there]) == 1
+        assert f"{what}'s DIR is {there}: it is read from a disk of this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["to", "from"])
@@ -196,7 +213,10 @@ def test_processes_share_it(pictures, prepare, bucket, place, tmp_path):
     [
         (["--to=gs://nowhere/x"], "--to: there is no bucket gs://nowhere."),
         (["--from=gs://nowhere/x"], "--from: there is no bucket gs://nowhere."),
-        (["--from=gs://bucket/nothing"], "--from: gs://bucket/nothing has no prepared.json; it is there when `--to`"),
+        (
+            ["--from=gs://bucket/nothing"],
+            "--from: gs://bucket/nothing has no prepared.json, which is there",
+        ),
         (["--to=/tmp/x"], "--to is /tmp/x; it is a folder of a bucket, as in gs://my-bucket/coco."),
         (["--to=s3://bucket/x"], "--to is s3://bucket/x: of addresses with :// only gs:// is known"),
         (["--to=gs://bucket/x", "--from=gs://bucket/x"], "--to and --from are given; what is copied goes one way."),
