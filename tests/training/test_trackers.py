@@ -74,7 +74,7 @@ def wandb_records(file: Path):
 
 def runs_of(workdir: Path):
     """The records of each of its offline runs, when W&B's own process has written the last one."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         runs = [list(wandb_records(file)) for file in sorted(workdir.glob("wandb/offline-run-*/*.wandb"))]
         if all(records and records[-1].HasField("exit") for records in runs):
