@@ -89,14 +89,13 @@ def prepare(data, values: flags.FlagValues) -> None:
         return
     if to:
         bucket_copy.require_place("--to", as_path(to))
-    from deperceiver_jax.data.datasets.source import open_source, prepared_folder
+    from deperceiver_jax.data.datasets.source import open_source
 
     folders = {}
     for split in dict.fromkeys((data.train_split, data.eval_split)):
-        count = len(open_source(data, split))
-        folder = prepared_folder(data, split)
-        folders["" if data.name == "tfds" else split] = folder
-        print(f"Split {split}, {count} images, is prepared in {folder}.", flush=True)
+        opened = open_source(data, split)
+        folders["" if data.name == "tfds" else split] = opened.prepared
+        print(f"Split {split}, {len(opened)} images, is prepared in {opened.prepared}.", flush=True)
     if to:
         bucket_copy.upload(folders, as_path(to), share)
 

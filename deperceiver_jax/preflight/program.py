@@ -32,7 +32,12 @@ class Cost(NamedTuple):
     interconnect_bytes: int  # to chips of its slice
     network_bytes: int  # to other slices
     seconds: float  # to compile
-    parts: Sequence[Part] = ()  # what `memory_bytes` consists of, the largest first
+    program: str = ""  # the compiled text
+
+    @property
+    def parts(self) -> list[Part]:
+        """What `memory_bytes` consists of, the largest first; reads the whole program."""
+        return memory_by_part(self.program)
 
     @property
     def memory(self) -> int:
@@ -64,7 +69,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
         interconnect_bytes=traffic.interconnect,
         network_bytes=traffic.network,
         seconds=time.monotonic() - start,
-        parts=memory_by_part(text),
+        program=text,
     )
 
 

@@ -37,12 +37,13 @@ def row(bucket: tuple[int, int], cost: Cost, chip: Chip | None, hbm_gib: float, 
 
 def parts_table(bucket: tuple[int, int], cost: Cost) -> str:
     """What the bytes through memory are, by the part of the package that moves them: those of 1 % and more."""
-    total = sum(part.bytes for part in cost.parts)
-    large = [part for part in cost.parts if 100 * part.bytes >= total]
+    parts = cost.parts
+    total = sum(part.bytes for part in parts)
+    large = [part for part in parts if 100 * part.bytes >= total]
     lines = [f"Of the GB moved at {bucket[0]}x{bucket[1]}:", f"{'GB moved':>10}{'share':>8}  pass      part"]
     for size, direction, name in [
         *((part.bytes, "backward" if part.backward else "forward", part.name) for part in large),
-        (total - sum(part.bytes for part in large), "both", f"{len(cost.parts) - len(large)} others of less than 1 %"),
+        (total - sum(part.bytes for part in large), "both", f"{len(parts) - len(large)} others of less than 1 %"),
     ]:
         lines.append(f"{size / 1e9:>10.2f}{100 * size / max(total, 1):>6.1f} %  {direction:<10}{name}")
     return "\n".join(lines)

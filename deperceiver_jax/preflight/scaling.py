@@ -22,7 +22,8 @@ from deperceiver_jax.training.compile_ahead import abstract_batch
 from deperceiver_jax.training.train_state import inference_arrays
 
 CHIPS = tuple(4 * 2**i for i in range(9))
-METRIC = 4.5 / 5000  # seconds an image: COCO's metric and its files, of wall time (benchmarks/README.md, Evaluation)
+# Seconds an image, of wall time: COCO's metric and its files on a core that has other work (2.2 / 5000 on a free one).
+METRIC = 4.5 / 5000
 ENOUGH = 0.8  # of the chips' time in training steps; below it, a run no longer scales
 
 

@@ -35,7 +35,7 @@ class UnpreparedSource(Source):
     """A split whose images are read from their own files."""
 
     def image_bytes(self, position: int) -> bytes:
-        return (self._prepared / self.filename(position)).read_bytes()
+        return (self.prepared / self.filename(position)).read_bytes()
 
 
 @dataclass

@@ -5,6 +5,7 @@ What is there is there whole: files are compared by size and CRC32C, which the b
 """
 
 import base64
+import functools
 import json
 import os
 import shutil
@@ -54,13 +55,14 @@ class Share(NamedTuple):
 
 
 def require_place(flag: str, place: Path) -> None:
-    """Raises UserError unless a data set can be copied to, or from, a folder of a bucket that was given as `flag`."""
+    """Raises UserError unless `place`, given as `flag`, is in a bucket, which may be written where it is --to.
+
+    Whether it may be read, `upload` and `download` find out.
+    """
     if not is_bucket(place):
         raise UserError(f"{flag} is {place}; it is a folder of a bucket, as in gs://my-bucket/coco.")
     if flag == "--to":
         require_writable(flag, place)
-    else:
-        file_system(flag, place)
 
 
 def upload(folders: Mapping[str, Path], place: Path, share: Share) -> None:
@@ -74,6 +76,7 @@ def upload(folders: Mapping[str, Path], place: Path, share: Share) -> None:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix != ".tmp"
     }
+    states = {name: functools.cache(functools.partial(_state, path)) for name, path in files.items()}  # each read once
     system, there = _stored("--to", place)
     listed = _listed("--to", place, there)
     another = f"--to: {place} has another prepared data set; choose another folder for this one, or delete that one"
@@ -81,7 +84,7 @@ def upload(folders: Mapping[str, Path], place: Path, share: Share) -> None:
         raise UserError(f"{another}.")
 
     def copy(name: str) -> int | None:
-        state, target = _state(files[name]), f"{place}/{name}"
+        state, target = states[name](), f"{place}/{name}"
         if listed and listed[name] != state:
             raise UserError(f"{another}: their {name} differ.")
         if there.get(name) == state:
@@ -95,16 +98,16 @@ def upload(folders: Mapping[str, Path], place: Path, share: Share) -> None:
     mine = share.of(list(files))
     copied = _copy_all("--to", place, copy, mine, {name: files[name].stat().st_size for name in mine})
     there = _stored("--to", place)[1]
-    states = {name: _state(path) for name, path in files.items()} if there.keys() >= files.keys() else {}
-    missing = [name for name in files if name not in states or there[name] != states[name]]
+    found = {name: state() for name, state in states.items()} if there.keys() >= files.keys() else {}
+    missing = [name for name in files if name not in found or there[name] != found[name]]
     if missing:
         if share.processes == 1:
             raise UserError(f"--to: {place}/{missing[0]} is not there any more; the same command copies it again.")
         print(f"{copied} The last process to be done writes {place}/{LIST}, which this one is not.", flush=True)
         return
-    if listed != states:
-        write_whole(place / LIST, json.dumps({name: state._asdict() for name, state in states.items()}, indent=1))
-    print(f"{copied} {place}/{LIST} lists all {len(files)}, {_total(states)}.", flush=True)
+    if listed != found:
+        write_whole(place / LIST, json.dumps({name: state._asdict() for name, state in found.items()}, indent=1))
+    print(f"{copied} {place}/{LIST} lists all {len(files)}, {_total(found)}.", flush=True)
 
 
 def download(place: Path, directory: Path, share: Share, given_as: str = "--from") -> None:

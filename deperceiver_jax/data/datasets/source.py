@@ -35,7 +35,8 @@ class Source:
     def __init__(self, prepared: Path, split: str, classes: ClassMap, index: Index, area_scale: float):
         self.classes = classes
         self.area_scale = area_scale  # of COCO's bounds between small, medium and large; 1 for photographs
-        self._prepared, self._split, self._index = prepared, split, index
+        self.prepared = prepared  # the folder of its files
+        self._split, self._index = split, index
         self._records: Any = None
         self._opened_by: int | None = None
         self._image, self._boxes, self._labels = _targets(index, classes)
@@ -49,7 +50,7 @@ class Source:
 
     def take(self, positions: Int64[np.ndarray, " n"]) -> "Source":
         """The split that has these images alone; `positions` are ascending."""
-        return type(self)(self._prepared, self._split, self.classes, self._index.take(positions), self.area_scale)
+        return type(self)(self.prepared, self._split, self.classes, self._index.take(positions), self.area_scale)
 
     @property
     def sizes(self) -> Int32[np.ndarray, "N 2"]:
@@ -74,7 +75,7 @@ class Source:
     @property
     def bytes_per_image(self) -> float:
         """What an image and its annotations take on the disk, on average over the split."""
-        return stored_bytes(self._prepared, self._split)
+        return stored_bytes(self.prepared, self._split)
 
     @property
     def filenames(self) -> np.ndarray:
@@ -88,8 +89,8 @@ class Source:
     def image_bytes(self, position: int) -> bytes:
         """The image as its file was: JPEG, PNG or another format that Pillow reads."""
         if self._opened_by != os.getpid():  # a forked process must not share its parent's reader
-            self._records, self._opened_by = open_records(self._prepared, self._split), os.getpid()
-        return read_stored(self._records, int(self._index.record[position]), self._prepared)["image"]
+            self._records, self._opened_by = open_records(self.prepared, self._split), os.getpid()
+        return read_stored(self._records, int(self._index.record[position]), self.prepared)["image"]
 
     def orientation(self, position: int) -> int:
         """The EXIF orientation by which the stored image is turned into the one that is annotated; 1: not at all."""
@@ -127,7 +128,7 @@ def open_source(config_data: ConfigDict, split: str) -> Source:
 
 
 def _open_source(config_data, split):
-    prepared = prepared_folder(config_data, split)
+    prepared = _prepared_folder(config_data, split)
     classes, label_ids, notes = describe(prepared, split)
     index = load_or_build(
         prepared,
@@ -146,8 +147,7 @@ def _open_source(config_data, split):
     return Source(prepared, split, classes, index, area_scale=drawing.AREA_SCALE if drawn else 1.0)
 
 
-def prepared_folder(config_data: ConfigDict, split: str) -> Path:
-    """Where a split of the data set that config.data names lies, prepared first if need be. Raises UserError."""
+def _prepared_folder(config_data, split):
     name, _, variant = config_data.name.partition("/")
     if name == "shapes":
         return _prepare_shapes(config_data, split, variant or "standard")
