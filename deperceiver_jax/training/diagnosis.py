@@ -192,7 +192,8 @@ def _boxes_below_a_cell(run: Circumstances, rows: Rows) -> str:
 def _too_few_steps(run: Circumstances, rows: Rows) -> str:
     losses = _losses(rows)
     last = max(len(losses) // 3, 1)
-    if len(losses) > 1 and losses[-last:].mean() < STILL_FALLING * losses[-2 * last : -last].mean():
+    fallen = len(losses) > 1 and losses[-1] < losses[0]
+    if fallen and losses[-last:].mean() < STILL_FALLING * losses[-2 * last : -last].mean():
         return f"it has not trained for long enough: its loss still falls, from {_fall(rows)}"
     return ""
 

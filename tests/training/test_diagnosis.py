@@ -48,6 +48,7 @@ def rate(verdict, share, last):
         (known(), lines(STILL), ""),
         (known(), [], ""),
         (known(), lines(FALLING), STEPS),
+        (known(), lines((28.55, 34.6, 28.6)), ""),  # it fell from the second to the third alone
         (known(side=7.0), lines(FALLING), CELLS),
         (known(), lines(STILL, 3.0), rate("high", 3, "9 in 30 steps")),
         (known(side=7.0), lines(FALLING, 20.0), rate("high", 20, "7 in 30 steps")),
