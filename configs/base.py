@@ -55,10 +55,10 @@ def base() -> ConfigDict:
     config.data.eval_max_size = 1333
 
     config.loss = ConfigDict()
-    config.loss.classification = "softmax_no_object"  # softmax_no_object | sigmoid_focal
+    config.loss.classification = "softmax_no_object"  # softmax_no_object | sigmoid_focal | sigmoid_iou_aware
     config.loss.no_object_weight = 0.1
-    config.loss.focal_alpha = 0.25
-    config.loss.focal_gamma = 2.0
+    config.loss.focal_alpha = 0.25  # focal: weight of the true class; IoU-aware: the score's share in its target
+    config.loss.focal_gamma = 2.0  # how fast the loss of easy logits fades
     config.loss.weight_class = 1.0
     config.loss.weight_bbox = 5.0
     config.loss.weight_giou = 2.0

@@ -41,7 +41,7 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.data.eval_buckets = 1
     config.data.num_workers = 0
 
-    config.loss.classification = "sigmoid_focal"
+    config.loss.classification = "sigmoid_iou_aware" if variant == "deperceiver_plus" else "sigmoid_focal"
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
     config.optimizer.learning_rate = 2e-3 if variant == "deperceiver_plus" else 1e-3

@@ -25,7 +25,7 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
     config.model.backbone = resnet(int(net[1:]))
     config.model.strides = _STRIDES[scale]
 
-    config.loss.classification = "sigmoid_focal"
+    config.loss.classification = "sigmoid_iou_aware"
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
     config.optimizer.learning_rate = 2e-4
@@ -47,6 +47,7 @@ def model() -> ConfigDict:
     m.top_down = True  # deeper maps of the backbone are mixed into the finer ones
     m.neck_blocks = 2  # residual blocks of two 3x3 convolutions on each map, after mixing
     m.start = "proposals"  # proposals (the best tokens of the image) | learned (the same for every image)
+    m.box_deltas = "scaled"  # scaled (by the box they move, as in R-CNN) | logits (as in Deformable DETR)
 
     m.backbone = resnet()
 

@@ -104,6 +104,7 @@ def _cross_attention_in_every_layer(config: ConfigDict) -> None:
     config.model.denoising.copies = 0
     config.model.no_object_logit = True
     config.model.decoder.update(num_layers=3, num_heads=4, mlp_dim=128, gaussian=False, refine=False, least_width=0.03)
+    config.model.box_deltas = "logits"
 
 
 def _gaussian(config: ConfigDict) -> None:
@@ -148,6 +149,16 @@ def _neck_blocks(config: ConfigDict) -> None:
     config.model.neck_blocks = 2
 
 
+def _scaled_deltas(config: ConfigDict) -> None:
+    """Boxes are moved by shares of their own sides rather than in logits, which depend on the place in the image."""
+    config.model.box_deltas = "scaled"
+
+
+def _iou_aware(config: ConfigDict) -> None:
+    """The score of a class is high where the box lies well, too."""
+    config.loss.classification = "sigmoid_iou_aware"
+
+
 def _separate_levels(config: ConfigDict) -> None:
     """A softmax for each level, with predicted weights."""
     config.model.decoder.separate_levels = True
@@ -170,6 +181,8 @@ ROWS = {
     "proposals": _proposals,
     "denoising": _denoising,
     "neck_blocks": _neck_blocks,
+    "scaled_deltas": _scaled_deltas,
+    "iou_aware": _iou_aware,
     "separate_levels": _separate_levels,
 }
 
@@ -178,8 +191,8 @@ ROWS = {
 
 
 def _deperceiver_plus(config: ConfigDict) -> None:
-    """The parts of configs/deperceiver_plus.py: the row `neck_blocks`."""
-    _climb(config, "neck_blocks")
+    """The parts of configs/deperceiver_plus.py: the row `iou_aware`."""
+    _climb(config, "iou_aware")
     config.optimizer.learning_rate = 3e-3
 
 

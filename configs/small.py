@@ -44,7 +44,7 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.data.eval_max_size = 640
     config.data.eval_buckets = 2
 
-    config.loss.classification = "sigmoid_focal"
+    config.loss.classification = "sigmoid_iou_aware" if variant == "deperceiver_plus" else "sigmoid_focal"
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
     config.optimizer.learning_rate = 3e-4 if variant == "detr" else 1e-3
@@ -65,7 +65,7 @@ def deperceiver_plus_model() -> ConfigDict:
     """DePerceiver+ on strides 8 and 16, three layers."""
     m = deperceiver_plus.model()
     m.strides = (8, 16)
-    m.decoder.update(num_layers=3, num_heads=4, mlp_dim=512, least_width=0.02)
+    m.decoder.update(num_layers=3, num_heads=4, mlp_dim=512)
     return m
 
 

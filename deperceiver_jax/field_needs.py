@@ -34,10 +34,10 @@ def _value(config: ConfigDict, field: str) -> Any:
     return operator.attrgetter(field)(config)
 
 
-def _classification(name: str) -> Need:
+def _classification(*names: str) -> Need:
     return Need(
-        lambda config: config.loss.classification == name and config.loss.weight_class > 0,
-        f"config.loss.classification={name} and config.loss.weight_class above 0",
+        lambda config: config.loss.classification in names and config.loss.weight_class > 0,
+        f"config.loss.classification={' or '.join(names)} and config.loss.weight_class above 0",
     )
 
 
@@ -63,8 +63,8 @@ GENERAL: Mapping[str, Need] = {
     **{f"data.crop_{part}": _CROPS for part in ("scales", "min", "max")},
     "data.paste_max_side": at_least("data.paste_objects", 1),
     "loss.no_object_weight": _classification("softmax_no_object"),
-    "loss.focal_alpha": _classification("sigmoid_focal"),
-    "loss.focal_gamma": _classification("sigmoid_focal"),
+    "loss.focal_alpha": _classification("sigmoid_focal", "sigmoid_iou_aware"),
+    "loss.focal_gamma": _classification("sigmoid_focal", "sigmoid_iou_aware"),
     "eval.tiles.overlap": at_least("eval.tiles.size", 1),
     "eval.merge_iou": _VIEWS,
     "model.backbone.weights": _PRETRAINED,

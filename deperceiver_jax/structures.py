@@ -43,7 +43,7 @@ class Predictions(NamedTuple):
     """What a detector answers: one set of boxes from every decoder layer; the last layer is the answer."""
 
     logits: Float[Array, "L B Q C"]
-    boxes: Float[Array, "L B Q 4"]  # cxcywh in [0, 1] of the unpadded image
+    boxes: Float[Array, "L B Q 4"]  # cxcywh, in shares of the unpadded image
     proposals: "Predictions | None" = None  # of a two-stage detector: L = 1, Q = tokens, logit 0 for any object
     denoising: "Predictions | None" = None  # of denoising queries in training: Q = R N, copy after copy of all slots
 

@@ -1,7 +1,8 @@
-"""What the class logits mean: their width, matching cost, loss and scores, kept together for each of the two readings.
+"""What the class logits mean: their width, matching cost, loss and scores, kept together for each of the readings.
 
 DETR and DePerceiver choose one of the classes or "no object" by softmax; Deformable DETR and SMCA ask of every class
-on its own by sigmoid. All of it is computed in float32, whatever type the logits come in.
+on its own by sigmoid, and DePerceiver+ besides how well the box lies. All of it is computed in float32, whatever type
+the logits come in.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class SoftmaxNoObject:
 
     no_object_weight: float  # of an unmatched query in the loss; a matched one weighs 1
     name = "ce"
+    asks_overlap = False
     has_no_object = True
 
     def __post_init__(self):
@@ -89,6 +91,7 @@ class SigmoidFocal:
     alpha: float  # weight of the true class; all others weigh 1 - alpha
     gamma: float  # how fast the loss of easy logits fades
     name = "focal"
+    asks_overlap = False
     has_no_object = False
 
     def __post_init__(self):
@@ -99,7 +102,7 @@ class SigmoidFocal:
         """Every class needs a logit."""
         if num_logits < num_classes:
             raise UserError(
-                f"config.loss.classification sigmoid_focal needs a logit for each of the {num_classes} classes, "
+                f"config.loss.classification sigmoid_{self.name} needs a logit for each of the {num_classes} classes, "
                 f"but the model has {num_logits}."
             )
 
@@ -158,11 +161,53 @@ class SigmoidFocal:
         return best, index % num_logits, index // num_logits
 
 
-def build_classification(config) -> SoftmaxNoObject | SigmoidFocal:
+@dataclass(frozen=True)
+class SigmoidIoUAware(SigmoidFocal):
+    """Every class on its own, whose probability a matched query learns to be high where its box lies well, too.
+
+    Scores then rank boxes by where they lie besides what they hold. Source: Cai et al., "Align-DETR"
+    (arXiv:2304.07527), section 3.2, and its released code; `alpha` and `gamma` are the paper's.
+    """
+
+    name = "iou_aware"
+    asks_overlap = True
+
+    def loss(
+        self,
+        logits: Float[Array, "L B Q C"],
+        target_labels: Int32[Array, "L B Q"],
+        normalizer: Float[Array, ""],
+        counted: Bool[Array, "B Q"] | None = None,
+        *,
+        overlap: Float[Array, "L B Q"],
+    ) -> Float[Array, " L"]:
+        """Binary cross-entropy summed over all queries that are `counted` and all logits.
+
+        The target of the true class is t = p^alpha IoU^(1 - alpha), at least 0.01, without gradient; p is its
+        probability, and `overlap` the IoU of the query's box with its target. Other logits have the target 0, weighed
+        by p^gamma. `target_labels` -1 has no class, and its overlap no meaning.
+        """
+        logits = logits.astype(jnp.float32)
+        present = _one_hot(target_labels, logits.shape[-1])
+        log_probability = jax.nn.log_sigmoid(logits)
+        aligned = jnp.exp(self.alpha * log_probability) * overlap[..., None] ** (1.0 - self.alpha)
+        target = jax.lax.stop_gradient(jnp.where(present, jnp.maximum(aligned, 0.01), 0.0))
+        absent = jnp.where(present, 1.0 - target, jnp.exp(self.gamma * log_probability))
+        loss = -target * log_probability - absent * jax.nn.log_sigmoid(-logits)
+        if counted is not None:
+            loss = jnp.where(counted[None, ..., None], loss, 0.0)
+        return jnp.sum(loss, axis=(1, 2, 3)) / normalizer
+
+
+Classification = SoftmaxNoObject | SigmoidFocal
+SIGMOID = {"sigmoid_focal": SigmoidFocal, "sigmoid_iou_aware": SigmoidIoUAware}
+
+
+def build_classification(config) -> Classification:
     """The reading that `config.loss` names."""
-    check_choice("config.loss.classification", config.classification, ("softmax_no_object", "sigmoid_focal"))
-    if config.classification == "sigmoid_focal":
-        return SigmoidFocal(alpha=config.focal_alpha, gamma=config.focal_gamma)
+    check_choice("config.loss.classification", config.classification, ("softmax_no_object", *SIGMOID))
+    if config.classification in SIGMOID:
+        return SIGMOID[config.classification](alpha=config.focal_alpha, gamma=config.focal_gamma)
     return SoftmaxNoObject(no_object_weight=config.no_object_weight)
 
 

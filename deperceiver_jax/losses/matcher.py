@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.losses.assignment_on_device import assign_on_device
-from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
+from deperceiver_jax.losses.classification import Classification
 from deperceiver_jax.sharding import ALL_DEVICES
 from deperceiver_jax.structures import Assignment, Batch, Predictions
 
@@ -34,7 +34,7 @@ GROUP = 32  # queries looked at together
 
 
 def matching_cost(
-    predictions: Predictions, batch: Batch, classification: SoftmaxNoObject | SigmoidFocal, config
+    predictions: Predictions, batch: Batch, classification: Classification, config
 ) -> Float[Array, "L B Q N"]:
     """Cost of giving box slot n to query q, in float32 and without gradient; empty slots hold numbers of no meaning.
 

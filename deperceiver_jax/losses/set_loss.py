@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from deperceiver_jax.boxes import box_area, box_cxcywh_to_xyxy, generalized_box_iou
+from deperceiver_jax.boxes import box_area, box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 from deperceiver_jax.errors import check_at_least, check_choice
-from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject
+from deperceiver_jax.losses.classification import Classification
 from deperceiver_jax.losses.matcher import BACKENDS, match, matching_cost
 from deperceiver_jax.structures import Assignment, Batch, Predictions
 
@@ -18,7 +18,7 @@ def set_loss(
     predictions: Predictions,
     batch: Batch,
     *,
-    classification: SoftmaxNoObject | SigmoidFocal,
+    classification: Classification,
     config,
     mesh: Mesh,
     whole: Batch | None = None,
@@ -91,7 +91,8 @@ def _layer_losses(predictions: Predictions, batch: Batch, *, classification, con
     assignment = match(cost, batch.box_valid, backend=config.matcher.backend, mesh=mesh)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
     normalizer = classification.normalizer(whole_valid, predictions.logits.shape[2])
-    loss_class = functools.partial(classification.loss, predictions.logits, target_labels, normalizer)
+    asked = _asked(classification, predictions, batch, assignment)
+    loss_class = functools.partial(classification.loss, predictions.logits, target_labels, normalizer, **asked)
     weighted = _weigh(config.loss, classification, loss_class, predictions, batch, assignment, _num_boxes(whole_valid))
     return weighted, assignment, target_labels
 
@@ -111,7 +112,8 @@ def _denoising_losses(predictions: Predictions, batch: Batch, *, classification,
     assignment = Assignment(jnp.where(matched, slots[None, None], 0), matched)
     target_labels = labels_of_queries(assignment, batch.labels, predictions.logits.shape[2])
     num_boxes = _num_boxes(jnp.concatenate([whole_valid] * copies, axis=1))
-    loss_class = functools.partial(classification.loss, predictions.logits, target_labels, num_boxes, batch.box_valid)
+    asked = dict(counted=batch.box_valid, **_asked(classification, predictions, batch, assignment))
+    loss_class = functools.partial(classification.loss, predictions.logits, target_labels, num_boxes, **asked)
     return _weigh(config.loss, classification, loss_class, predictions, batch, assignment, num_boxes)
 
 
@@ -126,11 +128,31 @@ def _weigh(weights, classification, loss_class, predictions: Predictions, batch:
     return {name: (weight, loss()) for name, (weight, loss) in terms.items() if weight}
 
 
+def _asked(classification: Classification, predictions: Predictions, batch: Batch, assignment: Assignment) -> dict:
+    """What else the classification's loss asks for."""
+    if not classification.asks_overlap:
+        return {}
+    return {"overlap": overlap_of_queries(predictions.boxes, batch.boxes, assignment)}
+
+
+def overlap_of_queries(
+    predicted: Float[Array, "L B Q 4"], target: Float[Array, "B N 4"], assignment: Assignment
+) -> Float[Array, "L B Q"]:
+    """IoU of each query's box with the one it answers for, both cxcywh; 0 without one, and where both have no area."""
+    overlap = box_iou(box_cxcywh_to_xyxy(_boxes_of_slots(predicted, assignment)), box_cxcywh_to_xyxy(target)[None])
+    known = _claims(assignment, predicted.shape[2]) & jnp.isfinite(overlap)[:, :, None]
+    return jnp.max(jnp.where(known, overlap[:, :, None], 0.0), axis=-1, initial=0.0)
+
+
 def labels_of_queries(assignment: Assignment, labels: Int32[Array, "B N"], num_queries: int) -> Int32[Array, "L B Q"]:
     """The class slot that each query shall predict, -1 for those without a box."""
+    return jnp.max(jnp.where(_claims(assignment, num_queries), labels[None, :, None], -1), axis=-1, initial=-1)
+
+
+def _claims(assignment: Assignment, num_queries: int) -> Bool[Array, "L B Q N"]:
+    """Which query answers for which slot."""
     queries = jnp.arange(num_queries)[None, None, :, None]
-    claims = assignment.matched[:, :, None] & (assignment.query[:, :, None] == queries)  # [L B Q N]
-    return jnp.max(jnp.where(claims, labels[None, :, None], -1), axis=-1, initial=-1)
+    return assignment.matched[:, :, None] & (assignment.query[:, :, None] == queries)
 
 
 def bbox_loss(

@@ -77,7 +77,7 @@ def _to_0_2_0(config: dict) -> None:
     denoising = {"copies": loss.pop("hint_copies", 0), "noise": loss.pop("hint_noise", 0.4)}
     _drop(loss, "proposal_repeats", 1)
     if model["name"] == "deperceiver_plus":
-        model["denoising"] = denoising
+        model.update(denoising=denoising, box_deltas="logits")
     if model["name"] == "deformable_detr":
         model.update(neck="none", neck_layers=3)
     if model["name"] == "detr":

@@ -1,4 +1,4 @@
-"""The two readings of class logits against numbers worked out by hand and the published golden values."""
+"""The readings of class logits against numbers worked out by hand and the published golden values."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ import pytest
 
 from configs.base import base
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.losses.classification import SigmoidFocal, SoftmaxNoObject, build_classification
+from deperceiver_jax.losses.classification import SigmoidFocal, SigmoidIoUAware, SoftmaxNoObject, build_classification
 
 SOFTMAX = SoftmaxNoObject(no_object_weight=0.1)
 FOCAL = SigmoidFocal(alpha=0.25, gamma=2.0)
+IOU_AWARE = SigmoidIoUAware(alpha=0.25, gamma=2.0)
 BOTH = pytest.mark.parametrize("classification", [SOFTMAX, FOCAL], ids=["softmax", "focal"])
 
 
@@ -19,8 +20,10 @@ def test_build():
     assert build_classification(config) == SOFTMAX
     config.classification = "sigmoid_focal"
     assert build_classification(config) == FOCAL
+    config.classification = "sigmoid_iou_aware"
+    assert build_classification(config) == IOU_AWARE != FOCAL
     config.classification = "focal"
-    with pytest.raises(UserError, match="'focal'; it can be softmax_no_object or sigmoid_focal"):
+    with pytest.raises(UserError, match="'focal'; it can be softmax_no_object, sigmoid_focal or sigmoid_iou_aware"):
         build_classification(config)
 
 
@@ -167,3 +170,49 @@ def test_focal_detections_are_the_best_pairs_of_query_and_class():
     np.testing.assert_array_equal(query, [[0, 0, 1, 1]])
     assert FOCAL.detect(logits, k=100)[0].shape == (1, 6)
     np.testing.assert_allclose(FOCAL.scores(logits), probability, rtol=1e-5)
+
+
+# Of IA_BCE_loss in Align-DETR's released code (github.com/FelixCaae/AlignDETR), in float64, divided by 3.
+OVERLAPS = [0.18 / 0.26, 0.5, 0.0, 0.0]
+ALIGNED = [
+    (
+        IOU_AWARE,
+        2.3506890964,
+        [[0.005677035, 0.175383941, 0.048511008], [0.015769589, 0.000104957, 0.256078241]]
+        + [[0.029036554, 0.099428932, 1.5e-08], [0.362131951, 0.036400974, 0.175383941]],
+    ),
+    (
+        SigmoidIoUAware(alpha=0.5, gamma=1.0),
+        2.6779397908,
+        [[0.021106383, 0.205455775, 0.033303768], [0.010666312, 0.001481409, 0.264216522]]
+        + [[0.062407854, 0.141095598, 4.073e-06], [0.345107495, 0.036400974, 0.205455775]],
+    ),
+]
+
+
+@pytest.mark.parametrize(("classification", "value", "gradient"), ALIGNED)
+def test_iou_aware_loss_is_the_official_one(classification, value, gradient):
+    """Three of four queries have a class; the last one's box lies beside its target."""
+    logits = jnp.asarray([[-1.5, 0.5, 2.0], [0.25, -3.0, 1.0], [-0.75, 0.0, -6.0], [4.0, -2.0, 0.5]])[None, None]
+    labels, overlap = jnp.asarray([[[2, 0, -1, 1]]]), jnp.asarray([[OVERLAPS]])
+
+    def loss(logits, overlap):
+        return classification.loss(logits, labels, jnp.float32(3), overlap=overlap)[0]
+
+    found, (by_logits, by_overlap) = jax.value_and_grad(loss, argnums=(0, 1))(logits, overlap)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    np.testing.assert_allclose(by_logits[0, 0], gradient, rtol=1e-5, atol=1e-9)
+    assert not by_overlap.any()
+
+
+def test_iou_aware_loss_leaves_out_what_is_not_counted_and_stays_finite():
+    logits = 1e4 * jnp.array([[[[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0]]]])
+
+    def loss(logits, counted):
+        target = dict(overlap=jnp.asarray([[[0.9, 0.0]]]), counted=jnp.asarray([counted]))
+        return IOU_AWARE.loss(logits, jnp.array([[[1, -1]]]), jnp.float32(1), **target)[0]
+
+    for counted in ([True, True], [True, False]):
+        value, gradient = jax.value_and_grad(loss)(logits, counted)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+        assert gradient[0, 0, 1].any() == counted[1]

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs.base import base
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.losses.set_loss import giou_loss, labels_of_queries, set_loss
+from deperceiver_jax.losses.set_loss import giou_loss, labels_of_queries, overlap_of_queries, set_loss
 from deperceiver_jax.sharding import batch_sharding, make_mesh, shard_batch
 from deperceiver_jax.structures import Assignment, Batch, Predictions
 
@@ -255,6 +255,37 @@ def test_labels_of_queries():
     assignment = Assignment(jnp.array([[[2, 0, 0]], [[1, 3, 0]]]), jnp.array([[[True, True, False]], [[True] * 3]]))
     found = labels_of_queries(assignment, jnp.array([[7, 0, 5]]), 4)
     np.testing.assert_array_equal(found, [[[0, -1, 7, -1]], [[5, 7, -1, 0]]])
+
+
+def test_overlaps_of_queries():
+    """Of two layers' matched queries; a slot that is empty, one without a query, and two boxes without an area."""
+    target = jnp.asarray([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.0, 0.0], [0.8, 0.8, 0.1, 0.1]]])
+    predicted = jnp.asarray([[[0.5, 0.5, 0.2, 0.1], [0.3, 0.3, 0.0, 0.0], [0.55, 0.5, 0.2, 0.2]]])
+    query = jnp.asarray([[[0, 1, 0]], [[2, 0, 0]]], jnp.int32)
+    matched = jnp.asarray([[[True, True, False]], [[True, False, False]]])
+    found = overlap_of_queries(jnp.stack([predicted, predicted]), target, Assignment(query, matched))
+    np.testing.assert_allclose(found, [[[0.5, 0, 0]], [[0, 0, 0.6]]], rtol=1e-5)
+
+
+def test_an_iou_aware_score_is_asked_for_where_the_box_lies():
+    """By the term of every layer, of proposals and of denoising queries; gradients of boxes are the other terms'."""
+    config = make_config(7)
+    config.loss.classification = "sigmoid_iou_aware"
+    config.loss.weight_bbox = config.loss.weight_giou = 0.0
+    rng = np.random.default_rng(5)
+    predictions, batch = random_problem(rng, num_images=2, num_queries=8, num_logits=7)
+    proposals = Predictions(*(x[:1] for x in predictions[:2]))
+    targets = jnp.broadcast_to(batch.boxes, (3, *batch.boxes.shape))
+    exact, far = (predictions._replace(boxes=boxes) for boxes in (targets, jnp.full_like(targets, 0.01)))
+    found = {}
+    for name, denoising in (("exact", exact), ("far", far)):
+        all_of = predictions._replace(proposals=proposals, denoising=denoising)
+        (_, found[name]), gradient = make_loss(config)(all_of, batch)
+        assert all(not x.any() for x in (gradient.boxes, gradient.proposals.boxes, gradient.denoising.boxes))
+        assert all(x.any() for x in (gradient.logits, gradient.proposals.logits, gradient.denoising.logits))
+    same = {name for name in found["far"] if found["far"][name] == found["exact"][name]}
+    assert {"loss_iou_aware", "loss_iou_aware_0", "loss_iou_aware_enc"} <= same
+    assert "loss_iou_aware_denoising" in found["far"].keys() - same
 
 
 def test_bfloat16_predictions_give_float32_losses():

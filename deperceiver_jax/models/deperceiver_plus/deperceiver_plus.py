@@ -19,6 +19,7 @@ from deperceiver_jax.models.features.feature_pyramid import FeaturePyramid, sour
 from deperceiver_jax.models.features.pyramid import make_level_tokens, sine_positions
 from deperceiver_jax.models.features.resnet import STRIDES
 from deperceiver_jax.models.features.tokens import size_in_cells
+from deperceiver_jax.models.heads.heads import BOX_DELTAS
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_stack import apply_rematerialized
 from deperceiver_jax.structures import Predictions
@@ -50,12 +51,14 @@ class DePerceiverPlus(Detector):
         top_down: bool,
         neck_blocks: int,
         start: str,
+        box_deltas: str,
         denoising: dict,
         decoder: dict,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         check_choice("config.model.start", start, ("learned", "proposals"))
+        check_choice("config.model.box_deltas", box_deltas, BOX_DELTAS)
         for stride in fields.strides:
             check_choice("config.model.strides", stride, STRIDES)
         dim, num_levels = fields.embed_dim, len(fields.strides)
@@ -72,9 +75,9 @@ class DePerceiverPlus(Detector):
             self.start: LearnedStart | ProposedStart = LearnedStart(dim, fields.num_queries, rngs=rngs)
         else:
             latents = (fields.num_queries, fields.num_logits)
-            self.start = ProposedStart(dim, *latents, dtype=compute.dtype, rngs=rngs)
+            self.start = ProposedStart(dim, *latents, box_deltas=box_deltas, dtype=compute.dtype, rngs=rngs)
         decoder = build_part(LatentDecoderFields, "config.model.decoder", decoder)
-        layer: dict = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute)
+        layer: dict = dict(num_levels=num_levels, box_deltas=box_deltas, dropout=fields.dropout, compute=compute)
         self.decoder = LatentDecoder(dim, fields.num_logits, decoder, **layer, rngs=rngs)
 
     @property

@@ -58,18 +58,21 @@ class BoxGaussian(nnx.Module):
     """Latents and their boxes -> a Gaussian for every head.
 
     A head's centre is the box's centre plus a predicted offset, in halves of the box; its widths are predicted factors
-    of the box's halves. At the start the heads look at the middle and around it, in all directions.
+    of the box's halves. At the start one head looks at the middle and the others around it, on an ellipse of 0.8 of the
+    box, each a quarter of the box wide, so that they can tell where an object ends.
     """
 
     def __init__(self, dim: int, num_heads: int, *, least_width: float, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.least_width = least_width
-        angle = 2 * np.pi * np.arange(num_heads) / num_heads
-        ring = np.stack([np.cos(angle), np.sin(angle)], axis=-1) * (np.arange(num_heads) % 2)[:, None]
+        angle = 2 * np.pi * np.arange(num_heads - 1) / max(num_heads - 1, 1)
+        ring = np.zeros((num_heads, 2))
+        ring[1:] = 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         zeros = nnx.initializers.zeros
         self.offset = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
         self.width = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
         self.offset.bias[...] = jnp.asarray(ring.reshape(-1), jnp.float32)
+        self.width.bias[...] = jnp.full(2 * num_heads, np.log(0.5), jnp.float32)
 
     def __call__(
         self, content: Float[Array, "B Q D"], reference: Float[Array, "B Q 4"], place: Float[Array, "B M 2"]
@@ -96,6 +99,7 @@ class LatentLayer(QueryLayer):
         fields: LatentDecoderFields,
         *,
         num_levels: int,
+        box_deltas: str,
         dropout: float,
         compute: Compute,
         rngs: nnx.Rngs,
@@ -109,7 +113,7 @@ class LatentLayer(QueryLayer):
         separate = fields.separate_levels and num_levels > 1
         self.level_weight = linear(dim, num_levels, dtype=jnp.float32, rngs=rngs) if separate else None
         self.position = MLP([2 * dim, dim, dim], activation=jax.nn.relu, dtype=compute.dtype, rngs=rngs)
-        self.heads = RelativeHeads(dim, num_logits, size_bias=0.0, rngs=rngs)
+        self.heads = RelativeHeads(dim, num_logits, box_deltas=box_deltas, rngs=rngs)
 
     def __call__(
         self,
@@ -151,11 +155,12 @@ class LatentDecoder(nnx.Module):
         fields: LatentDecoderFields,
         *,
         num_levels: int,
+        box_deltas: str,
         dropout: float,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        layer: dict = dict(num_levels=num_levels, dropout=dropout, compute=compute, rngs=rngs)
+        layer: dict = dict(num_levels=num_levels, box_deltas=box_deltas, dropout=dropout, compute=compute, rngs=rngs)
         self.num_logits = num_logits
         self.layers = LayerStack(LatentLayer, fields.num_layers, dim, num_logits, fields, **layer)
 

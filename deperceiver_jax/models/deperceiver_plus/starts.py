@@ -44,8 +44,9 @@ class ProposedStart(nnx.Module):
     Behind them come denoising ones, as the tokens at their boxes.
     """
 
-    def __init__(self, dim: int, num_latents: int, num_logits: int, *, dtype, rngs: nnx.Rngs):
-        self.proposals = TokenProposals(dim, num_logits, num_proposals=num_latents, dtype=dtype, rngs=rngs)
+    def __init__(self, dim: int, num_latents: int, num_logits: int, *, box_deltas: str, dtype, rngs: nnx.Rngs):
+        heads: dict = dict(box_deltas=box_deltas, dtype=dtype, rngs=rngs)
+        self.proposals = TokenProposals(dim, num_logits, num_proposals=num_latents, **heads)
         self.content = linear(dim, dim, dtype=dtype, rngs=rngs)
         self.content_norm = LayerNorm(dim, dtype=dtype)
 

@@ -12,6 +12,8 @@ from deperceiver_jax.models.layers.mlp import MLP
 from deperceiver_jax.structures import Predictions
 
 CLASS_HEAD = "class_head"  # a part of the path of every parameter whose meaning depends on the class map
+BOX_DELTAS = ("scaled", "logits")
+LARGEST_GROWTH = math.log(1000 / 16)  # of a side, as an exponent; Detectron's bound
 RARE = -math.log(99)  # the logit of 1 %: focal losses start with classes that are seldom there
 
 
@@ -68,13 +70,16 @@ class PredictionHeads(nnx.Module):
 
 
 class RelativeHeads(nnx.Module):
-    """Class logits, and boxes relative to reference boxes (cxcywh), to whose logits the box head's answer is added.
+    """Class logits, and boxes relative to reference boxes (cxcywh): the box head answers their deltas (`move_boxes`).
 
-    A reference of size 0.5 moves the centre alone: its logit is 0. Classes start at a probability of 1 %, boxes at
-    their references, with sizes of sigmoid(`size_bias`).
+    Classes start at a probability of 1 %, boxes at their references; `size_bias` is what the deltas of the sizes start
+    at. With deltas of logits, a reference of size 0.5 moves the centre alone: its logit is 0.
     """
 
-    def __init__(self, dim: int, num_logits: int, *, size_bias: float, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, num_logits: int, *, size_bias: float = 0.0, box_deltas: str = "logits", rngs: nnx.Rngs
+    ):
+        self.box_deltas = box_deltas
         self.class_head = ClassHead(dim, num_logits, rare=True, rngs=rngs)
         self.box_head = BoxHead(dim, rngs=rngs)
         last = self.box_head.mlp.layers[-1]
@@ -82,8 +87,25 @@ class RelativeHeads(nnx.Module):
         last.bias[...] = jnp.asarray([0.0, 0.0, size_bias, size_bias], last.bias.dtype)
 
     def __call__(self, decoded: Float[Array, "*L B Q D"], reference: Float[Array, "*L B Q 4"]) -> Predictions:
-        boxes = jax.nn.sigmoid(self.box_head.mlp(decoded) + inverse_sigmoid(reference))
+        boxes = move_boxes(reference, self.box_head.mlp(decoded), self.box_deltas)
         return Predictions(logits=self.class_head(decoded), boxes=boxes)
+
+
+def move_boxes(
+    reference: Float[Array, "*L B Q 4"], deltas: Float[Array, "*L B Q 4"], box_deltas: str
+) -> Float[Array, "*L B Q 4"]:
+    """Boxes (cxcywh) that lie `deltas` from `reference`, in one of BOX_DELTAS.
+
+    `logits` adds them to the logits of all four numbers (Deformable DETR), so the same delta moves a box in a corner
+    less than one in the middle, and a small one as far as a large one. `scaled` are shares of the reference's own sides
+    for the centre and exponents for the sides, at most LARGEST_GROWTH (R-CNN, arXiv:1311.2524, appendix C): what they
+    mean depends on neither place nor size. Boxes may reach beyond the image.
+    """
+    if box_deltas == "logits":
+        return jax.nn.sigmoid(deltas + inverse_sigmoid(reference))
+    center, size = jnp.split(reference, 2, axis=-1)
+    shift, growth = jnp.split(deltas, 2, axis=-1)
+    return jnp.concatenate([center + shift * size, size * jnp.exp(jnp.minimum(growth, LARGEST_GROWTH))], axis=-1)
 
 
 def no_predictions(batch: int, num_queries: int, num_logits: int) -> Predictions:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.pyramid import LevelTokens
-from deperceiver_jax.models.heads.heads import RelativeHeads, inverse_sigmoid
+from deperceiver_jax.models.heads.heads import RelativeHeads, move_boxes
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
 from deperceiver_jax.structures import Predictions
@@ -45,11 +45,13 @@ def tokens_of_boxes(boxes: Float[Array, "B Q 4"], tokens: LevelTokens) -> Int32[
 class TokenProposals(RelativeHeads):
     """Memory -> a score and a box for every token, and which of them are best."""
 
-    def __init__(self, dim: int, num_logits: int, *, num_proposals: int, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, num_logits: int, *, num_proposals: int, box_deltas: str = "logits", dtype, rngs: nnx.Rngs
+    ):
         self.num_proposals = num_proposals
         self.output = square_linear(dim, dtype=dtype, rngs=rngs)
         self.output_norm = LayerNorm(dim, dtype=dtype)
-        super().__init__(dim, num_logits, size_bias=0.0, rngs=rngs)
+        super().__init__(dim, num_logits, box_deltas=box_deltas, rngs=rngs)
 
     def __call__(
         self, memory: LevelTokens
@@ -66,10 +68,9 @@ class TokenProposals(RelativeHeads):
                 "this size has to propose boxes."
             )
         start, valid = token_boxes(memory)
-        start_logit = jnp.where(valid[..., None], inverse_sigmoid(start), jnp.inf)
         content = self.output_norm(self.output(jnp.where(valid[..., None], memory.tokens, 0)))
         logits = self.class_head(content)
-        boxes = jax.nn.sigmoid(self.box_head.mlp(content) + start_logit)
+        boxes = jnp.where(valid[..., None], move_boxes(start, self.box_head.mlp(content), self.box_deltas), 1.0)
         _, best = jax.lax.top_k(logits[..., 0], self.num_proposals)
         reference = jax.lax.stop_gradient(jnp.take_along_axis(boxes, best[..., None], axis=1))
         return Predictions(logits=logits[None], boxes=boxes[None]), content, best, reference

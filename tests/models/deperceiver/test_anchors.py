@@ -37,8 +37,8 @@ def test_the_gaussian_is_around_the_box():
     content = jnp.ones((1, 1, 8))
     box = jnp.array([[[0.5, 0.5, 0.4, 0.02]]])  # half 0.2 wide; its height counts as 0.1
     place = jnp.array([[[0.5, 0.5], [0.7, 0.5], [0.5, 0.6], [0.3, 0.5]]])
-    # Head 0 looks at the middle, head 1 half a box to the left of it.
-    expected = [[0.0, -0.5, -0.5, -0.5], [-0.5, -2.0, -1.0, 0.0]]
+    # Head 0 looks at the middle, head 1 to the right of it, at 0.66; both are half of a half wide.
+    expected = [[0.0, -2.0, -2.0, -2.0], [-1.28, -0.08, -3.28, -6.48]]
     np.testing.assert_allclose(gaussian(content, box, place).map()[0, :, 0], expected, atol=1e-5)
 
 

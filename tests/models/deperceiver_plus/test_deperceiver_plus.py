@@ -44,7 +44,9 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("changes", [{"decoder__separate_levels": True}, {**PLAIN, "strides": (32,)}])
+@pytest.mark.parametrize(
+    "changes", [{"decoder__separate_levels": True}, {**PLAIN, "strides": (32,), "box_deltas": "logits"}]
+)
 def test_every_parameter_learns(changes):
     config = small(**changes)
     graphdef, state = nnx.split(drawn_detector(config))
@@ -108,6 +110,7 @@ def test_places_are_shares_of_the_pixels():
     ("changes", "sentence"),
     [
         ({"start": "random"}, "config.model.start is 'random'; it can be learned or proposals."),
+        ({"box_deltas": "boxes"}, "config.model.box_deltas is 'boxes'; it can be scaled or logits."),
         ({"denoising__noise": -1.0}, "config.model.denoising.noise is -1.0; it must be at least 0."),
         ({"neck_blocks": -1}, "config.model.neck_blocks is -1; it must be at least 0."),
         ({"decoder__num_layers": 0}, "config.model.decoder.num_layers is 0; it must be at least 1."),
