@@ -6,6 +6,7 @@ the logits come in.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -82,17 +83,14 @@ class SoftmaxNoObject:
 
 
 @dataclass(frozen=True)
-class SigmoidFocal:
-    """Every class on its own, trained with the focal loss (arXiv:1708.02002). Source: Deformable DETR.
+class _Sigmoid:
+    """Every class on its own. Logits behind the classes are legal: they are classes that never occur (SMCA has 92
+    logits for 91 slots)."""
 
-    Logits behind the classes are legal: they are classes that never occur (SMCA has 92 logits for 91 slots).
-    """
-
-    alpha: float  # weight of the true class; all others weigh 1 - alpha
+    alpha: float
     gamma: float  # how fast the loss of easy logits fades
-    name = "focal"
-    asks_overlap = False
-    has_no_object = False
+    name: ClassVar[str]
+    has_no_object: ClassVar[bool] = False
 
     def __post_init__(self):
         check_between("config.loss.focal_alpha", self.alpha, 0, 1)
@@ -123,6 +121,33 @@ class SigmoidFocal:
         del num_queries
         return jnp.maximum(jnp.sum(box_valid, dtype=jnp.float32), 1.0)
 
+    def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C"]:
+        """Probability of each class on its own; they do not sum to 1."""
+        return jax.nn.sigmoid(logits.astype(jnp.float32))
+
+    def detect(
+        self, logits: Float[Array, "B Q C"], k: int
+    ) -> tuple[Float[Array, "B K"], Int32[Array, "B K"], Int32[Array, "B K"]]:
+        """The best (query, class) pairs, best first: scores, class slots, queries; K = min(k, Q C).
+
+        A query may appear several times, with different classes.
+        """
+        num_logits = logits.shape[-1]
+        flat = self.scores(logits).reshape(logits.shape[0], -1)
+        best, index = jax.lax.top_k(flat, min(k, flat.shape[1]))
+        return best, index % num_logits, index // num_logits
+
+
+@dataclass(frozen=True)
+class SigmoidFocal(_Sigmoid):
+    """Every class on its own, trained with the focal loss (arXiv:1708.02002). Source: Deformable DETR.
+
+    `alpha` is the weight of the true class; all others weigh 1 - alpha.
+    """
+
+    name = "focal"
+    asks_overlap = False
+
     def loss(
         self,
         logits: Float[Array, "L B Q C"],
@@ -144,29 +169,13 @@ class SigmoidFocal:
             weight = jnp.where(counted[None, ..., None], weight, 0.0)
         return jnp.sum(weight * modulator * -jax.nn.log_sigmoid(toward), axis=(1, 2, 3)) / normalizer
 
-    def scores(self, logits: Float[Array, "B Q C"]) -> Float[Array, "B Q C"]:
-        """Probability of each class on its own; they do not sum to 1."""
-        return jax.nn.sigmoid(logits.astype(jnp.float32))
-
-    def detect(
-        self, logits: Float[Array, "B Q C"], k: int
-    ) -> tuple[Float[Array, "B K"], Int32[Array, "B K"], Int32[Array, "B K"]]:
-        """The best (query, class) pairs, best first: scores, class slots, queries; K = min(k, Q C).
-
-        A query may appear several times, with different classes.
-        """
-        num_logits = logits.shape[-1]
-        flat = self.scores(logits).reshape(logits.shape[0], -1)
-        best, index = jax.lax.top_k(flat, min(k, flat.shape[1]))
-        return best, index % num_logits, index // num_logits
-
 
 @dataclass(frozen=True)
-class SigmoidIoUAware(SigmoidFocal):
+class SigmoidIoUAware(_Sigmoid):
     """Every class on its own, whose probability a matched query learns to be high where its box lies well, too.
 
     Scores then rank boxes by where they lie besides what they hold. Source: Cai et al., "Align-DETR"
-    (arXiv:2304.07527), section 3.2, and its released code; `alpha` and `gamma` are the paper's.
+    (arXiv:2304.07527), section 3.2, and its released code; `alpha` is the share of the probability in the target.
     """
 
     name = "iou_aware"
@@ -199,8 +208,11 @@ class SigmoidIoUAware(SigmoidFocal):
         return jnp.sum(loss, axis=(1, 2, 3)) / normalizer
 
 
-Classification = SoftmaxNoObject | SigmoidFocal
-SIGMOID = {"sigmoid_focal": SigmoidFocal, "sigmoid_iou_aware": SigmoidIoUAware}
+Classification = SoftmaxNoObject | SigmoidFocal | SigmoidIoUAware
+SIGMOID: dict[str, type[SigmoidFocal] | type[SigmoidIoUAware]] = {
+    "sigmoid_focal": SigmoidFocal,
+    "sigmoid_iou_aware": SigmoidIoUAware,
+}
 
 
 def build_classification(config) -> Classification:
