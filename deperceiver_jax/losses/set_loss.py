@@ -26,9 +26,10 @@ def set_loss(
     """The weighted total over all trained layers, and the unweighted terms by name. `config` is the whole config.
 
     Every decoder layer has its own matching and the same weights; `config.loss.auxiliary` False trains and matches the
-    last layer alone. Terms: loss_ce (or loss_focal), loss_bbox and loss_giou of the last layer, the same with _0, _1,
-    ... for the layers before it; a term of weight 0 is neither computed nor listed. For the record only: class_error
-    and cardinality_error (last layer), num_boxes, surplus_boxes (boxes of the last layer that found no query).
+    last layer alone. Terms: loss_ce (loss_focal, loss_iou_aware), loss_bbox and loss_giou of the last layer, the same
+    with _0, _1, ... for the layers before it; a term of weight 0 is neither computed nor listed. For the record only:
+    class_error and cardinality_error (last layer), num_boxes, surplus_boxes (boxes of the last layer that found no
+    query).
 
     Sums run over the global batch, and `num_boxes` is its number of boxes, at least 1. DETR's W processes normalise by
     max(boxes / W, 1) and average gradients, which is sum / max(boxes, W): the same unless boxes are fewer than W. For

@@ -35,7 +35,8 @@ from deperceiver_jax.training.peak_memory import peak_memory
 from deperceiver_jax.training.trackers import Images, Trackers
 
 TRAIN = "train"  # the split of a training line
-SHOWN = ("loss_ce", "loss_focal", "loss_bbox", "loss_giou")  # beside the total: the answer's own terms
+# Beside the total: the answer's own terms.
+SHOWN = ("loss_ce", "loss_focal", "loss_iou_aware", "loss_bbox", "loss_giou")
 
 
 class MetricLog:
