@@ -57,6 +57,7 @@ OTHERS = {
     "encoder.sampling": "gather",
     "level_dim": 2,
     "neck": "fpn",
+    "box_deltas": "logits",
     "no_object_logit": None,  # goes with loss.classification
     "places": "pixels",
     "position.decoder": "input",
@@ -166,7 +167,14 @@ def test_a_field_of_the_model_has_an_effect_or_is_refused(family):
     assert program(changed, family) == before, f"one of these is refused, but has an effect: {', '.join(refused)}"
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss.classification": "sigmoid_focal", "optimizer.schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss.classification": "sigmoid_focal", "optimizer.schedule": "cosine"},
+        {"loss.classification": "sigmoid_iou_aware", "optimizer.schedule": "cosine"},
+    ],
+)
 def test_a_field_of_loss_or_optimizer_has_an_effect_or_is_refused(changes):
     def config(**more):
         made = base()
@@ -219,7 +227,10 @@ def test_a_field_of_loss_or_optimizer_has_an_effect_or_is_refused(changes):
     "arguments, sentence",
     [
         (["detr.py:r50", "model.position.fourier_bands=8"], "have one with config.model.position.encoding=fourier."),
-        (["detr.py:r50", "loss.focal_alpha=0.5"], "have one with config.loss.classification=sigmoid_focal and "),
+        (
+            ["detr.py:r50", "loss.focal_alpha=0.5"],
+            "have one with config.loss.classification=sigmoid_focal or sigmoid_iou_aware and ",
+        ),
         (["deperceiver.py:r50_16", "loss.auxiliary=True"], "one with config.model.decoder.num_layers of at least 2."),
         (["demo.py:detr", "train.num_epochs=3"], "would have one with config.train.num_steps=0."),
         (["demo.py:detr", "optimizer.drop_factor=0.5"], "would have one with config.optimizer.schedule=step."),
