@@ -165,9 +165,7 @@ class SigmoidFocal(_Sigmoid):
         toward = jnp.where(present, logits, -logits)
         modulator = jnp.exp(self.gamma * jax.nn.log_sigmoid(-toward))
         weight = jnp.where(present, self.alpha, 1.0 - self.alpha)
-        if counted is not None:
-            weight = jnp.where(counted[None, ..., None], weight, 0.0)
-        return jnp.sum(weight * modulator * -jax.nn.log_sigmoid(toward), axis=(1, 2, 3)) / normalizer
+        return _total(weight * modulator * -jax.nn.log_sigmoid(toward), counted) / normalizer
 
 
 @dataclass(frozen=True)
@@ -203,9 +201,7 @@ class SigmoidIoUAware(_Sigmoid):
         target = jax.lax.stop_gradient(jnp.where(present, jnp.maximum(aligned, 0.01), 0.0))
         absent = jnp.where(present, 1.0 - target, jnp.exp(self.gamma * log_probability))
         loss = -target * log_probability - absent * jax.nn.log_sigmoid(-logits)
-        if counted is not None:
-            loss = jnp.where(counted[None, ..., None], loss, 0.0)
-        return jnp.sum(loss, axis=(1, 2, 3)) / normalizer
+        return _total(loss, counted) / normalizer
 
 
 Classification = SoftmaxNoObject | SigmoidFocal | SigmoidIoUAware
@@ -221,6 +217,13 @@ def build_classification(config) -> Classification:
     if config.classification in SIGMOID:
         return SIGMOID[config.classification](alpha=config.focal_alpha, gamma=config.focal_gamma)
     return SoftmaxNoObject(no_object_weight=config.no_object_weight)
+
+
+def _total(loss: Float[Array, "L B Q C"], counted: Bool[Array, "B Q"] | None) -> Float[Array, " L"]:
+    """The sum over all queries that are `counted`, and all logits."""
+    if counted is not None:
+        loss = jnp.where(counted[None, ..., None], loss, 0.0)
+    return jnp.sum(loss, axis=(1, 2, 3))
 
 
 def _one_hot(labels, num_logits):

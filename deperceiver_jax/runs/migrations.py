@@ -77,7 +77,7 @@ def _to_0_2_0(config: dict) -> None:
     denoising = {"copies": loss.pop("hint_copies", 0), "noise": loss.pop("hint_noise", 0.4)}
     _drop(loss, "proposal_repeats", 1)
     if model["name"] == "deperceiver_plus":
-        model.update(denoising=denoising, box_deltas="logits")
+        model["denoising"] = denoising
     if model["name"] == "deformable_detr":
         model.update(neck="none", neck_layers=3)
     if model["name"] == "detr":
@@ -95,4 +95,9 @@ def _to_0_2_0(config: dict) -> None:
     model["backbone"].update(groups=1, inner_ratio=1, deformable_stages=0)
 
 
-MIGRATIONS = (Migration("0.2.0", _to_0_2_0),)
+def _to_0_2_1(config: dict) -> None:
+    if config["model"]["name"] == "deperceiver_plus":
+        config["model"].setdefault("box_deltas", "logits")  # the last days of 0.2.0 stored it
+
+
+MIGRATIONS = (Migration("0.2.0", _to_0_2_0), Migration("0.2.1", _to_0_2_1))

@@ -73,6 +73,18 @@ def test_a_stored_config_says_which_version_wrote_it(tmp_path):
     assert MIGRATIONS[-1].version <= __version__
 
 
+@pytest.mark.parametrize(("stored", "read"), [(None, "logits"), ("logits", "logits"), ("scaled", "scaled")])
+def test_box_deltas_of_0_2_0_stay_what_they_were(stored, read):
+    """Most runs of that version did not store them."""
+    config = {**json.loads(config_text(CONFIGS["deperceiver_plus"])), "version": "0.2.0"}
+    del config["model"]["box_deltas"]
+    if stored is not None:
+        config["model"]["box_deltas"] = stored
+    assert migrate(config, "x")["model"]["box_deltas"] == read
+    others = {**json.loads(config_text(CONFIGS["detr"])), "version": "0.2.0"}
+    assert "box_deltas" not in migrate(others, "x")["model"]
+
+
 @pytest.mark.parametrize(
     "name, field, value, sentence",
     [

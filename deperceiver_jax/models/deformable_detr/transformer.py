@@ -123,7 +123,7 @@ class DeformableDecoderLayer(QueryLayer):
         self.cross_attention = MultiScaleDeformableAttention(
             dim, **fields.attention, num_levels=num_levels, compute=compute, rngs=rngs
         )
-        self.heads = RelativeHeads(dim, num_logits, size_bias=0.0, rngs=rngs) if refine else None
+        self.heads = RelativeHeads(dim, num_logits, rngs=rngs) if refine else None
 
     def __call__(
         self, decoded: Decoded, query_position: Float[Array, "B Q D"], memory: LevelTokens, *, dropout_key=None
