@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=750, help="of 8 pictures each")
     parser.add_argument("--pixels", type=int, default=320, help="of the short side")
     parser.add_argument("--rates", type=lambda s: s.split(","), default=[], help="compare rates on the training split")
-    parser.add_argument("--rate", nargs="*", default=[], metavar="ROW=RATE", help="learning rates that are not 1e-3")
+    parser.add_argument("--rate", nargs="*", default=[], metavar="ROW=RATE", help="learning rates that are not 3e-3")
     parser.add_argument("--output", type=Path, default=Path("runs/real_objects"))
     parser.add_argument("--table_only", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.loss.weight_giou=4")
@@ -76,7 +76,7 @@ def main() -> None:
     tried = {f"lr{rate}": rate for rate in arguments.rates} or {"": ""}
     if not arguments.table_only:
         for seed, row, (name, rate) in itertools.product(arguments.seeds, arguments.rows, tried.items()):
-            run(row, seed, arguments.output / name, fields, rate or rates.get(row, "1e-3"))
+            run(row, seed, arguments.output / name, fields, rate or rates.get(row, "3e-3"))
     runs = {name: small_objects.read_rows(arguments.output / name, arguments.rows) for name in tried}
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.rates:
@@ -99,12 +99,13 @@ def _names(text: str) -> list[str]:
 
 
 def fields_of_all(steps: int, pixels: int) -> list[str]:
-    """What makes all rows see the same pictures."""
+    """What makes all rows see the same pictures, and learn from them with the same optimizer."""
     size, most, every = pixels, 2 * pixels, max(steps // 3, 1)
     data = dict(name="coco_directory", batch_size=8, scales=f"({size},)", max_size=most, crop_probability=0.0)
     data |= dict(buckets=1, eval_scale=size, eval_max_size=most, eval_buckets=1, num_workers=0)
     train = dict(num_steps=steps, eval_every=every, checkpoint_every=every, log_every=25)
     fields = {f"data.{name}": value for name, value in data.items()} | {f"train.{n}": v for n, v in train.items()}
+    fields["optimizer.name"] = "muon"
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 

@@ -71,6 +71,7 @@ def base() -> ConfigDict:
     config.matcher.cost_giou = 2.0
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW; learns faster from nothing)
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 1e-4
     config.optimizer.b1 = 0.9

@@ -172,7 +172,7 @@ def test_a_field_of_the_model_has_an_effect_or_is_refused(family):
     [
         {},
         {"loss.classification": "sigmoid_focal", "optimizer.schedule": "cosine"},
-        {"loss.classification": "sigmoid_iou_aware", "optimizer.schedule": "cosine"},
+        {"loss.classification": "sigmoid_iou_aware", "optimizer.schedule": "cosine", "optimizer.name": "muon"},
     ],
 )
 def test_a_field_of_loss_or_optimizer_has_an_effect_or_is_refused(changes):
@@ -196,6 +196,7 @@ def test_a_field_of_loss_or_optimizer_has_an_effect_or_is_refused(changes):
 
     values = {
         "loss.classification": "sigmoid_focal" if not changes else "softmax_no_object",
+        "optimizer.name": "adamw" if "optimizer.name" in changes else "muon",
         "optimizer.drop_epochs": (1,),
         "optimizer.schedule": "step" if changes else "cosine",
         "optimizer.accumulate_steps": 2,

@@ -100,4 +100,12 @@ def _to_0_2_1(config: dict) -> None:
         config["model"].setdefault("box_deltas", "logits")  # the last days of 0.2.0 stored it
 
 
-MIGRATIONS = (Migration("0.2.0", _to_0_2_0), Migration("0.2.1", _to_0_2_1))
+def _to_0_2_2(config: dict) -> None:
+    config["optimizer"]["name"] = "adamw"
+
+
+MIGRATIONS = (
+    Migration("0.2.0", _to_0_2_0),
+    Migration("0.2.1", _to_0_2_1),
+    Migration("0.2.2", _to_0_2_2),
+)

@@ -1,9 +1,14 @@
-"""AdamW with DETR's parameter groups, clipping and schedules.
+"""AdamW or Muon, with DETR's parameter groups, clipping and schedules.
 
 Source: DETR (arXiv:2005.12872). The update is PyTorch's AdamW: decay decoupled from the gradient, scaled by the
 learning rate, and on every trained parameter, biases and norms included. Parameters are dicts keyed by "/"-joined path.
+
+Muon (Jordan et al., 2024, github.com/KellerJordan/Muon) moves matrices by their momentum with all singular values made
+alike, and the rest as AdamW. Its moves are about as large as Adam's are (Moonlight, arXiv:2502.16982, section 2.2), so
+rates and weight decay of the one are of use for the other.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -11,10 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from deperceiver_jax.errors import UserError, check_at_least, check_choice, check_fraction
+from deperceiver_jax.models.heads.heads import CLASS_HEAD
 
 LAST_STEP = 2**31 - 1  # that an int32 counts
+OPTIMIZERS = ("adamw", "muon")
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2  # of a matrix's move at a rate of 1 where all its singular values are alike
 
 
 def group_multipliers(paths: Iterable[str], groups: ConfigDict) -> dict[str, float]:
@@ -81,17 +91,55 @@ def scale_by_group(multipliers: Mapping[str, float]) -> optax.GradientTransforma
     return optax.stateless(lambda updates, params: {path: multipliers[path] * u for path, u in updates.items()})
 
 
+def matrix_axes(path: str, shape: tuple[int, ...]) -> MuonDimensionNumbers | None:
+    """Which axes of a parameter are a matrix's inputs and outputs; None for what is no matrix, or a class head's.
+
+    Kernels of linear layers are matrices, those of convolutions with all their inputs in a row, and stacked layers
+    (layer_stack.py) one each. A convolution of every channel on its own mixes nothing.
+    """
+    if not path.endswith("/kernel") or CLASS_HEAD in path or (len(shape) > 3 and shape[-2] == 1):
+        return None
+    stacked, last = len(shape) % 2, len(shape) - 1
+    return MuonDimensionNumbers(reduction_axis=tuple(range(stacked, last)), output_axis=last)
+
+
+def scale_by_muon_or_adam(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon's directions for matrices, as large as PyTorch's with match_rms_adamw, and those of `adam` for the rest."""
+
+    def kinds(params):
+        return {path: "adam" if matrix_axes(path, x.shape) is None else "muon" for path, x in params.items()}
+
+    def axes(matrices):  # where others stood is an empty node
+        return jax.tree_util.tree_map_with_path(lambda path, x: matrix_axes(path[0].key, x.shape), matrices)
+
+    def to_size(updates, params=None):
+        def scaled(path, update):
+            numbers = matrix_axes(path[0].key, update.shape)
+            inputs = math.prod(update.shape[axis] for axis in numbers.reduction_axis)
+            return update * (MUON_RMS * math.sqrt(max(inputs, update.shape[-1])))
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
+    muon = optax.chain(scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=axes), optax.stateless(to_size))
+    return optax.partition({"muon": muon, "adam": adam}, kinds)
+
+
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, multipliers: Mapping[str, float]
 ) -> optax.GradientTransformation:
-    """clip -> Adam -> + weight_decay * parameter -> * multiplier -> * -schedule. `config` is `config.optimizer`."""
+    """clip -> Adam or Muon -> + weight_decay * parameter -> * multiplier -> * -schedule.
+
+    `config` is `config.optimizer`.
+    """
+    check_choice("config.optimizer.name", config.name, OPTIMIZERS)
     for name in ("weight_decay", "eps", "clip_norm"):
         check_at_least(f"config.optimizer.{name}", config[name], 0)
     for name in ("b1", "b2", "ema_decay"):
         check_fraction(f"config.optimizer.{name}", config[name])
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     return optax.chain(
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        scale_by_muon_or_adam(adam) if config.name == "muon" else adam,
         optax.add_decayed_weights(config.weight_decay),
         scale_by_group(multipliers),
         optax.scale_by_learning_rate(schedule),

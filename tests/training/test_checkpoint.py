@@ -61,6 +61,15 @@ def test_restores_the_same_bits_onto_any_mesh(tiny, saved, same):
         assert progress == {"window": {"count": 3, "sums": {"loss": 0.1}}}
 
 
+def test_what_muon_remembers_is_restored(tiny, tmp_path, same):
+    state = save_steps(tiny(2, name="muon"), tmp_path, [2])
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    restored, _ = checkpoints.restore(2, tiny(8, name="muon").plan.abstract)
+    checkpoints.close()
+    same(jax.device_get(restored), jax.device_get(state))
+    assert any(np.any(x) for x in jax.tree.leaves(restored.opt_state[1].inner_states["muon"].inner_state[0].mu))
+
+
 def test_keeps_the_newest_and_the_best(tiny, tmp_path):
     write_scores(tmp_path, {2: 0.5, 3: 0.4})
     save_steps(tiny(), tmp_path, [1, 2, 3, 4, 5], keep=2)

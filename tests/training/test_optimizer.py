@@ -1,5 +1,6 @@
 """AdamW, clipping, groups and schedules against hand-worked numbers and PyTorch's."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,6 +38,70 @@ def test_three_steps_equal_pytorch():
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(params["a"], a, rtol=1e-6)
         np.testing.assert_allclose(params["b"], b, rtol=1e-6)
+
+
+PARAMETERS = {
+    "dense/kernel": jnp.array([[0.5, 1.5, 0.0, -1.0], [-1.0, 0.75, 0.125, 0.5], [0.25, -0.5, 2.0, 1.0]]),
+    "dense/bias": jnp.array([0.5, -0.5]),
+}
+GRADIENTS = {
+    "dense/kernel": jnp.array([[0.3, 0.05, -0.6, 0.15], [-0.1, 0.4, 0.2, 0.0], [0.2, -0.25, 0.1, 0.35]]),
+    "dense/bias": jnp.array([0.1, 0.2]),
+}
+
+
+def take_steps(name, params, gradients, count):
+    config = base().optimizer
+    config.update(name=name, weight_decay=0.1, clip_norm=0.0)
+    optimizer = make_optimizer(config, lambda step: 0.1, dict.fromkeys(params, 1.0))
+    state = optimizer.init(params)
+    for _ in range(count):
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_muon_equals_pytorch():
+    """Printed by torch 2.14, in float64: Muon with match_rms_adamw, three steps with the same gradient.
+
+    With gradients that change, Optax's momentum is corrected for its first steps, and PyTorch's is not.
+    """
+    moved = take_steps("muon", PARAMETERS, GRADIENTS, 3)
+    expected = [
+        [0.428389499990373, 1.4390983652149334, 0.09681816660286843, -1.0089924575593356],
+        [-0.971798221939224, 0.6251953981805018, 0.07022925668012663, 0.44142228392218624],
+        [0.19679834130414842, -0.47185665674318983, 1.9157342646774915, 0.8837968630751364],
+    ]
+    np.testing.assert_allclose(moved["dense/kernel"], expected, atol=2e-6)
+    adamw = take_steps("adamw", PARAMETERS, GRADIENTS, 3)
+    np.testing.assert_array_equal(moved["dense/bias"], adamw["dense/bias"])
+
+
+@pytest.mark.parametrize("shape, axis", [((2, 3, 4), 0), ((3, 2, 2, 3, 4), 0), ((1, 3, 1, 4), None)])
+def test_muon_takes_stacked_layers_and_convolutions_as_matrices(shape, axis):
+    """A stack's layers move as they would alone, and a convolution as the matrix of all its inputs."""
+    key = jax.random.key(0)
+    param, gradient = (jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(2))
+
+    def moved(param, gradient):
+        return take_steps("muon", {"a/kernel": param}, {"a/kernel": gradient}, 2)["a/kernel"]
+
+    together = moved(param, gradient)
+    if axis is None:  # of each channel on its own: AdamW's
+        alone = take_steps("adamw", {"a/kernel": param}, {"a/kernel": gradient}, 2)["a/kernel"]
+    else:
+        layers = [(p.reshape(-1, 4), g.reshape(-1, 4)) for p, g in zip(param, gradient, strict=True)]
+        alone = jnp.stack([moved(*layer) for layer in layers]).reshape(shape)
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_a_class_head_is_no_matrix_of_muon():
+    params = {"decoder/class_head/linear/kernel": PARAMETERS["dense/kernel"]}
+    gradients = {"decoder/class_head/linear/kernel": GRADIENTS["dense/kernel"]}
+    muon, adamw = (take_steps(name, params, gradients, 2) for name in ("muon", "adamw"))
+    np.testing.assert_array_equal(*muon.values(), *adamw.values())
+    with pytest.raises(UserError, match="config.optimizer.name is 'sgd'"):
+        take_steps("sgd", params, gradients, 1)
 
 
 def test_clip_has_pytorchs_epsilon():
