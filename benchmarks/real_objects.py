@@ -4,7 +4,7 @@
     python benchmarks/real_objects.py --coco=/data/deeppcb --seeds=0,1,2 --rate detr=3e-4 deperceiver_plus=1e-3
 
 Rows are configs/demo.py's detectors, one backbone for all, and the published DePerceiver on that backbone. All see the
-same pictures: STEPS batches of 8 at one size. With --rates the validation split is not touched: the training split is
+same pictures: STEPS batches of 4 at one size, and learn with Muon. With --rates the validation split is not touched: the training split is
 divided, 80 % to train on and 20 % to evaluate, and --output gets a table of what came of each rate. Every row and seed
 is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished is not run again and what was interrupted
 goes on. Writes OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png.
@@ -44,6 +44,7 @@ ROWS = {  # row -> config, fields
     "deperceiver": ("demo.py:deperceiver", []),
     "deperceiver_published": ("ladder.py:published", []),
 }
+BATCH = 4
 IOU = 0.33
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
@@ -53,10 +54,10 @@ def main() -> None:
     parser.add_argument("--coco", type=Path, required=True, help="a folder in COCO's layout")
     parser.add_argument("--rows", type=_names, default=list(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0])
-    parser.add_argument("--steps", type=int, default=750, help="of 8 pictures each")
+    parser.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} pictures each")
     parser.add_argument("--pixels", type=int, default=320, help="of the short side")
     parser.add_argument("--rates", type=lambda s: s.split(","), default=[], help="compare rates on the training split")
-    parser.add_argument("--rate", nargs="*", default=[], metavar="ROW=RATE", help="learning rates that are not 3e-3")
+    parser.add_argument("--rate", nargs="*", default=[], metavar="ROW=RATE", help="learning rates that are not 2e-3")
     parser.add_argument("--output", type=Path, default=Path("runs/real_objects"))
     parser.add_argument("--table_only", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.loss.weight_giou=4")
@@ -76,7 +77,7 @@ def main() -> None:
     tried = {f"lr{rate}": rate for rate in arguments.rates} or {"": ""}
     if not arguments.table_only:
         for seed, row, (name, rate) in itertools.product(arguments.seeds, arguments.rows, tried.items()):
-            run(row, seed, arguments.output / name, fields, rate or rates.get(row, "3e-3"))
+            run(row, seed, arguments.output / name, fields, rate or rates.get(row, "2e-3"))
     runs = {name: small_objects.read_rows(arguments.output / name, arguments.rows) for name in tried}
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.rates:
@@ -101,12 +102,11 @@ def _names(text: str) -> list[str]:
 def fields_of_all(steps: int, pixels: int) -> list[str]:
     """What makes all rows see the same pictures, and learn from them with the same optimizer."""
     size, most, every = pixels, 2 * pixels, max(steps // 3, 1)
-    data = dict(name="coco_directory", batch_size=8, scales=f"({size},)", max_size=most, crop_probability=0.0)
+    data = dict(name="coco_directory", batch_size=BATCH, scales=f"({size},)", max_size=most, crop_probability=0.0)
     data |= dict(buckets=1, eval_scale=size, eval_max_size=most, eval_buckets=1, num_workers=0)
-    train = dict(num_steps=steps, eval_every=every, checkpoint_every=every, log_every=25)
+    train = dict(num_steps=steps, eval_every=every, checkpoint_every=every, log_every=50)
     fields = {f"data.{name}": value for name, value in data.items()} | {f"train.{n}": v for n, v in train.items()}
-    fields["optimizer.name"] = "muon"
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["--config.optimizer.name=muon", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 def run(row: str, seed: int, output: Path, fields: list[str], rate: str) -> None:
@@ -136,7 +136,7 @@ def divide_training_split(coco: Path, folder: Path) -> Path:
 def make_table(runs: dict[str, list[small_objects.Run]], output: Path, steps: int) -> str:
     """Markdown: a line a row, means over the seeds with the lowest and highest in brackets where there are several."""
     columns = [*METRICS, f"mAP at IoU {IOU}", f"F at IoU {IOU}", "images/s", "GiB"]
-    lines = [f"{8 * steps} pictures seen.", "", "| row | seeds | " + " | ".join(columns) + " |"]
+    lines = [f"{BATCH * steps} pictures seen.", "", "| row | seeds | " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
     for row, found in runs.items():
         stored = [newest_evaluation(run.parent / "run") for run in sorted((output / row).glob("*/run.json"))]
@@ -144,7 +144,7 @@ def make_table(runs: dict[str, list[small_objects.Run]], output: Path, steps: in
         at_iou = [mean_ap_and_f(_truth(path), read_json(path / "detections.json")) for path in stored]
         cells = [small_objects.spread([m[name] for m in metrics]) for name in METRICS]
         cells += [small_objects.spread(list(column)) for column in zip(*at_iou, strict=True)]
-        cells += [f"{8 / statistics.mean(run.step_seconds for run in found):.1f}"]
+        cells += [f"{BATCH / statistics.mean(run.step_seconds for run in found):.1f}"]
         cells += [f"{statistics.mean(run.peak_gib for run in found):.1f}"]
         lines.append(f"| {row} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
