@@ -4,10 +4,11 @@
     python benchmarks/real_objects.py --coco=/data/deeppcb --seeds=0,1,2 --rate detr=3e-4 deperceiver_plus=1e-3
 
 Rows are configs/demo.py's detectors, one backbone for all, and the published DePerceiver on that backbone. All see the
-same pictures: STEPS batches of 4 at one size, and learn with Muon. With --rates the validation split is not touched: the training split is
-divided, 80 % to train on and 20 % to evaluate, and --output gets a table of what came of each rate. Every row and seed
-is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished is not run again and what was interrupted
-goes on. Writes OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png.
+same pictures, STEPS batches of 4 at one size, and learn with Muon. With --rates the validation split is not touched:
+the training split is divided, 80 % to train on and 20 % to evaluate, and --output gets a table of what came of each
+rate. Every row and seed is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished is not run again
+and what was interrupted goes on. Writes OUTPUT/table.md and, with matplotlib (pip install '.[plots]'),
+OUTPUT/curves.png.
 
 mAP and F at IoU 0.33 are counted as DeepPCB's authors do (github.com/tangsanli5201/DeepPCB): a detection is right if it
 overlaps a defect of its class by more than 0.33 that no surer detection has; AP is the mean precision at the right

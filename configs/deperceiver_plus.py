@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from configs.base import base, resnet
 
 _STRIDES = {"16": (16,), "8": (8,), "multiscale": (8, 16, 32)}
-_MODELS = ("r50_16", "r50_8", "r50_multiscale", "r101_multiscale")
-_EPOCHS = {"12ep": (12, 11), "50ep": (50, 40)}  # epochs, of which the last ones are at a tenth of the rate
+_MODELS = ("r50_16", "r50_8", "r50_multiscale", "r101_multiscale", "x101_multiscale")
+_EPOCHS = {"12ep": (12, 11), "24ep": (24, 20), "50ep": (50, 40)}  # epochs, of which the last ones are at a tenth of the rate
 VARIANTS = (*_MODELS, *(f"{model}_{epochs}" for model in _MODELS for epochs in _EPOCHS))
 
 
@@ -23,6 +23,8 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
     config = base()
     config.model = model()
     config.model.backbone = resnet(int(net[1:]))
+    if net == "x101":  # ResNeXt-101 64x4d
+        config.model.backbone.update(groups=64, inner_ratio=4, weights="hf://timm/resnext101_64x4d.tv_in1k")
     config.model.strides = _STRIDES[scale]
 
     config.loss.classification = "sigmoid_iou_aware"

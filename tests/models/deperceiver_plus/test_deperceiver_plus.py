@@ -122,9 +122,10 @@ def test_bad_fields(changes, sentence):
         abstract_detector(small(**changes))
 
 
-@pytest.mark.parametrize("variant", ["r50_16", "r50_8", "r50_multiscale", "r101_multiscale"])
+@pytest.mark.parametrize("variant", ["r50_16", "r50_8", "r50_multiscale", "r101_multiscale", "x101_multiscale"])
 def test_variants_build(variant):
     config = deperceiver_plus.get_config(variant)
     detector = abstract_detector(config)
     assert len(detector.level_embedding.get_value()) == len(config.model.strides)
-    assert config.train.num_epochs == 50 and deperceiver_plus.get_config(f"{variant}_12ep").train.num_epochs == 12
+    epochs = [deperceiver_plus.get_config(f"{variant}{tail}").train.num_epochs for tail in ("", "_12ep", "_24ep")]
+    assert epochs == [50, 12, 24]
