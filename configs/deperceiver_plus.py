@@ -11,7 +11,7 @@ from configs.base import base, resnet
 
 _STRIDES = {"16": (16,), "8": (8,), "multiscale": (8, 16, 32)}
 _MODELS = ("r50_16", "r50_8", "r50_multiscale", "r101_multiscale", "x101_multiscale")
-_EPOCHS = {"12ep": (12, 11), "24ep": (24, 20), "50ep": (50, 40)}  # epochs, of which the last ones are at a tenth of the rate
+_EPOCHS = {"12ep": (12, 11), "24ep": (24, 20), "50ep": (50, 40)}  # those after the second are at a tenth
 VARIANTS = (*_MODELS, *(f"{model}_{epochs}" for model in _MODELS for epochs in _EPOCHS))
 
 
