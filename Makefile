@@ -2,7 +2,8 @@
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
 # make lint   ruff and mypy, as CI does
-# make test FAST=1    without processes, whole programs and full-size models: what a change needs first
+# make test FAST=1    without processes, whole programs, full-size models and what takes a second: a change's first tests
+# make test RECORD=1  writes down which tests take long, and FAST=1 leaves out: tests/durations.json
 # make test LATEST=1  the whole suite with the newest versions of everything, in an environment of its own
 
 PYTHON ?= python3
@@ -15,6 +16,9 @@ MORE = ,trackio
 endif
 ifdef FAST
 SELECTED = -m 'not slow'
+endif
+ifdef RECORD
+export DEPERCEIVER_JAX_RECORD_TESTS = 1
 endif
 RUN = runs/demo
 BIN = $(VENV)/bin

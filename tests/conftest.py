@@ -26,6 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import durations  # noqa: E402
 from tests.drawn_arrays import draw_arrays  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,10 +36,25 @@ gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 
 
+recorder = durations.Recorder()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that at the end no worker is alone with one while the others have nothing."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Tests that were found to take long are slow as those are that say so; files that take longest come first."""
+    long = durations.read()
+    for item in items:
+        if item.nodeid in long:
+            item.add_marker("slow")
+    durations.order(items, [item for item in items if item.get_closest_marker("slow")])
+
+
+def pytest_runtest_logreport(report):
+    recorder.add(report)
+
+
+def pytest_sessionfinish():
+    recorder.write()
 
 
 @pytest.fixture(autouse=True)
