@@ -5,8 +5,10 @@
 For whoever has no weights to start from. Pictures have 256 to 640 pixels a side, or are scaled to that. The backbone is
 a ResNet-18 of half the width with group norm, all of it trained. 10,000 steps in batches of 8 are 100 epochs of 800
 pictures; they want a GPU. Where there are published weights, starting from them needs fewer pictures:
-docs/finetuning.md. Sizes and rates follow those that learned the built-in pictures (docs/experiments/rates.md), made
-wider. No AP was measured with this file; take it as a start.
+docs/finetuning.md. Sizes follow those that learned the built-in pictures, made wider. DePerceiver+ and Deformable DETR
+have the optimizer and rate that were best on 1,000 photographs of circuit boards, with narrower models;
+docs/experiments/real_objects.md says what to expect by minutes of training. The others have AdamW and the rates of
+docs/experiments/rates.md. No AP was measured with this file; take it as a start.
 """
 
 from ml_collections import ConfigDict
@@ -48,6 +50,9 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
     config.loss.weight_class = 2.0
     config.matcher.cost_class = 2.0
     config.optimizer.learning_rate = 3e-4 if variant == "detr" else 1e-3
+    if variant in ("deperceiver_plus", "deformable_detr"):
+        config.optimizer.name = "muon"
+        config.optimizer.learning_rate = 3e-3
     config.optimizer.groups.backbone.multiplier = 1.0  # nothing is pretrained
     config.optimizer.clip_norm = 1.0
     config.optimizer.schedule = "cosine"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs.base import base
@@ -93,6 +94,18 @@ def test_muon_takes_stacked_layers_and_convolutions_as_matrices(shape, axis):
         layers = [(p.reshape(-1, 4), g.reshape(-1, 4)) for p, g in zip(param, gradient, strict=True)]
         alone = jnp.stack([moved(*layer) for layer in layers]).reshape(shape)
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", [PartitionSpec("model"), PartitionSpec(None, "model"), PartitionSpec(None, None, "model")]
+)
+def test_muon_moves_split_matrices_as_whole_ones(spec):
+    key, shape = jax.random.key(0), (4, 16, 24)
+    params, gradients = ({"a/kernel": jax.random.normal(jax.random.fold_in(key, i), shape)} for i in range(2))
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    split = jax.device_put((params, gradients), NamedSharding(mesh, spec))
+    moved = jax.jit(lambda params, gradients: take_steps("muon", params, gradients, 1))(*split)
+    np.testing.assert_allclose(moved["a/kernel"], take_steps("muon", params, gradients, 1)["a/kernel"], atol=1e-5)
 
 
 def test_a_class_head_is_no_matrix_of_muon():
