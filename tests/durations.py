@@ -1,7 +1,7 @@
 """How long the tests take, as `make test RECORD=1` found: what FAST=1 leaves out, and which files come first.
 
-durations.json has the seconds of every test that took a second or more on two cores, with its fixtures. What runs is
-recorded again; the rest of the file stays, without tests that are gone.
+durations.json has the seconds of every test that took half a second or more on two cores, with its fixtures. What runs
+is recorded again; what it says of other tests stays.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("durations.json")
 RECORD = "DEPERCEIVER_JAX_RECORD_TESTS"  # a variable of the environment, set by make
-LONG = 1.0  # seconds
+LONG = 0.5  # seconds
 
 
 def read() -> dict[str, float]:

@@ -17,11 +17,12 @@ def test_every_record_is_of_a_test_that_exists():
 
 def test_a_run_replaces_what_it_ran(tmp_path, monkeypatch):
     monkeypatch.setattr(durations, "FILE", tmp_path / "durations.json")
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    for name in ("PYTEST_XDIST_WORKER", durations.RECORD):
+        monkeypatch.delenv(name, raising=False)
     before = {"tests/a.py::elsewhere": 5.0, "tests/a.py::faster": 2.0}
     durations.FILE.write_text(json.dumps(before))
     recorder = durations.Recorder()
-    reports = [("a.py::faster", 0.3), ("a.py::long", 0.7), ("a.py::long", 0.5), ("b.py::short", 0.9)]
+    reports = [("a.py::faster", 0.3), ("a.py::long", 0.7), ("a.py::long", 0.5), ("b.py::short", 0.4)]
     for name, seconds in reports:
         recorder.add(SimpleNamespace(nodeid=f"tests/{name}", duration=seconds))
     recorder.write()
