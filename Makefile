@@ -2,7 +2,7 @@
 # make test   installs and runs the tests, as CI does
 # make parity prints how far every model is from its official code, one model after the other: it takes long
 # make lint   ruff and mypy, as CI does
-# make test FAST=1    without processes, whole programs, full-size models and what takes half a second: first
+# make test FAST=1    without processes, whole programs, full-size models and tests of half a second and more
 # make test RECORD=1  writes down which tests take long, and FAST=1 leaves out: tests/durations.json
 # make test LATEST=1  the whole suite with the newest versions of everything, in an environment of its own
 

@@ -1,7 +1,7 @@
 """Trains every family from scratch on the same photographs, a folder in COCO's layout, and compares them.
 
-    python benchmarks/real_objects.py --coco=/data/deeppcb --rates=3e-4,1e-3,3e-3        # each row's learning rate
-    python benchmarks/real_objects.py --coco=/data/deeppcb --seeds=0,1,2 --rate detr=3e-4 deperceiver_plus=1e-3
+    python benchmarks/real_objects.py --coco=/data/deeppcb --rates=1e-3,3e-3 --steps=375  # each row's learning rate
+    python benchmarks/real_objects.py --coco=/data/deeppcb --seeds=0,1,2 --rate detr=3e-3
 
 Rows are configs/demo.py's detectors, one backbone for all, and the published DePerceiver on that backbone. All see the
 same pictures, STEPS batches of 4 at one size, and learn with Muon. With --rates the validation split is not touched:

@@ -139,3 +139,10 @@ def resnet(depth: int = 50) -> ConfigDict:
     # first, from which the published detectors were trained. Unused with init_from, and with group_norm.
     b.weights = f"hf://timm/resnet{depth}.tv_in1k"
     return b
+
+
+def resnext101() -> ConfigDict:
+    """A ResNeXt-101 64x4d with torchvision's weights."""
+    b = resnet(101)
+    b.update(groups=64, inner_ratio=4, weights="hf://timm/resnext101_64x4d.tv_in1k")
+    return b

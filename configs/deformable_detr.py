@@ -15,7 +15,7 @@ is after the same share of it, 120 epochs. All figures are the authors', not mea
 
 from ml_collections import ConfigDict
 
-from configs.base import base, resnet
+from configs.base import base, resnet, resnext101
 
 _RELEASED = ("r50_single_scale", "r50_single_scale_dc5", "r50", "r50_refine", "r50_two_stage")
 VARIANTS = (*_RELEASED, "r101_two_stage", "x101_two_stage", "x101_dcn_two_stage", "r50_150ep")
@@ -30,12 +30,10 @@ def get_config(variant: str = "r50") -> ConfigDict:
     if variant.startswith("r50_single_scale"):
         config.model.strides = (32,)
         config.model.extra_levels = 0
-    config.model.backbone = resnet(50 if variant.startswith("r50") else 101)
+    config.model.backbone = resnext101() if variant.startswith("x101") else resnet(int(variant[1:].split("_")[0]))
     if variant == "r50_single_scale_dc5":
         config.model.strides = (16,)
         config.model.backbone.dilation = True
-    if variant.startswith("x101"):
-        config.model.backbone.update(groups=64, inner_ratio=4, weights="hf://timm/resnext101_64x4d.tv_in1k")
     if "_dcn" in variant:
         config.model.backbone.deformable_stages = 3
     config.model.two_stage = variant.endswith("_two_stage")

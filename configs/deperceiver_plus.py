@@ -7,7 +7,7 @@ Ours, not published; docs/deperceiver_plus.md says what led to it and what was m
 
 from ml_collections import ConfigDict
 
-from configs.base import base, resnet
+from configs.base import base, resnet, resnext101
 
 _STRIDES = {"16": (16,), "8": (8,), "multiscale": (8, 16, 32)}
 _MODELS = ("r50_16", "r50_8", "r50_multiscale", "r101_multiscale", "x101_multiscale")
@@ -22,9 +22,7 @@ def get_config(variant: str = "r50_multiscale") -> ConfigDict:
     net, scale, epochs = (*variant.split("_"), "50ep")[:3]
     config = base()
     config.model = model()
-    config.model.backbone = resnet(int(net[1:]))
-    if net == "x101":  # ResNeXt-101 64x4d
-        config.model.backbone.update(groups=64, inner_ratio=4, weights="hf://timm/resnext101_64x4d.tv_in1k")
+    config.model.backbone = resnext101() if net == "x101" else resnet(int(net[1:]))
     config.model.strides = _STRIDES[scale]
 
     config.loss.classification = "sigmoid_iou_aware"
