@@ -34,6 +34,7 @@ INLINED = {  # operations that run a program of their own: where it lies
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
+RELU = (("custom_jvp_call", "relu"), ("custom_vjp_call", "_relu"))  # JAX's, and that of layers/activations.py
 SAME = ("stop_gradient", "copy", "copy_p", "optimization_barrier")
 ELEMENTWISE = {
     "add": "Add",
@@ -238,6 +239,6 @@ def _row(graph: Graph, value: Value, i: int) -> Value:
 def _whole_operation(graph: Graph, name: str, parameters, inner, arguments: list[Value]) -> list[Value] | None:
     """Programs that are one operator of ONNX, by their names; None for all others."""
     jaxpr = inner.jaxpr if hasattr(inner, "consts") else inner
-    if name == "custom_jvp_call" and jaxpr.debug_info.func_name == "relu" and not arguments[0].is_known:
+    if (name, jaxpr.debug_info.func_name) in RELU and not arguments[0].is_known:
         return [Value(graph.add("Relu", graph.name(arguments[0])), arguments[0].shape)]
     return None

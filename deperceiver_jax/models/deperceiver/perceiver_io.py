@@ -17,11 +17,12 @@ from deperceiver_jax.errors import UserError, check_above_zero, check_at_least, 
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.deperceiver.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.features.pyramid import LevelTokens
+from deperceiver_jax.models.layers.activations import exact_gelu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
 from deperceiver_jax.models.layers.linear import dropout, split_key
-from deperceiver_jax.models.layers.mlp import MLP, exact_gelu
+from deperceiver_jax.models.layers.mlp import MLP
 from deperceiver_jax.models.layers.recorder import is_recording
 
 LATENT_INITS = {"normal": nnx.initializers.normal, "truncated_normal": nnx.initializers.truncated_normal}

@@ -21,6 +21,7 @@ from deperceiver_jax.models.features.position_encoding import sine_waves
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.heads.heads import RelativeHeads, no_predictions
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
+from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import linear, split_key
@@ -112,7 +113,7 @@ class LatentLayer(QueryLayer):
         self.gaussian = BoxGaussian(dim, heads, least_width=fields.least_width, rngs=rngs) if fields.gaussian else None
         separate = fields.separate_levels and num_levels > 1
         self.level_weight = linear(dim, num_levels, dtype=jnp.float32, rngs=rngs) if separate else None
-        self.position = MLP([2 * dim, dim, dim], activation=jax.nn.relu, dtype=compute.dtype, rngs=rngs)
+        self.position = MLP([2 * dim, dim, dim], activation=relu, dtype=compute.dtype, rngs=rngs)
         self.heads = RelativeHeads(dim, num_logits, box_deltas=box_deltas, rngs=rngs)
 
     def __call__(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import check_at_least
 from deperceiver_jax.models.features.tokens import feature_valid
+from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack
@@ -27,8 +28,8 @@ class NeckBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"], *, dropout_key=None):
         """Padding is zero before the convolutions. There is no dropout; LayerStack passes the key to every layer."""
         del dropout_key
-        inner = nnx.relu(self.inner(blank(self.norm(x), valid)))
-        return x + self.outer(blank(inner, valid))
+        inner = self.inner(blank(self.norm(x), valid))
+        return x + self.outer(relu(blank(inner, valid)))
 
 
 class FeaturePyramid(nnx.Module):

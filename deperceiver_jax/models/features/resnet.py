@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_at_least, check_choice
+from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
 from deperceiver_jax.models.layers.deformable_convolution import deformable_convolution
@@ -195,11 +196,11 @@ class Block(nnx.Module):
         valid_out = _subsample(valid, self.stride)
         shortcut = self.shortcut_norm(self.shortcut_conv(x), valid_out) if self.has_shortcut else x
         if self.bottleneck:
-            y = jax.nn.relu(self.norm1(self.conv1(x), valid))
-            y = jax.nn.relu(self.norm2(self.conv2(y), valid_out))
+            y = relu(self.norm1(self.conv1(x), valid))
+            y = relu(self.norm2(self.conv2(y), valid_out))
             y = self.norm3(self.conv3(y), valid_out)
         else:
-            y = jax.nn.relu(self.norm1(self.conv1(x), valid_out))
+            y = relu(self.norm1(self.conv1(x), valid_out))
             y = self.norm2(self.conv2(y), valid_out)
         return jax.nn.relu(y + shortcut)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.linear import linear
 from deperceiver_jax.models.layers.mlp import MLP
 from deperceiver_jax.structures import Predictions
@@ -44,7 +45,7 @@ class BoxHead(nnx.Module):
     """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.mlp = MLP([dim, dim, dim, 4], activation=jax.nn.relu, dtype=jnp.float32, rngs=rngs)
+        self.mlp = MLP([dim, dim, dim, 4], activation=relu, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
         self, decoded: Float[Array, "L B Q D"], center_logit: Float[Array, "Q 2"] | None = None

@@ -48,12 +48,17 @@ def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs, **start) -> nnx.
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate` and scales the rest by 1/(1 - rate); no key, no dropout."""
+    kept = draw_kept(x.shape, rate, key)
+    return x if kept is None else jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def draw_kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax.Array | None:
+    """Which elements `dropout` leaves; None where it leaves all."""
     if key is None or rate == 0.0:
-        return x
+        return None
     # Without the barrier a TPU's compiler draws the numbers inside of the matrix products that use them, and takes 2.5
     # times as long to compile an attention with dropout (DETR's, v5e).
-    keep = jax.lax.optimization_barrier(jax.random.bernoulli(key, 1.0 - rate, x.shape))
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    return jax.lax.optimization_barrier(jax.random.bernoulli(key, 1.0 - rate, shape))
 
 
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:

@@ -9,13 +9,8 @@ from flax import nnx
 from deperceiver_jax.models.layers.linear import dropout, linear, split_key, xavier_uniform_init
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function, as PyTorch; JAX's own default is a tanh approximation of it."""
-    return jax.nn.gelu(x, approximate=False)
-
-
 class MLP(nnx.Module):
-    """Linear layers with an activation between them: widths dims[0] -> dims[1] -> ... -> dims[-1].
+    """Linear layers with an activation (of activations.py) between them: widths dims[0] -> dims[1] -> ... -> dims[-1].
 
     Layers start as torch.nn.Linear does; `xavier` draws their kernels Xavier-uniformly and leaves the biases so.
     `gated`: each layer but the last is twice as wide, and its second half, activated, multiplies the first, as in
@@ -26,7 +21,7 @@ class MLP(nnx.Module):
         self,
         dims: Sequence[int],
         *,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: Callable,
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         xavier: bool = False,
@@ -49,11 +44,11 @@ class MLP(nnx.Module):
         """[..., dims[0]] -> [..., dims[-1]]; `dropout` on the result, `hidden_dropout` after each activation."""
         keys = split_key(dropout_key, len(self.layers)) if self.hidden_dropout else [dropout_key] * len(self.layers)
         for layer, key in zip(self.layers[:-1], keys[:-1], strict=True):
-            x = dropout(self._activate(layer(x)), self.hidden_dropout, key)
+            x = self._activate(layer(x), key)
         return dropout(self.layers[-1](x), self.dropout, keys[-1])
 
-    def _activate(self, x: jax.Array) -> jax.Array:
+    def _activate(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         if not self.gated:
-            return self.activation(x)
+            return self.activation(x, self.hidden_dropout, dropout_key)
         value, gate = jnp.split(x, 2, axis=-1)
-        return value * self.activation(gate)
+        return dropout(value * self.activation(gate), self.hidden_dropout, dropout_key)

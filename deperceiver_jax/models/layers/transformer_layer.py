@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 from flax import nnx
 from jaxtyping import Array
 
+from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import dropout, split_key
@@ -27,7 +27,7 @@ class TransformerLayer(nnx.Module):
         if self.has_mlp:
             self.mlp = MLP(
                 [dim, mlp_dim, dim],
-                activation=jax.nn.relu,
+                activation=relu,
                 hidden_dropout=dropout,
                 xavier=True,
                 dtype=compute.dtype,

@@ -17,6 +17,7 @@ from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.detr.transformer import DecoderLayer
 from deperceiver_jax.models.features.pyramid import LevelTokens
+from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, start_alike
@@ -56,7 +57,7 @@ class LevelEncoderLayer(TransformerLayer):
         shared: dict = dict(dropout=dropout, compute=compute, rngs=rngs)
         super().__init__(dim, mlp_dim=0, **shared)
         num_attentions, num_mlps = (1 if share else num_levels for share in (fields.share_attention, fields.share_mlp))
-        mlp = dict(activation=jax.nn.relu, hidden_dropout=dropout, xavier=True, dtype=compute.dtype, rngs=rngs)
+        mlp = dict(activation=relu, hidden_dropout=dropout, xavier=True, dtype=compute.dtype, rngs=rngs)
         self.attentions = nnx.List(
             [MultiHeadAttention(dim, fields.num_heads, xavier=True, **shared) for _ in range(num_attentions)]
         )
@@ -187,7 +188,7 @@ class ModulatedDecoder(nnx.Module):
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
         self.layers = LayerStack(ModulatedDecoderLayer, fields.num_layers, dim, fields, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype)
-        center = dict(activation=jax.nn.relu, xavier=True, dtype=jnp.float32, rngs=rngs)
+        center = dict(activation=relu, xavier=True, dtype=jnp.float32, rngs=rngs)
         modulates = fields.modulation != "none"
         self.center = MLP([dim] * fields.center_layers + [2], **center) if modulates else None
         self.dtype = compute.dtype

@@ -1,0 +1,57 @@
+"""ReLU with dropout, beside JAX's own: the same numbers, and less that waits for the backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deperceiver_jax.models.layers.activations import relu
+from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.layer_stack import LayerStack
+from deperceiver_jax.models.layers.linear import dropout
+from deperceiver_jax.models.layers.transformer_layer import TransformerLayer
+
+EDGES = (0.0, -0.0, np.nan, np.inf, -np.inf, 2e-38, -2e-38)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_numbers_are_those_of_jax(rate, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, gradient = (jax.random.normal(key, (40, 50)) for key in keys[:2])
+    x = x.at[:, : len(EDGES)].set(jnp.asarray(EDGES)[None]).astype(dtype)
+    gradient = gradient.astype(dtype)
+
+    def run(function):
+        @jax.jit
+        def value_and_gradient(x):
+            value, backward = jax.vjp(function, x)
+            return value, *backward(gradient)
+
+        return value_and_gradient(x)
+
+    found, expected = run(lambda x: relu(x, rate, keys[2])), run(lambda x: dropout(jax.nn.relu(x), rate, keys[2]))
+    for array, other in zip(found, expected, strict=True):
+        assert array.dtype == other.dtype == dtype
+        # XLA multiplies by a rounded reciprocal here, and divides there.
+        np.testing.assert_allclose(array.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-7 if rate else 0)
+
+
+class Layer(TransformerLayer):
+    def __call__(self, x, *, dropout_key=None):
+        return self.mlp_sublayer(x, dropout_key)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_hidden_rows_are_kept_once_and_no_mask_of_them(rate):
+    compute = Compute(jnp.float32, "xla", rematerialize=False)
+    stack = LayerStack(Layer, 3, 8, mlp_dim=32, dropout=rate, compute=compute, rngs=nnx.Rngs(0))
+    graphdef, arrays = nnx.split(stack)
+
+    def apply(arrays, x):
+        return nnx.merge(graphdef, arrays)(x, dropout_key=jax.random.key(0))
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], arrays, jnp.ones((2, 5, 8))))
+    hidden = [array for array in kept if array.shape == (3, 2, 5, 32)]
+    assert [array.dtype for array in hidden] == [jnp.float32]
