@@ -32,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import small_objects  # noqa: E402
 from configs.base import base  # noqa: E402
 from deperceiver_jax.data.datasets.layouts.recognise import find_split  # noqa: E402
+from deperceiver_jax.data.datasets.source import existing_directory  # noqa: E402
+from deperceiver_jax.errors import UserError  # noqa: E402
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json  # noqa: E402
 
 TWO_STAGE = ["--config.model.refine=True", "--config.model.two_stage=True", "--config.model.places=pixels"]
@@ -68,6 +70,13 @@ def main() -> None:
     rates = dict(pair.split("=", 1) for pair in arguments.rate if "=" in pair)
     if wrong := [pair for pair in arguments.rate if pair.split("=")[0] not in ROWS or "=" not in pair]:
         parser.error(f"--rate {wrong[0]} is not ROW=RATE with a row of {', '.join(ROWS)}.")
+
+    data = base().data
+    data.directory = str(arguments.coco)
+    try:
+        find_split(existing_directory(data), data, "train")
+    except UserError as error:
+        parser.error(f"--coco: {error}")
 
     fields = [*fields_of_all(arguments.steps, arguments.pixels), *arguments.fields, *further]
     if arguments.rates:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.real_objects import ROWS, divide_training_split, fields_of_all, mean_ap_and_f
+from benchmarks.real_objects import ROWS, divide_training_split, fields_of_all, main, mean_ap_and_f
 from configs.base import base
 from deperceiver_jax.data.datasets.layouts.recognise import find_split
 from deperceiver_jax.models import field_needs
@@ -43,6 +43,16 @@ def test_rates_are_tuned_on_the_training_split_alone(rectangles, tmp_path):
     data.directory, data.layout = str(divided), "one_file"
     train, validation = (find_split(divided, data, split).names for split in ("train", "validation"))
     assert len(train) == 8 and len(validation) == 2 and not set(train) & set(validation)
+
+
+def test_a_folder_that_is_not_there_is_told_before_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["real_objects.py", f"--coco={tmp_path}/none", f"--output={tmp_path}/runs"])
+    with pytest.raises(SystemExit):
+        main()
+    assert (
+        f"error: --coco: There is no directory {tmp_path}/none" in capsys.readouterr().err
+        and not (tmp_path / "runs").exists()
+    )
 
 
 @pytest.mark.parametrize("row", ROWS)
