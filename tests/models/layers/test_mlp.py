@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deperceiver_jax.models.layers.mlp import MLP, exact_gelu
+from deperceiver_jax.models.layers.activations import exact_gelu
+from deperceiver_jax.models.layers.mlp import MLP
 
 
 def test_gates_by_hand():
