@@ -3,11 +3,11 @@
     python benchmarks/real_objects.py --coco=/data/deeppcb --rates=1e-3,3e-3 --steps=375  # each row's learning rate
     python benchmarks/real_objects.py --coco=/data/deeppcb --seeds=0,1,2 --rate detr=3e-3
 
-Rows are configs/demo.py's detectors, one backbone for all, and the published DePerceiver on that backbone. All see the
-same pictures, STEPS batches of 4 at one size, and learn with Muon. With --rates the validation split is not touched:
-the training split is divided, 80 % to train on and 20 % to evaluate, and --output gets a table of what came of each
-rate. Every row and seed is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished is not run again
-and what was interrupted goes on. Writes OUTPUT/table.md and, with matplotlib (pip install '.[plots]'),
+Rows are configs/demo.py's detectors, DePerceiver+ as in configs/small.py, and the published DePerceiver, one backbone
+for all. All see the same pictures, STEPS batches of 4 at one size, and learn with Muon. With --rates the validation
+split is not touched: the training split is divided, 80 % to train on and 20 % to evaluate, and --output gets a table of
+what came of each rate. Every row and seed is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished
+is not run again and what was interrupted goes on. Writes OUTPUT/table.md and, with matplotlib (pip install '.[plots]'),
 OUTPUT/curves.png.
 
 mAP and F at IoU 0.33 are counted as DeepPCB's authors do (github.com/tangsanli5201/DeepPCB): a detection is right if it
@@ -37,10 +37,8 @@ from deperceiver_jax.errors import UserError  # noqa: E402
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json  # noqa: E402
 
 TWO_STAGE = ["--config.model.refine=True", "--config.model.two_stage=True", "--config.model.places=pixels"]
-# What the demo goes without for its few minutes, and half of most boxes is less than its least width.
-WHOLE = ["--config.model.neck_blocks=2", "--config.model.decoder.least_width=0.01"]
 ROWS = {  # row -> config, fields
-    "deperceiver_plus": ("demo.py:deperceiver_plus", WHOLE),
+    "deperceiver_plus": ("small.py:deperceiver_plus_narrow", []),
     "deformable_detr_two_stage": ("demo.py:deformable_detr", TWO_STAGE),
     "smca": ("demo.py:smca", []),
     "detr": ("demo.py:detr", []),
