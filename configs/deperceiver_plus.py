@@ -62,5 +62,6 @@ def model() -> ConfigDict:
     m.decoder.gaussian = True  # a latent looks around its box first
     m.decoder.separate_levels = False  # a softmax and a predicted weight for each level rather than one over all tokens
     m.decoder.refine = True  # each layer corrects the boxes of the one before
+    m.decoder.look_forward_twice = True  # whose loss moves the deltas of the one before, too (DINO)
     m.decoder.least_width = 0.01  # half of a box counts as at least this share of the image in the Gaussians
     return m

@@ -104,6 +104,7 @@ def _cross_attention_in_every_layer(config: ConfigDict) -> None:
     config.model.denoising.copies = 0
     config.model.no_object_logit = True
     config.model.decoder.update(num_layers=3, num_heads=4, mlp_dim=128, gaussian=False, refine=False, least_width=0.03)
+    config.model.decoder.look_forward_twice = False
     config.model.box_deltas = "logits"
 
 
@@ -159,6 +160,11 @@ def _iou_aware(config: ConfigDict) -> None:
     config.loss.classification = "sigmoid_iou_aware"
 
 
+def _look_forward_twice(config: ConfigDict) -> None:
+    """The loss of a layer's boxes moves the deltas of the layer before, too."""
+    config.model.decoder.look_forward_twice = True
+
+
 def _separate_levels(config: ConfigDict) -> None:
     """A softmax for each level, with predicted weights."""
     config.model.decoder.separate_levels = True
@@ -183,6 +189,7 @@ ROWS = {
     "neck_blocks": _neck_blocks,
     "scaled_deltas": _scaled_deltas,
     "iou_aware": _iou_aware,
+    "look_forward_twice": _look_forward_twice,
     "separate_levels": _separate_levels,
 }
 
@@ -191,8 +198,8 @@ ROWS = {
 
 
 def _deperceiver_plus(config: ConfigDict) -> None:
-    """The parts of configs/deperceiver_plus.py: the row `iou_aware`."""
-    _climb(config, "iou_aware")
+    """The parts of configs/deperceiver_plus.py: the row `look_forward_twice`."""
+    _climb(config, "look_forward_twice")
     config.optimizer.learning_rate = 3e-3
 
 

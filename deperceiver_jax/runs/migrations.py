@@ -104,8 +104,14 @@ def _to_0_2_2(config: dict) -> None:
     config["optimizer"]["name"] = "adamw"
 
 
+def _to_0_2_3(config: dict) -> None:
+    if config["model"]["name"] == "deperceiver_plus":
+        config["model"]["decoder"]["look_forward_twice"] = False
+
+
 MIGRATIONS = (
     Migration("0.2.0", _to_0_2_0),
     Migration("0.2.1", _to_0_2_1),
     Migration("0.2.2", _to_0_2_2),
+    Migration("0.2.3", _to_0_2_3),
 )

@@ -35,6 +35,7 @@ def test_a_config_of_the_version_before_is_todays(name):
     then = {"model.backbone.weights": ""}
     if name == "deperceiver_plus":  # what it was trained with, and stays with
         then |= {"model.box_deltas": "logits", "loss.classification": "sigmoid_focal"}
+        then |= {"model.decoder.look_forward_twice": False}
     assert flat_fields(config) == flat_fields(CONFIGS[name]) | then
     abstract_detector(config)
 

@@ -37,6 +37,10 @@ class DePerceiverPlus(Detector):
         "model.decoder.separate_levels": Need(
             lambda config: len(config.model.strides) > 1, "two or more config.model.strides"
         ),
+        "model.decoder.look_forward_twice": Need(
+            lambda config: config.model.decoder.refine and config.model.decoder.num_layers > 1,
+            "config.model.decoder.refine=True and config.model.decoder.num_layers of at least 2",
+        ),
         "model.denoising.noise": at_least("model.denoising.copies", 1),
         "loss.auxiliary": Need(
             lambda config: config.model.decoder.num_layers > 1 or config.model.start == "proposals",

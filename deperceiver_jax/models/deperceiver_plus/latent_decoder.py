@@ -1,7 +1,8 @@
 """DePerceiver+'s decoder: latents with boxes look at one another, at the image around their boxes, and answer.
 
 A Gaussian whose centre and widths each head predicts lets a latent look around its box first, as in SMCA
-(arXiv:2101.07448); each layer corrects the boxes of the one before (Deformable DETR, arXiv:2010.04159, section 4.1).
+(arXiv:2101.07448); each layer corrects the boxes of the one before (Deformable DETR, arXiv:2010.04159, section 4.1),
+which learns from what comes of them ("look forward twice", DINO, arXiv:2203.03605, section 3.5).
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class LatentDecoderFields:
     least_width: float
     separate_levels: bool
     refine: bool
+    look_forward_twice: bool
 
     def __post_init__(self):
         check_at_least("config.model.decoder.num_layers", self.num_layers, 1)
@@ -51,7 +53,8 @@ class Latents(NamedTuple):
     """What one layer hands to the next, and gives as its own answer."""
 
     content: Float[Array, "B Q D"]
-    reference: Float[Array, "B Q 4"]  # the box (cxcywh of the valid area) around which the next layer looks and answers
+    reference: Float[Array, "B Q 4"]  # the box (cxcywh of the valid area) around which the next layer looks
+    moved: Float[Array, "B Q 4"]  # the same box, from which it answers: its loss may reach the layer that moved the box
     predictions: Predictions
 
 
@@ -91,6 +94,7 @@ class LatentLayer(QueryLayer):
 
     With `separate_levels` each level has a softmax of its own and a predicted weight, as SMCA's scale selection; else
     one softmax runs over the tokens of all levels. Without `refine` the first boxes stay the references of all layers.
+    With `look_forward_twice` a box's loss moves the deltas of its own layer and of the one before.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class LatentLayer(QueryLayer):
         shared: dict = dict(dropout=dropout, compute=compute, rngs=rngs)
         super().__init__(dim, heads, mlp_dim=fields.mlp_dim, **shared)
         self.cross_attention = MultiHeadAttention(dim, heads, xavier=True, **shared)
-        self.refine = fields.refine
+        self.refine, self.look_forward_twice = fields.refine, fields.look_forward_twice
         self.gaussian = BoxGaussian(dim, heads, least_width=fields.least_width, rngs=rngs) if fields.gaussian else None
         separate = fields.separate_levels and num_levels > 1
         self.level_weight = linear(dim, num_levels, dtype=jnp.float32, rngs=rngs) if separate else None
@@ -141,9 +145,13 @@ class LatentLayer(QueryLayer):
 
         mask = attention_mask._asdict()
         content = self.decode(latents.content, position, attend_image, [key_latents, *keys], **mask)
-        predictions = self.heads(content, latents.reference)
-        reference = jax.lax.stop_gradient(predictions.boxes) if self.refine else latents.reference
-        return Latents(content, reference, predictions)
+        deltas = self.heads.box_head.mlp(content)
+        predictions = Predictions(self.heads.class_head(content), self.heads.move(latents.moved, deltas))
+        if not self.refine:
+            return latents._replace(content=content, predictions=predictions)
+        moved = self.heads.move(latents.reference, deltas)
+        reference = jax.lax.stop_gradient(moved)
+        return Latents(content, reference, moved if self.look_forward_twice else reference, predictions)
 
 
 class LatentDecoder(nnx.Module):
@@ -175,6 +183,7 @@ class LatentDecoder(nnx.Module):
         dropout_key=None,
     ) -> Predictions:
         """`reference`: the boxes that the latents start from."""
-        start = Latents(content, reference, no_predictions(content.shape[0], content.shape[1], self.num_logits))
+        none = no_predictions(content.shape[0], content.shape[1], self.num_logits)
+        start = Latents(content, reference, reference, none)
         keys = image.keys
         return self.layers(start, image, keys, attention_mask, dropout_key=dropout_key, collect=True).predictions

@@ -88,8 +88,10 @@ class RelativeHeads(nnx.Module):
         last.bias[...] = jnp.asarray([0.0, 0.0, size_bias, size_bias], last.bias.dtype)
 
     def __call__(self, decoded: Float[Array, "*L B Q D"], reference: Float[Array, "*L B Q 4"]) -> Predictions:
-        boxes = move_boxes(reference, self.box_head.mlp(decoded), self.box_deltas)
-        return Predictions(logits=self.class_head(decoded), boxes=boxes)
+        return Predictions(logits=self.class_head(decoded), boxes=self.move(reference, self.box_head.mlp(decoded)))
+
+    def move(self, reference: Float[Array, "*L B Q 4"], deltas: Float[Array, "*L B Q 4"]) -> Float[Array, "*L B Q 4"]:
+        return move_boxes(reference, deltas, self.box_deltas)
 
 
 def move_boxes(

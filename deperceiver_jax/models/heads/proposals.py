@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.pyramid import LevelTokens
-from deperceiver_jax.models.heads.heads import RelativeHeads, move_boxes
+from deperceiver_jax.models.heads.heads import RelativeHeads
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
 from deperceiver_jax.structures import Predictions
@@ -70,7 +70,7 @@ class TokenProposals(RelativeHeads):
         start, valid = token_boxes(memory)
         content = self.output_norm(self.output(jnp.where(valid[..., None], memory.tokens, 0)))
         logits = self.class_head(content)
-        boxes = jnp.where(valid[..., None], move_boxes(start, self.box_head.mlp(content), self.box_deltas), 1.0)
+        boxes = jnp.where(valid[..., None], self.move(start, self.box_head.mlp(content)), 1.0)
         _, best = jax.lax.top_k(logits[..., 0], self.num_proposals)
         reference = jax.lax.stop_gradient(jnp.take_along_axis(boxes, best[..., None], axis=1))
         return Predictions(logits=logits[None], boxes=boxes[None]), content, best, reference

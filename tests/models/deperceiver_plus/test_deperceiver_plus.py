@@ -101,6 +101,25 @@ def test_targets_become_denoising_queries_where_there_is_somewhere_to_start():
         drawn_detector(small(start="learned"))(*example(), **trained)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_which_deltas_learn_from_the_last_boxes(twice):
+    """The deltas of their own layer, and with `look_forward_twice` those of the layer before."""
+    detector = drawn_detector(small(decoder__num_layers=3, decoder__look_forward_twice=twice))
+    graphdef, state = nnx.split(detector)
+
+    def last_boxes(state):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, state)(*example()).boxes[-1]))
+
+    gradient = jax.jit(jax.grad(last_boxes))(state).decoder.layers.layers.heads.box_head.mlp.layers[2].bias[...]
+    assert [bool(layer.any()) for layer in gradient] == [False, twice, True]
+
+
+def test_looking_forward_twice_changes_no_answer():
+    once, twice = (drawn_detector(small(decoder__look_forward_twice=twice)) for twice in (False, True))
+    for found, expected in zip(*(jax.jit(d.__call__)(*example())[:2] for d in (once, twice)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_places_are_shares_of_the_pixels():
     extents = extents_seen(small(), *example(size=(50, 70)))
     np.testing.assert_allclose(extents, [[[70 / 16, 50 / 16], [70 / 32, 50 / 32]]])
