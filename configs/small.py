@@ -71,11 +71,10 @@ def get_config(variant: str = "deperceiver_plus") -> ConfigDict:
 
 
 def narrow() -> ConfigDict:
-    """The demo's DePerceiver+ with what the demo goes without for its few minutes, and half of most boxes is less than
-    its least width."""
+    """The demo's DePerceiver+ with blocks in its neck, for small objects at 320 pixels."""
     config = demo.get_config("deperceiver_plus")
     config.model.neck_blocks = 2
-    config.model.decoder.least_width = 0.01
+    config.model.decoder.least_width = 0.01  # half of most boxes is less than the demo's 0.03
 
     config.data.name = "coco_directory"
     config.data.batch_size = 4

@@ -49,10 +49,8 @@ def test_a_folder_that_is_not_there_is_told_before_any_run(tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["real_objects.py", f"--coco={tmp_path}/none", f"--output={tmp_path}/runs"])
     with pytest.raises(SystemExit):
         main()
-    assert (
-        f"error: --coco: There is no directory {tmp_path}/none" in capsys.readouterr().err
-        and not (tmp_path / "runs").exists()
-    )
+    assert f"error: --coco: There is no directory {tmp_path}/none" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("row", ROWS)

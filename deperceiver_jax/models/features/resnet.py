@@ -202,6 +202,7 @@ class Block(nnx.Module):
         else:
             y = relu(self.norm1(self.conv1(x), valid_out))
             y = self.norm2(self.conv2(y), valid_out)
+        # JAX's own, with a mask: the result is what the stack carries, of which ours would keep a second copy.
         return jax.nn.relu(y + shortcut)
 
 
