@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from deperceiver_jax import load
+from deperceiver_jax import UserError, load
 from deperceiver_jax import predict as program
-from deperceiver_jax.prediction.files import find_images, output_files
+from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.prediction.detections import PictureDetections
+from deperceiver_jax.prediction.files import Video, find_images, output_files
+from deperceiver_jax.prediction.keeper import Keeper
+from deperceiver_jax.prediction.predict import choose_slots
+from deperceiver_jax.prediction.results import Looked
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize.draw_boxes import READABLE_SIDE
 
@@ -177,6 +183,60 @@ def test_every_format_says_what_python_says(tiny_run, photos, tmp_path):
         assert [names[int(number)] for number in numbers[:, 0]] == each.names.tolist()
 
 
+def test_no_picture_is_overwritten(tmp_path):
+    pictures = [tmp_path / "a" / "1.jpg", tmp_path / "a" / "b" / "1.jpg"]
+    for picture in pictures:
+        picture.parent.mkdir(exist_ok=True)
+        picture.touch()
+    with pytest.raises(UserError, match=f"--output: {pictures[1]} would take the place of one of the images; take"):
+        output_files(pictures, tmp_path / "a" / "b")
+
+
+def test_a_name_that_is_no_text(tiny_run, photos, tmp_path):
+    for path in photos.iterdir():
+        if path.name != "a.jpg" and path.is_file():
+            path.unlink()
+    (photos / "a.jpg").rename(photos / os.fsdecode(b"\xff.jpg"))
+    arguments = [f"--images={photos}", f"--output={tmp_path}/out", "--score_threshold=0", "--format=coco,csv,yolo"]
+    assert predict(f"--workdir={tiny_run}", *arguments) == 0
+    lines = (tmp_path / "out" / "detections.csv").read_bytes().splitlines()
+    assert len(lines) == 1 + 5 and lines[1].startswith(os.fsencode(photos) + b"/\xff.jpg,")
+
+
+def test_all_classes_of_a_name_are_chosen():
+    classes = ClassMap.from_categories([(1, "cat"), (2, "dog"), (7, "cat"), (9, "7")])
+    assert [choose_slots(names, classes) for names in (["cat"], ["2"], ["7"], [])] == [[0, 2], [1], [3], [0, 1, 2, 3]]
+
+
+def test_a_video_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    """And nothing of it is left."""
+
+    class Writer:
+        fourcc = cv2.VideoWriter.fourcc
+
+        def __init__(self, path, *_):
+            Path(path).touch()
+
+        def isOpened(self):  # noqa: N802
+            return False
+
+    monkeypatch.setattr(cv2, "VideoWriter", Writer)
+    keeper = Keeper(tmp_path, [], ClassMap.from_categories([(1, "cat")]), draw=True, crops=False)
+    none = np.zeros(0, np.int64)
+    found = PictureDetections(np.zeros((0, 4), np.float32), none, none, none.astype(str), none, (48, 1))
+    with pytest.raises(UserError, match="x.mp4 cannot be written: OpenCV makes no MP4 of 1 x 48 pixels at 25 frames"):
+        with keeper.video(Path("x.mp4"), 25.0, as_frames=False) as keep:
+            keep(Looked(Path("x.avi"), Path("x.mp4"), 0, found, 0), np.zeros((48, 1, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("most", "rate"), [(5, 25.0), (10, 10.0)])
+def test_a_rate_that_is_none(tmp_path, monkeypatch, most, rate):
+    write_video(tmp_path / "x.avi", 1)
+    monkeypatch.setattr("deperceiver_jax.prediction.files.MOST_FRAMES", most)
+    assert Video(tmp_path / "x.avi").frames_per_second == rate
+
+
 def test_chosen_classes_and_crops(tiny_run, photos, tmp_path):
     arguments = [f"--images={photos}", f"--output={tmp_path}/out", "--score_threshold=0", "--save_crops"]
     assert predict(f"--workdir={tiny_run}", *arguments, "--classes=white") == 0
@@ -256,6 +316,10 @@ def test_ctrl_c_keeps_what_is_done(tiny_run, photos, tmp_path, capsys, monkeypat
         (
             ["--images={0}", "--output={0}/out", "--classes=whit"],
             "--classes: the detector knows no class 'whit'; the",
+        ),
+        (
+            ["--images={0}", "--output={0}/out", "--score_threshold=50"],
+            "--score_threshold is 50.0; it must be between 0",
         ),
         (["--images={0}", "--output={0}/out", "--format=voc"], "--format is 'voc'; it can be coco, csv or yolo."),
         (

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 from PIL import Image
 
+from deperceiver_jax.data.image_header import MOST_PIXELS
 from deperceiver_jax.errors import UserError, check_at_least, check_between
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import load_for_command
@@ -32,6 +33,8 @@ def serve(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
         check_at_least(f"--{name}", limit, 1)
     check_between("--score_threshold", values.score_threshold, 0, 1)
     check_between("--port", values.port, 0, 65535)
+    check_between("--max_megapixels", values.max_megapixels, 1, MOST_PIXELS // 1_000_000)
+    Image.MAX_IMAGE_PIXELS = values.max_megapixels * 1_000_000
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # such a picture is refused
     with open_socket(values.host, values.port) as listening:
         stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)

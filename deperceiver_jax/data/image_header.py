@@ -17,7 +17,7 @@ _LONG = 4  # the kind of a number of 32 bits; others have 16
 _TIFF_STARTS = b"II*\0", b"MM\0*"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 PICTURE_ENDINGS = tuple(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())  # of data sets
-_MOST_PIXELS = 178_956_970  # Pillow's own bound between a large picture and a bomb
+MOST_PIXELS = 178_956_970  # Pillow's own bound between a large picture and a bomb
 
 
 Encoded = bytes | mmap.mmap  # a file, read or mapped; what is mapped is read where it is looked at
@@ -47,9 +47,13 @@ def exif_orientation(image: Encoded) -> int:
     if _unknown_tiff_size(image):
         return 1
     with _open(image) as opened:
-        return (
-            1 if opened.format == "TIFF" else _tiff_orientation(opened.info.get("exif", b"").removeprefix(b"Exif\0\0"))
-        )
+        return opened_orientation(opened)
+
+
+def opened_orientation(image: Image.Image) -> int:
+    """exif_orientation of a picture that Pillow has opened."""
+    exif = image.info.get("exif", b"")
+    return 1 if image.format == "TIFF" else _tiff_orientation(exif.removeprefix(b"Exif\0\0"))
 
 
 def image_size(image: Encoded) -> tuple[int, int]:
@@ -67,8 +71,8 @@ def image_size(image: Encoded) -> tuple[int, int]:
             height, width = simplejpeg.decode_jpeg_header(image)[:2]
         except ValueError as error:
             raise CorruptImage(f"its JPEG header cannot be read ({error})") from error
-        if height * width > _MOST_PIXELS:
-            raise CorruptImage(f"its {width} x {height} pixels are more than the {_MOST_PIXELS} that are decoded")
+        if height * width > MOST_PIXELS:
+            raise CorruptImage(f"its {width} x {height} pixels are more than the {MOST_PIXELS} that are decoded")
         return height, width
     if image[: len(_PNG_START)] == _PNG_START and all(kind != b"IEND" for kind, _, _ in _png_chunks(image)):
         raise CorruptImage("it is a truncated PNG")
@@ -83,22 +87,23 @@ def _unknown_tiff_size(image: Encoded) -> tuple[int, int] | None:
     if image[:4] not in _TIFF_STARTS:
         return None
     try:
-        _open(image).close()
-        return None
+        with _open(image):
+            return None
     except CorruptImage:
         tags = _tiff_tags(image[:])
     if not tags.get(_WIDTH) or not tags.get(_HEIGHT) or tags.get(_ORIENTATION, 1) != 1:
         return None
-    if tags[_WIDTH] * tags[_HEIGHT] > _MOST_PIXELS:
+    if tags[_WIDTH] * tags[_HEIGHT] > MOST_PIXELS:
         return None
     return tags[_HEIGHT], tags[_WIDTH]
 
 
 def _open(image: Encoded) -> Image.Image:
+    mapped = isinstance(image, mmap.mmap) and image[:4] not in _TIFF_STARTS  # a TIFF's file Pillow closes
     try:
-        return Image.open(cast(IO[bytes], image) if isinstance(image, mmap.mmap) else io.BytesIO(image))
+        return Image.open(cast(IO[bytes], image) if mapped else io.BytesIO(image[:]))
     except Image.DecompressionBombError as error:
-        raise CorruptImage(f"its pixels are more than the {_MOST_PIXELS} that are decoded") from error
+        raise CorruptImage(f"its pixels are more than the {MOST_PIXELS} that are decoded") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise CorruptImage("it is not an image that Pillow knows") from error
 

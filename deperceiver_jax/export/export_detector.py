@@ -14,7 +14,7 @@ from deperceiver_jax import __version__
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.data.datasets.source import Source
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_between
 from deperceiver_jax.evaluation.coco_metric import coco_metric, coco_results, ground_truth
 from deperceiver_jax.export.check import Comparison
 from deperceiver_jax.export.choices import AP_TOLERANCES, DYNAMIC, ENDINGS
@@ -30,6 +30,7 @@ from deperceiver_jax.structures import Detections
 
 def export_detector(values: FlagValues, config_arguments: Sequence[str]) -> None:
     """Writes and compares what the flags of export ask for. Raises UserError."""
+    check_between("--score_threshold", values.score_threshold, 0, 1)
     output = output_file(values.output, values.format)
     write, open_file = writer_and_reader(values.format)
     stored, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)

@@ -210,7 +210,8 @@ class PictureDetector:
                 for first in range(0, len(members), single):
                     start(members[first : first + single], single)
 
-        for number, prepared in enumerate(_ahead(self._readers, self._prepare, pictures)):
+        ahead = 1 if has_several(self.config.eval) else 2 * THREADS  # whole pictures, or small ones
+        for number, prepared in enumerate(_ahead(self._readers, self._prepare, pictures, ahead)):
             if isinstance(prepared, UserError):
                 done[number] = prepared
             else:
@@ -232,11 +233,13 @@ class PictureDetector:
             finish()
         yield from (done[number] for number in sorted(done))
 
-    def _prepare(self, picture: Picture) -> tuple[Views, list[Prepared]] | UserError:
+    def _prepare(self, picture: Picture) -> tuple[Views, Iterable[Prepared]] | UserError:
+        """Several views of a picture are made one by one when they are needed: tiles may be many."""
         try:
-            return prepare_views(read_pixels(picture), self.config.data, self.config.eval, self.padded_sizes)
+            views, prepared = prepare_views(read_pixels(picture), self.config.data, self.config.eval, self.padded_sizes)
         except UserError as error:
             return error
+        return views, prepared if has_several(self.config.eval) else list(prepared)
 
     def _merged(self, seen: "Seen") -> Detections:
         """The [K] detections of a picture, of all of its views."""
@@ -274,14 +277,14 @@ def _is_one_array(pictures: object) -> bool:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Picture], Result], items: Iterable[Picture]
+    pool: ThreadPoolExecutor, function: Callable[[Picture], Result], items: Iterable[Picture], most: int
 ) -> Iterator[Result]:
-    """function(item) of each in order, a few of them ahead of their use in the threads of `pool`."""
+    """function(item) of each in order, at most so many of them ahead of their use in the threads of `pool`."""
     running: deque[Future[Result]] = deque()
     try:
         for item in items:
             running.append(pool.submit(function, item))
-            if len(running) > 2 * THREADS:
+            if len(running) > most:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()

@@ -1,7 +1,6 @@
 """Which files `--images` means, where the picture of each goes, and the frames of a video."""
 
 import itertools
-import math
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from deperceiver_jax.files import BUCKETS, as_path, is_bucket, reason, require_r
 
 KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # pictures of other kinds become .png
 FORMATS = set("AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM PSD SGI TGA TIFF WEBP".split())  # taken from a folder
+MOST_FRAMES = 1000  # a second: a header that says more gives the unit of its times instead
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")  # taken when they are named
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a file that is no video gets our sentence alone
@@ -111,6 +111,9 @@ def output_files(paths: Sequence[Path], output: Path) -> list[Path]:
             names = (Path(f"{target}{f'-{k}' if k > 1 else ''}{ending}") for k in itertools.count(1))
             targets[i] = next(name for name in names if name not in taken)
             taken.add(targets[i])
+    images = {path.resolve() for path in paths}
+    if overwritten := next((target for target in targets if target.resolve() in images), None):
+        raise UserError(f"--output: {overwritten} would take the place of one of the images; take another folder.")
     return targets
 
 
@@ -122,7 +125,7 @@ class Video:
         if not self._capture.isOpened() or not self._capture.grab():
             raise UserError(f"{path} is not a video that OpenCV can read.")
         rate = self._capture.get(cv2.CAP_PROP_FPS)
-        self.frames_per_second = rate if math.isfinite(rate) and rate > 0 else 25.0
+        self.frames_per_second = rate if 0 < rate <= MOST_FRAMES else 25.0
         self.num_frames = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # 0 where the file does not say
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:

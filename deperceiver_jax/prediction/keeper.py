@@ -105,9 +105,13 @@ class _VideoFile:
             make_folder(self._path.parent)
             partial = self._whole.enter_context(written_whole(self._path, ".mp4"))
             fourcc = cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(partial), fourcc, self._rate, pixels.shape[1::-1])
-            if not self._writer.isOpened():
-                raise UserError(f"--output: {self._path} cannot be written: OpenCV cannot write MP4 there.")
+            writer = cv2.VideoWriter(str(partial), fourcc, self._rate, pixels.shape[1::-1])
+            if not writer.isOpened():
+                size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels at {self._rate:g} frames a second"
+                error = UserError(f"--output: {self._path} cannot be written: OpenCV makes no MP4 of {size} there.")
+                self._whole.__exit__(UserError, error, None)  # nothing takes the name
+                raise error
+            self._writer = writer
         self._writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
 
     def __enter__(self) -> "_VideoFile":

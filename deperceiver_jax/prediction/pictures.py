@@ -1,7 +1,7 @@
 """What a picture may be, and how it becomes one of a few padded sizes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +15,12 @@ from deperceiver_jax.data.batches.geometry import Geometry, evaluation_geometry
 from deperceiver_jax.data.batches.pixels import decode_image, place_image, turn_upright
 from deperceiver_jax.data.batches.plan import GRID
 from deperceiver_jax.data.batches.views import Views, plan_views
-from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
+from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size, opened_orientation
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, reason
 
 # bytes are an image file's; arrays are RGB, or grey without the last axis
 Picture = str | Path | bytes | Image.Image | UInt8[np.ndarray, "h w 3"]
-_EXIF_ORIENTATION = 0x0112
 
 
 class Prepared(NamedTuple):
@@ -58,10 +57,10 @@ def prepare(pixels: UInt8[np.ndarray, "h w 3"], config: ConfigDict, sizes: Int32
 
 def prepare_views(
     pixels: UInt8[np.ndarray, "h w 3"], data: ConfigDict, config: ConfigDict, sizes: Int32[np.ndarray, "N 2"]
-) -> tuple[Views, list[Prepared]]:
-    """The views of an upright picture that config.eval, `config`, asks for, each as `prepare` does it."""
+) -> tuple[Views, Iterator[Prepared]]:
+    """The views of an upright picture that config.eval, `config`, asks for, each as `prepare` does it, one by one."""
     views = plan_views(np.array([pixels.shape[:2]], np.int32), data, config)
-    return views, [_prepare(pixels, views.geometry, view, sizes) for view in range(len(views.example))]
+    return views, (_prepare(pixels, views.geometry, view, sizes) for view in range(len(views.example)))
 
 
 def _prepare(pixels: np.ndarray, geometry: Geometry, view: int, sizes: np.ndarray) -> Prepared:
@@ -107,8 +106,6 @@ def _decode(data: bytes, name: str) -> np.ndarray:
 
 def _read_image(image: Image.Image) -> np.ndarray:
     try:
-        # Pillow has turned a TIFF already.
-        orientation = 1 if image.format == "TIFF" else image.getexif().get(_EXIF_ORIENTATION, 1)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             pixels = np.repeat(to_8_bits(np.asarray(image))[..., None], 3, axis=2)
         else:
@@ -118,7 +115,7 @@ def _read_image(image: Image.Image) -> np.ndarray:
         raise UserError(f"{name} is not a whole image: {error}.") from error
     if 0 in pixels.shape:
         raise UserError(f"A PIL image has no pixels: it is {image.width} x {image.height}.")
-    return turn_upright(pixels, orientation)
+    return turn_upright(pixels, opened_orientation(image))
 
 
 def _read_array(array: np.ndarray) -> np.ndarray:

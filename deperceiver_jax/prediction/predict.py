@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from deperceiver_jax.data.classes import ClassMap
-from deperceiver_jax.errors import UserError, check_choice
+from deperceiver_jax.errors import UserError, check_between, check_choice
 from deperceiver_jax.files import as_path, make_folder, reason
 from deperceiver_jax.prediction.detections import PictureDetections
 from deperceiver_jax.prediction.detector import PictureDetector
@@ -32,6 +32,7 @@ def predict(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
             raise UserError(f"--{name} is needed: {values[name].help}")
     for name in values.format:
         check_choice("--format", name, FORMATS)
+    check_between("--score_threshold", values.score_threshold, 0, 1)
     files, output = find_files(values.images), as_path(values.output)
     places = [target.relative_to(output) for target in output_files(files, output)]
     image_ids = choose_image_ids(values.annotations, files)
@@ -131,9 +132,11 @@ def choose_image_ids(annotations: str | None, files: Sequence[Path]) -> list[int
 
 def choose_slots(names: Sequence[str], classes: ClassMap) -> list[int]:
     """The class slots of --classes, names or category ids; all without it. Raises UserError."""
-    slots = {name: slot for name, slot in zip(classes.names, classes.slots, strict=True)}
-    by_id = {str(id): slot for id, slot in zip(classes.category_ids, classes.slots, strict=True)}
+    chosen: list[int] = []
     for name in names:
-        if name not in slots and name not in by_id:
+        known = list(zip(classes.slots, classes.names, classes.category_ids, strict=True))
+        found = [slot for slot, its, _ in known if its == name] or [slot for slot, _, id in known if str(id) == name]
+        if not found:
             raise UserError(f"--classes: the detector knows no class {name!r}{nearest(name, classes.names)}.")
-    return [slots.get(name, by_id.get(name, -1)) for name in names] or list(classes.slots)
+        chosen += found
+    return chosen or list(classes.slots)

@@ -62,7 +62,10 @@ class _CocoResults:
 @contextlib.contextmanager
 def csv_file(output: Path, classes: ClassMap) -> Iterator[Results]:
     """detections.csv: a line a detection, boxes in pixels; see COLUMNS."""
-    with written_whole(output / "detections.csv") as partial, open(partial, "w", newline="") as file:
+    with (
+        written_whole(output / "detections.csv") as partial,
+        open(partial, "w", newline="", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         yield _Csv(writer)

@@ -7,29 +7,33 @@ connection to the first one, which the operating system closes when either end d
 
 import atexit
 import contextlib
+import secrets
 import socket
 import threading
 from collections.abc import Callable
 
 FAREWELL = b"."
 CONNECT_TIMEOUT = 30  # seconds
+GREETING_TIMEOUT = 5  # seconds
 _connections: list[socket.socket] = []
 
 
 def watch(index: int, count: int, share_address: Callable[[str], str], gone: Callable[[str], None], host: str) -> None:
     """Calls `gone` from another thread when a process ends without a farewell.
 
-    share_address: gives every process what the first one passes, "host:port". host: where the first one is found.
+    share_address: gives every process what the first one passes, "host:port password". host: where the first one is
+      found. A stranger who connects, as one that scans a network, does not know the password, and is sent away.
     gone: gets what is known, for people. Raises OSError when the first one cannot be reached.
     """
     if index == 0:
-        server = _listen()
-        share_address(f"{host}:{server.getsockname()[1]}")
-        threading.Thread(target=_accept, args=(server, count - 1, gone), daemon=True).start()
+        server, password = _listen(), secrets.token_hex(16)
+        share_address(f"{host}:{server.getsockname()[1]} {password}")
+        threading.Thread(target=_accept, args=(server, password, count - 1, gone), daemon=True).start()
         return
-    host, _, port = share_address("").rpartition(":")
+    address, _, password = share_address("").partition(" ")
+    host, _, port = address.rpartition(":")
     connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT)
-    connection.sendall(f"{index}\n".encode())
+    connection.sendall(f"{password} {index}\n".encode())
     _follow(connection, "process 0", gone)
 
 
@@ -47,12 +51,25 @@ def _listen() -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _accept(server, others, gone):
+def _accept(server, password, others, gone):
     with server:
-        for _ in range(others):
+        while others:
             connection, _ = server.accept()
-            index = connection.makefile("rb", buffering=0).readline().decode().strip()
-            _follow(connection, f"process {index}", gone)
+            said, _, index = _greeting(connection).partition(" ")
+            if said == password:
+                _follow(connection, f"process {index}", gone)
+                others -= 1
+            else:
+                connection.close()
+
+
+def _greeting(connection) -> str:
+    """The first line; nothing where none comes."""
+    connection.settimeout(GREETING_TIMEOUT)
+    try:
+        return connection.makefile("rb", buffering=0).readline(100).decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _follow(connection, who, gone):

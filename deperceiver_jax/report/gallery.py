@@ -95,7 +95,7 @@ def pixels(source, positions: Iterable[int], most_bytes: int) -> list[str]:
 
     Where the smallest do not fit, the last ones are empty.
     """
-    images = [decode_image(source.image_bytes(i), source.orientation(i)) for i in positions]
+    images = [_shrink(decode_image(source.image_bytes(i), source.orientation(i)), SIDES[0]) for i in positions]
     texts: list[str] = []
     for side in SIDES:
         texts = [_data_address(image, side) for image in images]
@@ -105,12 +105,16 @@ def pixels(source, positions: Iterable[int], most_bytes: int) -> list[str]:
     return [text if fits else "" for text, fits in zip(texts, room, strict=True)]
 
 
-def _data_address(image: np.ndarray, longest: int) -> str:
+def _shrink(image: np.ndarray, longest: int) -> np.ndarray:
     scale = longest / max(image.shape[:2])
-    if scale < 1:
-        size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=QUALITY)
+    if scale >= 1:
+        return image
+    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _data_address(image: np.ndarray, longest: int) -> str:
+    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(_shrink(image, longest)), quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 

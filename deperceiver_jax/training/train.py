@@ -137,7 +137,8 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
             with shutdown.interrupts():
                 metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
                 if first:
-                    write_results(workdir / "eval" / str(step), metrics, results)
+                    place = workdir / "eval" / str(step)
+                    write_results(place / OVERFIT if overfit else place, metrics, results)
                 log.evaluation(eval_split, {name: metrics[name] for name in SUMMARY})
             if first and log.has(step, eval_split):
                 show(results)

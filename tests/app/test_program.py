@@ -42,6 +42,7 @@ def test_it_runs_until_ctrl_c(tiny_run, request):
         ([], "Either --workdir or --weights is needed"),
         (["--workdir=nowhere"], "nowhere"),
         (["--max_waiting=0"], "--max_waiting is 0; it must be at least 1."),
+        (["--max_megapixels=200"], "--max_megapixels is 200; it must be between 1 and 178."),
         (["--timeout=0"], "--timeout is 0; it must be at least 1."),
         (["--score_threshold=2"], "--score_threshold is 2.0; it must be between 0 and 1."),
         (["--port=70000"], "--port is 70000; it must be between 0 and 65535."),

@@ -181,6 +181,7 @@ def test_a_file_with_another_ap_is_not_written(tmp_path, trained, capsys, monkey
     ("arguments", "sentence"),
     [
         ([], "--output is needed"),
+        (["--output={}/x.onnx", "--score_threshold=nan"], "--score_threshold is nan; it must be between 0 and 1."),
         (["--output={}/x.pb"], "x.pb is to end in .onnx, as --format=onnx is asked for"),
         (["--output={}/x.onnx", "--format=stablehlo"], "x.onnx is to end in .stablehlo"),
         (["--output={}/here.onnx"], "here.onnx exists already"),

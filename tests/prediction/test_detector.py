@@ -16,6 +16,7 @@ from deperceiver_jax.data.batches.geometry import evaluation_geometry
 from deperceiver_jax.data.batches.pixels import place_image
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.prediction.pictures import read_pixels
 
 SIZES = [(60, 90), (700, 500), (33, 20), (64, 64), (1, 1), (3, 2000), (2000, 3), (96, 160), (161, 96), (50, 200)]
 
@@ -80,6 +81,23 @@ def test_a_phones_picture_is_turned(detector, pictures, tmp_path):
     with Image.open(tmp_path / "a.png") as opened:
         found = detector.predict([tmp_path / "a.png", opened, turned], threshold=0)
     assert found[0].size == (90, 60) and same(found[0], found[2]) and same(found[1], found[2])
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_is_none_turns_nothing(pictures, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pictures[0]).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert read_pixels(opened).shape == read_pixels(tmp_path / "a.jpg").shape == pictures[0].shape
+
+
+def test_pillow_and_files_are_turned_by_exif_alone(pictures, tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    xmp += b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    Image.fromarray(pictures[0]).save(tmp_path / "a.jpg", xmp=xmp)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert read_pixels(opened).shape == read_pixels(tmp_path / "a.jpg").shape == pictures[0].shape
 
 
 def test_a_handful_of_compiled_shapes_however_many_sizes_come(detector, pictures):

@@ -1,6 +1,7 @@
 """Processes that watch one another: three of them, without JAX, of which one is killed or all end in good order."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,11 +40,25 @@ while not (directory / f"end.{index}").exists():
 
 
 @pytest.fixture
-def three(tmp_path):
+def strangers():
+    """Connections of others to the first process, before those of its own."""
+    return []
+
+
+@pytest.fixture
+def three(tmp_path, strangers):
     """Three processes, once each watches the first."""
     command = [sys.executable, "-c", PROGRAM, process_watch.__file__, str(tmp_path)]
-    started = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(3)]
+    started = [subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True)]
     deadline = time.monotonic() + 60
+    for stranger in strangers:
+        while not (tmp_path / "address").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        port = int((tmp_path / "address").read_text().partition(" ")[0].rpartition(":")[2])
+        with socket.create_connection(("localhost", port)) as connection:
+            connection.sendall(stranger)
+    started += [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in (1, 2)]
     while not all((tmp_path / f"watching.{i}").exists() for i in range(3)):
         assert time.monotonic() < deadline and all(process.poll() is None for process in started)
         time.sleep(0.01)
@@ -61,6 +76,12 @@ def test_a_killed_process_ends_the_others(three, killed):
     said = [process.communicate(timeout=30)[0].strip() for process in others]
     assert [process.returncode for process in others] == [1, 1]
     assert said[0] == f"process {killed}" and said[1] == "process 0"  # which the one before has ended, if it was 2
+
+
+@pytest.mark.parametrize("strangers", [[b"", b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 1000]])
+def test_strangers_are_sent_away(three, strangers):
+    assert all(process.poll() is None for process in three)
+    test_a_killed_process_ends_the_others(three, 2)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])

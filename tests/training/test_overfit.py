@@ -15,6 +15,7 @@ import train as program
 from configs import demo
 from deperceiver_jax.data import open_source
 from deperceiver_jax.program.command_line import run
+from deperceiver_jax.report import __main__ as report_program
 from deperceiver_jax.runs.workdir import read_config
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.training.overfit import few_pictures, train_on_few
@@ -88,7 +89,7 @@ def overfit(shared, tmp_path, monkeypatch, capsys):
     return start
 
 
-def test_a_right_set_up_is_learned(overfit, tmp_path):
+def test_a_right_set_up_is_learned(overfit, tmp_path, capsys):
     """Before its last step, without what would hinder it; the same command says the same again."""
     status, out, err = overfit()
     assert status == 0, err
@@ -99,6 +100,9 @@ def test_a_right_set_up_is_learned(overfit, tmp_path):
     assert rows[-1]["split"] == "overfit" and rows[-1]["step"] == step and rows[-1]["AP50"] > 0.9
     assert verdict == f"Learned: AP50 is {rows[-1]['AP50']:.3f} on the 4 images after {step} steps."
     assert json.loads((tmp_path / "run" / "data.json").read_text())["images"] == 4
+    assert (tmp_path / "run" / "eval" / str(step) / "overfit" / "metrics.json").exists()
+    assert run(report_program.main, ["report", f"--workdir={tmp_path / 'run'}"]) == 1  # they are no split's
+    assert "has no evaluation; make one with: deperceiver eval" in capsys.readouterr().err
     config = read_config(tmp_path / "run" / "config.json")
     assert (config.data.batch_size, config.data.scales, config.model.dropout) == (4, (64,), 0.0)
 

@@ -112,6 +112,7 @@ def check_augmentation(config: ConfigDict) -> None:
     for name in ("flip_probability", "crop_probability"):
         check_between(f"config.data.{name}", config[name], 0, 1)
     check_at_least("config.data.num_workers", config.num_workers, 0)
+    check_at_least("config.data.eval_buckets", config.eval_buckets, 1)
 
 
 def transform_boxes(

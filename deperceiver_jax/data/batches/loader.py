@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt8
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data.batches.geometry import (
@@ -119,15 +119,13 @@ class EvaluationBatches:
     ):
         check_augmentation(config)
         rows = host_rows(batch_size, process_index, process_count, "config.eval.batch_size")
-        if config.eval_buckets < 1:
-            raise UserError(f"config.data.eval_buckets is {config.eval_buckets}; it must be at least 1.")
         if views is None:
             buckets, geometry = evaluation_buckets(source.sizes, config), evaluation_geometry(source.sizes, config)
         else:
             source, geometry = _Viewed(source, views), views.geometry
             buckets = choose_buckets(geometry.size, geometry.size, config.eval_buckets)
         plan = evaluation_plan(geometry.size, buckets, batch_size)
-        self._make = _EvaluationStep(source, plan, geometry, buckets, rows, _box_slots(source, config))
+        self._make = _EvaluationStep(source, plan, geometry, buckets, rows, max(source.max_boxes, 1))
         self._num_workers = config.num_workers
         self._image_bytes = _image_bytes(buckets, rows)
         self.num_batches = len(plan.bucket)
@@ -145,6 +143,7 @@ class _Viewed:
 
     def __init__(self, source: Images, views: Views):
         self._source, self._example = source, views.example
+        self._last: tuple[int, np.ndarray] | None = None  # the picture that was decoded last, which has more views
         self.sizes, self.max_boxes = source.sizes[views.example], source.max_boxes
 
     def __len__(self) -> int:
@@ -161,6 +160,12 @@ class _Viewed:
 
     def targets(self, position: int) -> tuple[Float32[np.ndarray, "K 4"], Int32[np.ndarray, " K"]]:
         return self._source.targets(self._example[position])
+
+    def decode(self, position: int) -> UInt8[np.ndarray, "h w 3"]:
+        example, last = self._example[position], self._last
+        if last is None or last[0] != example:
+            self._last = last = example, _decode(self._source, example)
+        return last[1]
 
 
 class _TrainingStep:
@@ -274,7 +279,8 @@ class _Group:
     def image(self, member: int) -> np.ndarray:
         """The stored picture, uint8 [h, w, 3]."""
         if member not in self._images:
-            self._images[member] = _decode(self._source, self._examples[self.positions[member]])
+            source, example = self._source, self._examples[self.positions[member]]
+            self._images[member] = source.decode(example) if isinstance(source, _Viewed) else _decode(source, example)
         return self._images[member]
 
     def paste(self, output: np.ndarray, pieces: list[Piece]) -> None:

@@ -81,7 +81,26 @@ def place_image(
     """
     height, width = (int(side) for side in size)
     frame[height:], frame[:height, width:] = 0, 0
-    place_window(frame[:height, :width], cv2.flip(image, 1) if flip else image, window)
+    place_window(frame[:height, :width], *_cut(image, flip, window, (height, width)))
+
+
+def _cut(
+    image: UInt8[np.ndarray, "h w 3"],
+    flip: bool,
+    window: Sequence[float] | Float64[np.ndarray, "4"],
+    size: tuple[int, int],
+) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[float, float, float, float]]:
+    """(what an output of this size needs of the image after the flip, its window there): no more is touched."""
+    top, left, bottom, right = (float(edge) for edge in window)
+    reach = 2 + int(max((bottom - top) / size[0], (right - left) / size[1]))  # of a resize's filter
+    rows = slice(max(int(top) - reach, 0), min(math.ceil(bottom) + reach, image.shape[0]))
+    columns = slice(max(int(left) - reach, 0), min(math.ceil(right) + reach, image.shape[1]))
+    if flip:
+        width = image.shape[1]
+        cut = cv2.flip(image[rows, width - columns.stop : width - columns.start], 1)
+    else:
+        cut = image[rows, columns]
+    return cut, (top - rows.start, left - columns.start, bottom - rows.start, right - columns.start)
 
 
 def place_window(
@@ -111,21 +130,9 @@ def paste_window(
     window: Sequence[float],
     fade: int,
 ) -> None:
-    """Lays a window of the image after the flip over `output`, into which it fades at its border over `fade` pixels.
-
-    No more of the image is touched than that needs.
-    """
-    top, left, bottom, right = window
-    reach = 2 + int(max((bottom - top) / output.shape[0], (right - left) / output.shape[1]))  # of a resize's filter
-    rows = slice(max(int(top) - reach, 0), min(math.ceil(bottom) + reach, image.shape[0]))
-    columns = slice(max(int(left) - reach, 0), min(math.ceil(right) + reach, image.shape[1]))
-    if flip:
-        width = image.shape[1]
-        cut = cv2.flip(image[rows, width - columns.stop : width - columns.start], 1)
-    else:
-        cut = image[rows, columns]
+    """Lays a window of the image after the flip over `output`, into which it fades at its border over `fade` pixels."""
     patch = np.empty_like(output)
-    place_window(patch, cut, (top - rows.start, left - columns.start, bottom - rows.start, right - columns.start))
+    place_window(patch, *_cut(image, flip, window, output.shape[:2]))
     down, across = (np.minimum(np.arange(side) + 0.5, side - 0.5 - np.arange(side)) for side in output.shape[:2])
     share = (np.minimum(down / fade, 1)[:, None] * np.minimum(across / fade, 1)).astype(np.float32)[..., None]
     output[:] = np.rint(output + share * (patch - output.astype(np.float32)))

@@ -120,7 +120,8 @@ def _find_same(checked):
             of_path.setdefault(os.path.normpath(found.path(name)), []).append((split, name))
     several = [pictures for pictures in of_path.values() if len(pictures) > 1]  # one file that is listed twice
     groups = [[picture for path in paths for picture in of_path[path]] for paths in same_content(of_path)]
-    checked.same = groups + [pictures for pictures in several if not any(pictures[0] in group for group in groups)]
+    grouped = {picture for group in groups for picture in group}
+    checked.same = groups + [pictures for pictures in several if pictures[0] not in grouped]
 
 
 def _find_unlisted(checked):

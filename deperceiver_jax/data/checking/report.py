@@ -133,7 +133,7 @@ def _worth_a_look(checked, across):
         for names, words in ((known.resized, "of another size than annotated"), (known.misnamed, "of another kind")):
             if names:
                 found.append(f"{split}: {names[0]} is the first picture {words}.")
-    for group in [group for group in checked.same if group not in across][:3]:
+    for group in [group for group in checked.same if len({split for split, _ in group}) == 1][:3]:
         found.append(f"{' = '.join(name for _, name in group[:4])} have the same content.")
     if across:
         first = " = ".join(f"{split} {name}" for split, name in across[0][:4])

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from deperceiver_jax.data.datasets.record import Annotations, read_record
 from deperceiver_jax.data.image_header import CorruptImage, exif_orientation, image_size
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import written_whole
 
 INDEX_VERSION = 2
 
@@ -195,14 +196,8 @@ def _load(path, fingerprint):
 
 
 def _save(path, index, fingerprint):
-    """Written beside its place and renamed, so that no reader meets half a file."""
+    """So that no reader meets half a file, and several writers none of another's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {field.name: getattr(index, field.name) for field in fields(Index)}
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as scratch:
-        try:
-            np.savez_compressed(scratch, fingerprint=fingerprint, **arrays)
-            scratch.flush()
-            os.replace(scratch.name, path)
-        except BaseException:
-            os.unlink(scratch.name)
-            raise
+    with written_whole(path, f".{secrets.token_hex(4)}.tmp") as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, fingerprint=fingerprint, **arrays)

@@ -10,6 +10,7 @@ import pytest
 from configs.base import base
 from deperceiver_jax.data.batches.geometry import evaluation_geometry, training_geometry, transform_boxes
 from deperceiver_jax.data.batches.loader import EvaluationBatches, TrainBatches
+from deperceiver_jax.data.batches.views import plan_views
 from deperceiver_jax.errors import UserError
 from tests.data.fake_source import FakeSource
 
@@ -151,6 +152,22 @@ def test_box_slots():
         TrainBatches(source, _config(max_boxes=4), seed=0)
     evaluated = EvaluationBatches(FakeSource(SHAPES, max_boxes=0), _config(), batch_size=4)
     assert _first(evaluated, 1)[0].labels.shape == (4, 1)
+    evaluated = EvaluationBatches(source, _config(max_boxes=4), batch_size=4)  # of which training has fewer
+    assert _first(evaluated, 1)[0].labels.shape == (4, 5)
+
+
+def test_a_picture_is_decoded_once_for_all_its_views(monkeypatch):
+    read, source = [], FakeSource(SHAPES[:6])
+    image_bytes = source.image_bytes
+    monkeypatch.setattr(source, "image_bytes", lambda position: read.append(position) or image_bytes(position))
+    settings = base().eval
+    settings.flip, settings.tiles.size = True, 32
+    views = plan_views(source.sizes, _config(), settings)
+    batches = EvaluationBatches(source, _config(eval_buckets=1), batch_size=4, views=views)
+    assert len(views.example) > 60
+    for step in range(len(batches)):
+        batches._make(step, lambda shape: np.zeros(shape, np.uint8))
+    assert read == list(range(6))
 
 
 def test_nothing_to_learn_is_refused():
@@ -165,6 +182,7 @@ def test_nothing_to_learn_is_refused():
         ({"batch_size": 0}, "config.data.batch_size is 0"),
         ({"buckets": 0}, "config.data.buckets 0"),
         ({"scales": ()}, "config.data.scales"),
+        ({"eval_buckets": 0}, "config.data.eval_buckets is 0; it must be at least 1"),
     ],
 )
 def test_impossible_settings(fields, sentence):

@@ -66,6 +66,18 @@ def test_a_good_folder_passes_and_is_described(folder, check, tmp_path):
     assert folder.leftovers() == []
 
 
+def test_tiffs_are_read(folder, check):
+    for split in ("train", "val"):
+        for file in (folder.root / f"{split}2017").glob("*.jpg"):
+            with Image.open(file) as picture:
+                picture.save(file.with_suffix(".tif"))
+            file.unlink()
+        file = folder.root / "annotations" / f"instances_{split}2017.json"
+        file.write_text(file.read_text().replace(".jpg", ".tif"))
+    status, text, errors = check()
+    assert (status, errors) == (0, "") and _row(text, "pictures") == ["5", "2"]
+
+
 def test_what_is_odd_is_counted(folder, check):
     def change(content):
         content["images"][0]["width"] = 99

@@ -1,6 +1,5 @@
 import errno
 import os
-import tempfile
 from dataclasses import fields
 
 import numpy as np
@@ -34,6 +33,8 @@ def test_the_index_is_made_once_and_comes_back_equal(coco_folder, built):
     first = open_source(coco_folder.config(), "train")
     second = open_source(coco_folder.config(), "train")
     assert built == ["train"]
+    file = _index_file(coco_folder.prepared)
+    assert file.stat().st_mode == (file.parent / "dataset_info.json").stat().st_mode  # others may read it, too
     for field in fields(Index):
         ours, theirs = getattr(first._index, field.name), getattr(second._index, field.name)
         np.testing.assert_array_equal(ours, theirs)
@@ -86,7 +87,7 @@ def test_an_index_that_nobody_lets_us_write_is_kept_in_memory(coco_folder, built
     open_source(coco_folder.config(), "train")
     _index_file(coco_folder.prepared).unlink()
     before = coco_folder.leftovers()
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", denied)
+    monkeypatch.setattr(index_room, "written_whole", denied)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for _ in range(2):
         assert len(open_source(coco_folder.config(), "train")) == 2

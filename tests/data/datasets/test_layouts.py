@@ -310,6 +310,18 @@ def test_what_yolos_folders_may_have(data_set, caplog):
     assert "1 label files have no picture (the first is labels/train/Train_2.txt)" in caplog.text
 
 
+@pytest.mark.parametrize("points", ["0.45 0.45 0.55 0.55", "0.45 0.45 2 0.55 0.55 0"])
+def test_yolos_poses_have_boxes(data_set, points):
+    data_set.write("yolo")
+    content = yaml.safe_load((data_set.root / "data.yaml").read_text("utf-8-sig")) | {"kpt_shape": [2, 2]}
+    data_set.text("data.yaml", yaml.safe_dump(content))
+    data_set.text("labels/train/train_0.txt", f"0 0.5 0.5 0.2 0.4 {points}")
+    source = data_set.open("train")
+    height, width = source.sizes[0]
+    expected = [0.4 * width, 0.3 * height, 0.6 * width, 0.7 * height]
+    np.testing.assert_allclose(source.targets(0)[0], [expected], rtol=1e-6)
+
+
 def test_yolos_lists_and_labels_beside_their_pictures(tmp_path):
     """Also where a folder around the data set is called images."""
     data_set = DataSet(tmp_path / "images" / "data").write("yolo")
@@ -348,6 +360,19 @@ def test_yolos_boxes_are_of_the_turned_picture(data_set):
 def test_a_wrong_data_yaml_is_named(data_set, content, words):
     data_set.write("yolo").text("data.yaml", content)
     assert words in data_set.refusal()
+
+
+@pytest.mark.parametrize("sign", [" (1)", "-1", "+", "_1"])
+def test_a_name_of_voc_may_begin_as_another_one_does(data_set, sign):
+    """As files "a.xml" and "a (1).xml" have another order than "a" and "a (1)"."""
+    before = _content(data_set.write("voc").open("train"))
+    for folder, ending in (("Annotations", "xml"), ("JPEGImages", "png")):
+        file = data_set.root / folder / f"train_2.{ending}"
+        file.rename(file.with_name(f"train_1{sign}.{ending}"))
+    shutil.rmtree(data_set.root / "ImageSets")
+    after = _content(data_set.open("train"), data_set.open("validation"))
+    for name, other in (("train_1.png", "train_1.png"), ("train_2.png", f"train_1{sign}.png")):
+        assert after[other][2] == before[name][2] != []
 
 
 def test_what_vocs_folders_may_have(data_set, caplog):

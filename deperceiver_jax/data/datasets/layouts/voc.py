@@ -64,7 +64,8 @@ def _read(root: Path, stems: list[str], names: list[str]) -> Listing:
         stored = hotcoco.COCO.from_voc(os.fspath(root)).dataset
     except (ValueError, OSError) as error:
         raise UserError(f"{root} is not Pascal VOC's: {str(error).rstrip('.')}.") from error
-    order = sorted(os.path.splitext(name)[0] for name in os.listdir(root / "Annotations") if name.endswith(".xml"))
+    files = sorted(name for name in os.listdir(root / "Annotations") if name.endswith(".xml"))  # as hotcoco has them
+    order = [os.path.splitext(name)[0] for name in files]
     if len(order) != len(stored["images"]):
         raise UserError(f"{root}: {len(stored['images'])} of the {len(order)} XML files in Annotations could be read.")
     image_of = {stem: image for stem, image in zip(order, stored["images"], strict=True)}

@@ -64,8 +64,8 @@ def _split_files(root, file, content, split, places, names):
     if not pictures:
         raise UserError(f"{file}: its split {split}, {places}, has no picture.")
     labels = [_label_file(root, picture) for picture in pictures]
-    state = [names, [file_state(label) for label in labels]]
-    read = functools.partial(_read, root, file, pictures, labels, names)
+    state = [names, "kpt_shape" in content, [file_state(label) for label in labels]]
+    read = functools.partial(_read, root, file, pictures, labels, names, "kpt_shape" in content)
     return SplitFiles(f"{file}, {split}", root, [_relative(picture, root) for picture in pictures], state, read)
 
 
@@ -113,11 +113,14 @@ def _relative(picture, root):
     return os.fspath(picture.relative_to(root) if picture.is_relative_to(root) else picture)
 
 
-def _read(root, file, pictures, labels, names) -> Listing:
+def _read(root, file, pictures, labels, names, poses) -> Listing:
     rows, count = [], 0
     for label in labels:
         rows.append(
-            [(box, category, False, box[2] * box[3], count + k + 1) for k, (category, box) in _boxes(label, names)]
+            [
+                (box, category, False, box[2] * box[3], count + k + 1)
+                for k, (category, box) in _boxes(label, names, poses)
+            ]
         )
         count += len(rows[-1])
     without = [_relative(picture, root) for picture, file in zip(pictures, labels, strict=True) if not file.is_file()]
@@ -144,8 +147,11 @@ def _without_picture(labels):
     return sorted(set(there) - set(labels))
 
 
-def _boxes(file, names):
-    """(number, (class, xywh box in shares of the picture)) of each line, which may have an outline's points instead."""
+def _boxes(file, names, poses):
+    """(number, (class, xywh box in shares of the picture)) of each line, which may have an outline's points instead.
+
+    poses: lines have the points of a pose behind the box, which are passed over.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -160,6 +166,8 @@ def _boxes(file, names):
             raise UserError(f"{file}, line {number}: {text.strip()!r} are not numbers.") from None
         if category not in range(len(names)):
             raise UserError(f"{file}, line {number}: class {text.split()[0]} is none of the {len(names)} from 0 on.")
+        if poses:
+            shares = shares[:4]
         if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
             raise UserError(
                 f"{file}, line {number}: {len(shares)} numbers follow the class; a box has 4 (centre x, centre y, "
