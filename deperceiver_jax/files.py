@@ -67,7 +67,7 @@ def file_system(what: str, path: Path) -> Any:
     try:
         import gcsfs  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{what}: {path} needs {error.name}: pip install 'deperceiver_jax[gcs]'.") from None
+        raise UserError(f"{what}: {path} needs {error.name}: pip install '.[gcs]'.") from None
     logger = logging.getLogger("gcsfs")  # it prints the traceback of what becomes a sentence here
     logger.handlers, logger.propagate = [_repeats], False
     logger.setLevel(logging.DEBUG)

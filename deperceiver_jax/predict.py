@@ -18,7 +18,7 @@ from absl import flags
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.program.flags import define_detector_flags
 
-IMAGES = "Files, folders of pictures, patterns or videos, one or several; - for a list on standard input."
+IMAGES = "Files, folders (their pictures, without folders below), patterns or videos; - for a list on standard input."
 
 
 def define_flags(values: flags.FlagValues) -> None:

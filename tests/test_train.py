@@ -224,6 +224,8 @@ PRETRAINED = ["--config.model.backbone.norm=frozen_batch_norm"]
     ("arguments", "sentence"),
     [
         (["--config.data.batchsize=8"], "The config has no field data.batchsize; the nearest is data.batch_size"),
+        (["--config.train.overfit=-1"], "config.train.overfit is -1; it must be at least 0."),
+        (["--config.data.batch_size=0"], "config.data.batch_size is 0; it must be at least 1."),
         (["--config.data.batch_size=6"], "config.data.batch_size is 6, which does not divide over 8 devices"),
         (["--config.optimizer.accumulate_steps=3"], "is 8, which config.optimizer.accumulate_steps 3 does not divide"),
         (["--config.optimizer.accumulate_steps=0"], "config.optimizer.accumulate_steps is 0"),

@@ -23,7 +23,7 @@ def serve(values: flags.FlagValues, config_arguments: Sequence[str]) -> None:
     """values: flags of __main__.py; config_arguments: `--config...`. Raises UserError."""
     missing = [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"The app needs {' and '.join(missing)}: pip install 'deperceiver_jax[app]'.")
+        raise UserError(f"The app needs {' and '.join(missing)}: pip install '.[app]'.")
     import uvicorn
 
     from deperceiver_jax.app.server import Limits, make_app

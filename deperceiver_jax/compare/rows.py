@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -70,13 +71,18 @@ def names_of(workdirs: Sequence[Path]) -> list[str]:
 def group(runs: Sequence[Run], median_of_last: int) -> list[Row]:
     """A row for each config, in the order of its first run: runs that differ in MAY_DIFFER alone are one row.
 
+    A second run of one seed is a row of its own: it tells nothing about seeds.
+
     median_of_last: each number is the median over so many of the run's last evaluations, as DETR's ablations report;
       0: the newest evaluation's. Raises UserError when a run has fewer.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[tuple[str, int], list[Run]] = {}
+    of_seed: Counter[tuple[str, int]] = Counter()
     for run in runs:
         fields = {name: value for name, value in flat_fields(run.config).items() if name not in MAY_DIFFER}
-        groups.setdefault(json.dumps(fields, sort_keys=True, default=str), []).append(run)
+        text, seed = json.dumps(fields, sort_keys=True, default=str), run.config.seed
+        groups.setdefault((text, of_seed[text, seed]), []).append(run)
+        of_seed[text, seed] += 1
     rows = []
     for together in groups.values():
         found = [_numbers(run, median_of_last) for run in together]

@@ -169,13 +169,17 @@ def _no_collection() -> Iterator[None]:
 
 
 def write_results(directory: Path, metrics: dict, results: list[dict]) -> None:
-    """Writes detections.json and then, if there are any, metrics.json; each appears whole or not. Raises UserError."""
+    """Writes detections.json and then, if there are any, metrics.json; each appears whole or not. Raises UserError.
+
+    A report of what was there before is removed.
+    """
     # As quick as the metric, which json is not.
     texts: dict[str, str | bytes] = {"detections.json": orjson.dumps(results, option=orjson.OPT_APPEND_NEWLINE)}
     if metrics:
         texts["metrics.json"] = json.dumps(metrics, allow_nan=False) + "\n"
     try:
         make_folder(directory)
+        (directory / "report.html").unlink(missing_ok=True)
         for name, text in texts.items():
             write_whole(directory / name, text)
     except OSError as error:

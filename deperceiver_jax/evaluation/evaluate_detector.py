@@ -17,7 +17,12 @@ from deperceiver_jax.files import as_path, require_writable
 from deperceiver_jax.program import processes
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import load_for_command
+from deperceiver_jax.runs.stored_detector import StoredDetector
+from deperceiver_jax.runs.workdir import flat_fields
 from deperceiver_jax.sharding import make_mesh, replicated
+
+DECISIVE = ("model.", "eval.", "data.eval_", "precision")  # beginnings of the fields that an evaluation depends on
+OF_NO_EFFECT = ("eval.batch_size", "data.eval_buckets", "data.eval_split")
 
 
 class Written(NamedTuple):
@@ -41,7 +46,7 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
         raise UserError(
             f"--output is needed: {values.weights} is no run of this package that could keep an evaluation."
         )
-    output = as_path(values.output) if values.output else default_output(stored, split, config.data.eval_split)
+    output = as_path(values.output) if values.output else default_output(stored, split, config)
     first = jax.process_index() == 0
     if first:
         require_writable("--output", output)
@@ -70,7 +75,19 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
     return Written(output, source, split, config, metrics, results)
 
 
-def default_output(stored, split: str, eval_split: str) -> Path:
-    """<workdir>/eval/<step>; other splits than the run's own have a directory of their own below it."""
+def default_output(stored: StoredDetector, split: str, config: ConfigDict) -> Path:
+    """<workdir>/eval/<step>; other splits than the run's own have a directory of their own below it.
+
+    Raises UserError where `config`, the whole one, is not what the run evaluates with: its evaluation stays what it is.
+    """
+    own = stored.read_config()
+    before = flat_fields(own)
+    for name, value in flat_fields(config).items():
+        decides = name.startswith(DECISIVE) and name not in OF_NO_EFFECT
+        if decides and before.get(name, value) != value:
+            raise UserError(
+                f"--output is needed: config.{name} is {value}, and {stored.directory}/eval keeps what was evaluated "
+                f"with {before[name]}."
+            )
     output = stored.directory / "eval" / ("weights" if stored.step is None else str(stored.step))
-    return output if split == eval_split else output / split
+    return output if split == own.data.eval_split else output / split

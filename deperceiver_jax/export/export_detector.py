@@ -92,7 +92,7 @@ def writer_and_reader(format: str) -> tuple[Callable, Callable]:
 
         from deperceiver_jax.export.onnx_file import open_onnx, write_onnx
     except ImportError as error:
-        raise UserError(f"--format=onnx needs {error.name}: pip install 'deperceiver_jax[onnx]'.") from None
+        raise UserError(f"--format=onnx needs {error.name}: pip install '.[onnx]'.") from None
     return write_onnx, open_onnx
 
 

@@ -177,6 +177,7 @@ class PictureDetector:
 
         >>> for found in detector.stream(frames): ...
         """
+        check_between("threshold", threshold, 0, 1)
         check_at_least("batch_size", 1 if batch_size is None else batch_size, 1)
         size = self._for_devices(batch_size or self.batch_size)
         single = self._for_devices(1)

@@ -97,7 +97,8 @@ class _Yolo:
         self._folder, self._slots, self._taken = output / "labels", classes.slots, set[Path]()
 
     def add(self, looked: Looked) -> None:
-        target = self._folder / looked.place.with_suffix(".txt")
+        name = looked.place.name if looked.frame is not None else looked.file.name
+        target = self._folder / looked.place.with_name(name).with_suffix(".txt")
         if target in self._taken:  # of a.jpg and a.png
             target = self._folder / f"{looked.place}.txt"
         self._taken.add(target)

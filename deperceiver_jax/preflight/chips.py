@@ -60,9 +60,7 @@ def open_topology(name: str) -> tuple[Chip | None, Sequence[jax.Device]]:
     slices, slice_name, sizes = int(found[1] or 1), found[2], found[3].split("x")
     kind = slice_name.partition(":")[0]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "Compiling for a TPU needs its compiler, which is not installed: pip install 'deperceiver_jax[preflight]'."
-        )
+        raise UserError("Compiling for a TPU needs its compiler, which is not installed: pip install '.[preflight]'.")
     chip = CHIPS[kind]
     chips = math.prod(map(int, sizes))
     # libtpu asks the machine it runs on what it is, and locks it, unless told.

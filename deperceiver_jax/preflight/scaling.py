@@ -215,7 +215,7 @@ def limits(rows: Sequence[Row], chip: Chip, work: Work, rates: Rates) -> list[st
             f"From {late.chips} chips on less than {ENOUGH:.0%} of the time goes into steps, since evaluation and "
             f"checkpoints do not get shorter with more chips: {_rarer(rows[-1])}"
         )
-    if short := next((row for row in rows if work.epochs * row.epoch < rates.compiling), None):
+    if short := next((row for row in rows if work.epochs * row.epoch < rates.compiling - 1), None):
         seconds = work.epochs * short.epoch
         said.append(
             f"From {short.chips} chips on the steps of all {work.epochs} epochs take {seconds:.0f} s, less than "

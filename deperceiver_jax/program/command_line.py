@@ -162,7 +162,8 @@ def describe_flags(values: flags.FlagValues) -> str:
         if name in ("flagfile", "undefok"):  # absl's own
             continue
         given = f"--[no]{name}" if flag.boolean else f"--{name}={name.split('_')[-1].upper()}"
-        default = "" if flag.default in (None, False, []) else f" Without it: {flag.default}."
+        value = ",".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+        default = "" if value in (None, False, "") else f" Without it: {value}."
         text = textwrap.wrap(f"{flag.help}{default}", 88)
         lines += [f"  {start:<30} {line}" for start, line in zip([given] + [""] * len(text), text, strict=False)]
     return "\n".join(["flags:", *lines])

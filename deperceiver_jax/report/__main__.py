@@ -2,7 +2,7 @@
 
     deperceiver report --workdir=runs/x [--output=report.html]
 
-It reads the run's newest `eval/<step>`, beside whose files it puts report.html, and the pictures of the run's data set.
+It reads the run's last `eval/<step>`, beside whose files it puts report.html, and the pictures of the run's data set.
 """
 
 import sys

@@ -58,7 +58,9 @@ def load_for_command(
     config_arguments: the command line's `--config...`: overrides of the stored config, or another config file with its
       overrides. Raises UserError.
     """
-    if (workdir is None) == (weights is None):
+    if workdir is not None and weights is not None:
+        raise UserError("--workdir and --weights are both given; take one of them.")
+    if workdir is None and weights is None:
         raise UserError(
             "Either --workdir or --weights is needed: a run, or the output of import_weights, or hf://owner/name."
         )

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data import Source
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.training.diagnosis import Circumstances, Rows, because, likely_reason
 from deperceiver_jax.training.timetable import LEARNED
 
@@ -32,6 +32,7 @@ def few_pictures(source: Source, count: int) -> Source:
 def train_on_few(config: ConfigDict) -> None:
     """Makes `config`, the whole one, that of a run on config.train.overfit pictures; model, loss and rate stay."""
     data, optimizer, train = config.data, config.optimizer, config.train
+    check_at_least("config.train.overfit", train.overfit, 0)
     part = max(data.batch_size // max(optimizer.accumulate_steps, 1), 1)
     data.batch_size = min(data.batch_size, train.overfit)
     optimizer.accumulate_steps = data.batch_size // part if data.batch_size % part == 0 else 1

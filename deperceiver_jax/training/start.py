@@ -9,15 +9,14 @@ from deperceiver_jax.data import Source
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.field_needs import GENERAL
-from deperceiver_jax.files import as_path
+from deperceiver_jax.files import is_bucket
 from deperceiver_jax.models.heads.heads import CLASS_HEAD
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.training.diagnosis import untrained_backbone
 from deperceiver_jax.training.train_state import Plan, TrainState, count_parameters, replace_arrays
-from deperceiver_jax.weights.backbone import load_backbone
-from deperceiver_jax.weights.hub import is_hub_name
+from deperceiver_jax.weights.backbone import find_backbone, load_backbone
 
 
 def settle_backbone_weights(config: ConfigDict, workdir: Path, given: bool) -> None:
@@ -29,6 +28,19 @@ def settle_backbone_weights(config: ConfigDict, workdir: Path, given: bool) -> N
     begun = not given and stored.is_file() and not read_config(stored).model.backbone.weights
     if begun or not GENERAL["model.backbone.weights"].holds(config):
         config.model.backbone.weights = ""
+
+
+def find_start(config: ConfigDict) -> None:
+    """Looks up, and fetches where it is on the hub, what a new run starts from: before data are prepared.
+
+    Raises UserError for what is not there.
+    """
+    if config.init_from:
+        find_detector(config.init_from)
+    elif config.model.backbone.weights:
+        file = find_backbone(config.model.backbone.weights)
+        if not is_bucket(file) and not file.exists():
+            raise UserError(f"config.model.backbone.weights is {file}, where nothing is.")
 
 
 def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState:
@@ -60,10 +72,9 @@ def first_state(plan: Plan, config: ConfigDict, classes: ClassMap) -> TrainState
             print(f"Starting from {stored.items}: {kept}.", flush=True)
         return replace_arrays(plan.initialize(), arrays, origin=str(stored.items))
     if weights:
-        path = weights if is_hub_name(weights) else as_path(weights)
         shapes = {name: x.shape for name, x in {**plan.abstract.params, **plan.abstract.frozen}.items()}
-        arrays = load_backbone(path, shapes)  # what is wrong with the file is said before anything compiles
-        return replace_arrays(plan.initialize(), arrays, origin=str(path))
+        arrays = load_backbone(weights, shapes)  # what is wrong with the file is said before anything compiles
+        return replace_arrays(plan.initialize(), arrays, origin=weights)
     return plan.initialize()
 
 

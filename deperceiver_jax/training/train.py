@@ -29,11 +29,11 @@ from deperceiver_jax.training.diagnosis import because, circumstances, does_not_
 from deperceiver_jax.training.metric_log import MetricLog
 from deperceiver_jax.training.overfit import OVERFIT, few_pictures, overfit_verdict, train_on_few
 from deperceiver_jax.training.pace import Pace
-from deperceiver_jax.training.start import describe_run, first_state, settle_backbone_weights
+from deperceiver_jax.training.start import describe_run, find_start, first_state, settle_backbone_weights
 from deperceiver_jax.training.timetable import due, ends_early, last_step
 from deperceiver_jax.training.trackers import check_trackers
 from deperceiver_jax.training.train_state import inference_arrays
-from deperceiver_jax.training.train_step import non_finite_term
+from deperceiver_jax.training.train_step import check_parts, non_finite_term
 from deperceiver_jax.visualize.detections import drawn_images
 
 
@@ -59,11 +59,14 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
         require_writable("--workdir", workdir)
     given = any(argument.lstrip("-").startswith("config.model.backbone.weights=") for argument in config_arguments)
     settle_backbone_weights(config, workdir, given)
+    if not workdir.exists():
+        find_start(config)
 
     # Chapter 2: devices.
     processes.join(values)
     keep_compiled(config.train.compilation_cache)
     mesh = make_mesh(config.mesh.model)
+    check_parts(config.data.batch_size, config.optimizer.accumulate_steps, mesh)
 
     # Chapter 3: data. Its position is the number of finished steps.
     source = open_source(config.data, config.data.train_split)

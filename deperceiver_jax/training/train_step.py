@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.sharding import ALL_DEVICES, batch_sharding, check_batch_size, gather, replicated
 from deperceiver_jax.structures import Batch, Predictions
@@ -76,6 +76,7 @@ def make_train_step(plan: Plan, config: ConfigDict, *, loss: Loss, schedule: opt
 def check_parts(batch_size: int, parts: int, mesh: Mesh) -> None:
     """Raises UserError unless every device gets equally many images of every part of a batch."""
     field = "config.data.batch_size"
+    check_at_least(field, batch_size, 1)
     if parts < 1:
         raise UserError(f"config.optimizer.accumulate_steps is {parts}; it must be at least 1.")
     if parts > 1:

@@ -2,7 +2,7 @@
 
     deperceiver visualize detections --workdir=runs/demo --output=runs/demo/detections.png
 
-What it draws is read from the run's newest `eval/<step>`.
+What it draws is read from the run's last `eval/<step>`.
 """
 
 import math
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.batches.pixels import decode_image
+from deperceiver_jax.errors import check_at_least, check_between
 from deperceiver_jax.files import as_path, require_readable
 from deperceiver_jax.program.command_line import parse_config, parse_flags
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
@@ -110,6 +111,8 @@ def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     need(values, "workdir", "output")
     check_output(values.output)
+    check_at_least("--images", values.images, 1)
+    check_between("--score_threshold", values.score_threshold, 0, 1)
     workdir = as_path(values.workdir)
     require_readable("--workdir", workdir)
     config = parse_config(config_arguments, read_config(workdir / CONFIG))

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.boxes import box_cxcywh_to_xyxy
 from deperceiver_jax.data.classes import ClassMap
+from deperceiver_jax.errors import check_between
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.program.command_line import parse_flags
@@ -111,6 +112,7 @@ def predict(loaded: LoadedDetector, frame: UInt8[np.ndarray, "H W 3"]) -> Predic
 def main(argv: list[str]) -> None:
     values, config_arguments = parse_flags(argv, define_flags, __doc__)
     check_image_flags(values)
+    check_between("--score_threshold", values.score_threshold, 0, 1)
     _, loaded = load_for_command(values.workdir, values.weights, values.checkpoint, config_arguments)
     image, name = read_image(values, loaded.config)
     keep_compiled(loaded.config.train.compilation_cache)

@@ -3,8 +3,8 @@
     deperceiver visualize small_objects runs/a runs/b --published=deperceiver,detr --output=small_objects.png
     deperceiver visualize small_objects --published=deperceiver --output=figure3.png
 
-Of runs it takes the newest evaluation; runs of one config that differ in their seed are one bar. Published figures are
-of COCO and lie in deperceiver_jax/compare/published.json with their sources.
+Of runs it takes the evaluation of the last step; runs of one config that differ in their seed are one bar. Published
+figures are of COCO and lie in deperceiver_jax/compare/published.json with their sources.
 """
 
 from deperceiver_jax.compare.rows import group, names_of, published_rows, read_run

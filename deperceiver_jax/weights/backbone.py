@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path
 from deperceiver_jax.weights import hub
 from deperceiver_jax.weights.name_rules import NameRules, from_torch
 from deperceiver_jax.weights.tables.parts import NOT_PARAMETERS, resnet_rules
@@ -28,8 +29,12 @@ def load_backbone(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> di
     without are passed over. `path` may be a name of the hub, of a ResNet or a detector. Raises UserError as
     `from_torch` does.
     """
-    file = hub.fetch(path) / hub.WEIGHTS if isinstance(path, str) and hub.is_hub_name(path) else path
-    return backbone_from_torch(read_state_dict(file), shapes, source=path)
+    return backbone_from_torch(read_state_dict(find_backbone(path)), shapes, source=path)
+
+
+def find_backbone(path: str | Path) -> Path:
+    """The file of a checkpoint, fetched where `path` is a name of the hub. Raises UserError where it cannot be."""
+    return hub.fetch(path) / hub.WEIGHTS if isinstance(path, str) and hub.is_hub_name(path) else as_path(path)
 
 
 def is_only_a_backbone(state: Mapping[str, np.ndarray]) -> bool:

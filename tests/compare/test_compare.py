@@ -63,6 +63,13 @@ def test_seeds_are_one_row(make_run, tmp_path, capsys):
     assert rows[1]["GiB"] == "1.98 host" and rows[1]["ms/step"] == "2000"
 
 
+def test_a_seed_that_is_there_twice_tells_nothing_about_seeds(make_run):
+    runs = [read_run(make_run(name, 2, seed)[0], name) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    rows = group(runs, 0)
+    assert [[run.name for run in row.runs] for row in rows] == [["a", "c"], ["b"]]
+    assert rows[0].spread and not rows[1].spread
+
+
 def test_intervals_of_means(make_run):
     """Seeds that answer alike are one run drawn on the same images; means move no further than their runs."""
     folders = [make_run(name, near, width=width)[0] for name, near, width in (("a", 2, 1), ("b", 6, 2), ("c", 8, 3))]

@@ -136,6 +136,12 @@ def test_ids_of_64_bits_are_told_apart():
             ["detections", "--workdir={0}", "--output={0}/config.json/a.png"],
             "--output: {0}/config.json/a.png cannot be",
         ),
+        (["detections", "--workdir={0}", "--output=a.png", "--images=0"], "--images is 0; it must be at least 1."),
+        (["detections", "--workdir={0}", "--output=a.png", "--score_threshold=40"], "--score_threshold is 40.0; it"),
+        (
+            ["latents", "--workdir={0}", "--example=0", "--output=a.png", "--score_threshold=40"],
+            "--score_threshold is 40.0; it must",
+        ),
         (["latents", "--workdir={0}", "--output={0}/config.json/a.png"], "--output: {0}/config.json/a.png cannot be"),
         (["attention", "--workdir={0}", "--output={0}/config.json/a.png"], "--output: {0}/config.json/a.png cannot be"),
         (["detections", "--workdir={0}/none", "--output=a.png"], "{0}/none/config.json does not exist."),

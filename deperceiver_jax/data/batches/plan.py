@@ -20,7 +20,7 @@ from deperceiver_jax.data.batches.geometry import (
     training_geometry,
     uniform,
 )
-from deperceiver_jax.errors import UserError
+from deperceiver_jax.errors import UserError, check_at_least
 
 GRID = 32  # pixels; sides of buckets are multiples of this, the coarsest stride of the backbone
 STEPS = 48  # and of so many times as much in very large images that a side has at most this many choices
@@ -84,7 +84,8 @@ def evaluation_plan(outputs: Int32[np.ndarray, "N 2"], buckets: Int32[np.ndarray
 
 def host_rows(batch_size: int, process_index: int, process_count: int, field: str) -> slice:
     """The rows of a global batch that one host loads. `field` names the setting in the sentence of the UserError."""
-    if batch_size < 1 or batch_size % process_count:
+    check_at_least(field, batch_size, 1)
+    if batch_size % process_count:
         raise UserError(f"{field} is {batch_size}, which does not divide evenly over {process_count} processes.")
     rows = batch_size // process_count
     return slice(process_index * rows, (process_index + 1) * rows)

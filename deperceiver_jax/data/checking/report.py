@@ -1,5 +1,6 @@
 """What was found in a folder, as text."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -101,29 +102,33 @@ def _shares(name, split):
 
 def _classes(splits):
     """A table of classes: boxes of each split, and pictures of the first one."""
-    first = next(iter(splits.values())).source.classes
     lines = [_row("class (boxes, pictures)", splits)]
-    rows = []
     counts = {name: _count(split) for name, split in splits.items()}
-    names = dict.fromkeys([*first.names, *(x for split in splits.values() for x in split.source.classes.names)])
-    for name in names:
-        cells = [counts[split].get(name, (0, 0)) for split in splits]
-        rows.append((name, cells))
+    classes = dict.fromkeys(each for of_split in counts.values() for each in of_split)
+    rows = [(each, [counts[split].get(each, (0, 0)) for split in splits]) for each in classes]
     rows.sort(key=lambda row: -row[1][0][0])
-    for name, cells in rows[:_CLASSES]:
-        lines.append(_row(name[: _LABEL - 1], [f"{boxes}, {pictures}" for boxes, pictures in cells]))
+    for (id, name), cells in rows[:_CLASSES]:
+        label = f"{name} ({id})" if name in _names_of_several(classes) else name
+        lines.append(_row(label[: _LABEL - 1], [f"{boxes}, {pictures}" for boxes, pictures in cells]))
     if len(rows) > _CLASSES:
         lines.append(f"and {len(rows) - _CLASSES} more, of at most {rows[_CLASSES][1][0][0]} boxes each")
     return lines
 
 
+def _names_of_several(classes):
+    """{name: number} of those that several categories (id, name) have."""
+    numbers = Counter(name for _, name in classes)
+    return {name: number for name, number in numbers.items() if number > 1}
+
+
 def _count(split):
-    """{class name: (boxes, pictures)}."""
+    """{(category's id, its name): (boxes, pictures)}."""
     classes = split.source.classes
     image, _, labels = split.source.all_targets()
     boxes = np.bincount(labels, minlength=classes.num_slots)
     pictures = np.bincount(np.unique(np.column_stack([labels, image]), axis=0)[:, 0], minlength=classes.num_slots)
-    return {classes.name(slot): (int(boxes[slot]), int(pictures[slot])) for slot in classes.slots}
+    known = zip(classes.slots, classes.category_ids, classes.names, strict=True)
+    return {(id, name): (int(boxes[slot]), int(pictures[slot])) for slot, id, name in known}
 
 
 def _worth_a_look(checked, across):
@@ -142,9 +147,18 @@ def _worth_a_look(checked, across):
         found.append(f"{len(checked.unlisted)} pictures are listed nowhere; the first is {checked.unlisted[0]}.")
     if checked.odd:
         found.append(f"{len(checked.odd)} other files are among them; the first is {checked.odd[0]}.")
+    for split, known in checked.splits.items():
+        clipped = int(odd_boxes(known.index)["reach outside their image and are clipped"].sum())
+        if 2 * clipped > len(known.source.all_targets()[0]) > 0:
+            found.append(
+                f"{split}: {clipped} boxes reach over the border: are they left, top, right and bottom? They are to be "
+                "left, top, width and height."
+            )
     counted = {split: _count(known) for split, known in checked.splits.items()}
+    several = _names_of_several(dict.fromkeys(each for of_split in counted.values() for each in of_split))
+    found += [f"{number} categories are called {name!r}." for name, number in several.items()]
     if "train" in counted:
-        unseen = [name for name, (boxes, _) in counted["train"].items() if not boxes]
+        unseen = [name for (_, name), (boxes, _) in counted["train"].items() if not boxes]
         if unseen:
             found.append(f"{len(unseen)} classes have no box in train; the first is {unseen[0]!r}.")
         if rare := sum(0 < boxes < _RARE for boxes, _ in counted["train"].values()):

@@ -52,11 +52,11 @@ def suggest_scale(split: Split, config_data: ConfigDict) -> Suggestion:
         fields["crop_scales"] = tuple(round(side * share) for side in (400, 500, 600))
         fields |= {"crop_min": round(384 * share), "crop_max": round(600 * share)}
     changed = {name: value for name, value in fields.items() if config_data[name] != value and not fits}
-    reached = small * scale / short
+    reached, least = small * scale / short, ", the least that is suggested," if scale == _LEAST else ""
     return Suggestion(
         changed,
         f"a tenth of the boxes are below {small:.1f} pixels a side in pictures of {short:.0f}; at a short side of "
-        f"{scale} that is {reached:.1f}; in COCO at DETR's 800 it is {_SIDE}.",
+        f"{scale}{least} that is {reached:.1f}; in COCO at DETR's 800 it is {_SIDE}.",
     )
 
 

@@ -78,6 +78,21 @@ def test_tiffs_are_read(folder, check):
     assert (status, errors) == (0, "") and _row(text, "pictures") == ["5", "2"]
 
 
+def test_corners_instead_of_sizes_and_categories_of_one_name(folder, check):
+    def change(content):
+        for category in content["categories"]:
+            category["name"] = "cup"
+
+    sizes = {id: (60, 80) for id in range(1, 6)}
+    boxes = [folder.annotation(id, id, [40, 35, 70 + id, 55], category_id=(1, 5)[id % 2]) for id in sizes]
+    folder.write(boxes, sizes=sizes, change=change)
+    folder.write([folder.annotation(1, 7, [4, 5, 20, 12])], split="validation", change=change)
+    status, text, _ = check()
+    assert status == 0 and "- train: 5 boxes reach over the border: are they left, top, right and bottom? They" in text
+    assert _row(text, "cup (1)")[:2] == ["2,", "2"] and _row(text, "cup (5)")[:2] == ["3,", "3"]
+    assert "- 2 categories are called 'cup'." in text
+
+
 def test_what_is_odd_is_counted(folder, check):
     def change(content):
         content["images"][0]["width"] = 99
