@@ -47,16 +47,20 @@ def learning(runs: Sequence[Run]) -> alt.Chart:
 
 def small_objects(rows: Sequence[Row]) -> alt.LayerChart:
     """APs/AP of every row: DePerceiver's figure 3."""
+    rows = [row for row in rows if row.metrics.get("APs_over_AP", -1.0) >= 0]
     values = [
         {"row": _title(row), "APs/AP": row.metrics["APs_over_AP"], "kind": "published" if row.source else "measured"}
         for row in rows
-        if row.metrics.get("APs_over_AP", -1.0) >= 0
     ]
+    # Room for the number behind the longest bar.
+    most = 1.15 * max([row.metrics["APs_over_AP"] for row in rows], default=1.0)
     base = alt.Chart(alt.Data(values=values)).encode(
-        alt.X("APs/AP:Q", title="APs / AP", scale=alt.Scale(domainMin=0), axis=alt.Axis(tickCount=5)),
-        alt.Y("row:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False)),
+        alt.X("APs/AP:Q", title="APs / AP", scale=alt.Scale(domain=[0, most], nice=False), axis=alt.Axis(tickCount=5)),
+        alt.Y("row:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False, labelLimit=360)),
     )
-    colors = alt.Scale(domain=["measured", "published"], range=["#2f6db3", "#a9b4c0"])
+    colors = {"measured": "#2f6db3", "published": "#a9b4c0"}
+    there = [kind for kind in colors if any(value["kind"] == kind for value in values)]
+    colors = alt.Scale(domain=there, range=[colors[kind] for kind in there])
     bars = base.mark_bar().encode(alt.Color("kind:N", title=None, scale=colors, legend=alt.Legend(orient="bottom")))
     text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("APs/AP:Q", format=".3f"))
     return (bars + text).properties(height=max(60, 26 * len(values)))

@@ -70,7 +70,7 @@ def attention_flags(values: flags.FlagValues) -> None:
 
 def encoder_flags(values: flags.FlagValues) -> None:
     define_image_flags(values)
-    flags.DEFINE_multi_string("points", [], "x,y of points, in pixels of the image.", flag_values=values)
+    flags.DEFINE_multi_string("points", [], "x,y of a point, in pixels of the image", flag_values=values)
     flags.DEFINE_integer("layer", -1, "Which encoder layer, from 0; -1 is the last.", flag_values=values)
     flags.DEFINE_integer("level", 0, "Of which level the tokens are, from 0, the finest.", flag_values=values)
 
