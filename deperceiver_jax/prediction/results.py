@@ -64,7 +64,7 @@ def csv_file(output: Path, classes: ClassMap) -> Iterator[Results]:
     """detections.csv: a line a detection, boxes in pixels; see COLUMNS."""
     with (
         written_whole(output / "detections.csv") as partial,
-        open(partial, "w", newline="", errors="surrogateescape") as file,
+        open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
