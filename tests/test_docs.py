@@ -19,6 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import deperceiver_jax.models
+from benchmarks import real_objects
 from configs import ladder
 from deperceiver_jax.__main__ import find_commands
 from deperceiver_jax.errors import UserError
@@ -226,9 +227,11 @@ def test_fields_and_variants_exist(page):
 
 
 @every_page
-def test_rows_of_the_ladder_exist(page):
-    for rows in re.findall(r"--rows=([\w,]+)", page.read_text().replace("\\\n", "")):
-        assert set(rows.split(",")) <= set(ladder.VARIANTS), rows
+def test_rows_of_benchmarks_exist(page):
+    known = {"small_objects": ladder.VARIANTS, "real_objects": real_objects.ROWS}
+    text = page.read_text().replace("\\\n", "")
+    for benchmark, rows in re.findall(r"(small_objects|real_objects)\.py[^\n`]*?--rows=([\w,]+)", text):
+        assert set(rows.split(",")) <= set(known[benchmark]), rows
 
 
 # ------------------------------------------------------------------------------------------------- links and files

@@ -65,4 +65,4 @@ def test_a_port_that_is_taken_and_a_library_that_is_missing(tiny_run, capsys, mo
     assert f"127.0.0.1, port {port}, cannot be opened: Address already in use." in capsys.readouterr().err
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else object())
     assert run(main, ["app", f"--workdir={tiny_run}"]) == 1
-    assert "The app needs uvicorn: pip install 'deperceiver_jax[app]'." in capsys.readouterr().err
+    assert "The app needs uvicorn: pip install '.[app]'." in capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_learned_positions_have_no_free_size(tmp_path, trained, capsys):
 def test_onnx_without_its_packages(tmp_path, tiny_run, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert export(f"--workdir={tiny_run}", f"--output={tmp_path}/x.onnx") == 1
-    assert "--format=onnx needs onnxruntime: pip install 'deperceiver_jax[onnx]'" in capsys.readouterr().err
+    assert "--format=onnx needs onnxruntime: pip install '.[onnx]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

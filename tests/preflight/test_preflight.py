@@ -110,8 +110,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     assert command(TINY, "--topology=v5e:2x2") == 1
     error = capsys.readouterr().err
     assert error == (
-        "error: Compiling for a TPU needs its compiler, which is not installed: "
-        "pip install 'deperceiver_jax[preflight]'.\n"
+        "error: Compiling for a TPU needs its compiler, which is not installed: pip install '.[preflight]'.\n"
     )
 
 
