@@ -25,7 +25,7 @@ MAY_DIFFER = ("seed", "data.num_workers", "data.prepared_directory", "train.comp
 
 
 class Run(NamedTuple):
-    """What a workdir says of its newest evaluation, and of the way to it."""
+    """What a workdir says of the evaluation of its last step, and of the way to it."""
 
     name: str
     workdir: Path
@@ -74,7 +74,7 @@ def group(runs: Sequence[Run], median_of_last: int) -> list[Row]:
     A second run of one seed is a row of its own: it tells nothing about seeds.
 
     median_of_last: each number is the median over so many of the run's last evaluations, as DETR's ablations report;
-      0: the newest evaluation's. Raises UserError when a run has fewer.
+      0: those of the evaluation of the last step. Raises UserError when a run has fewer.
     """
     groups: dict[tuple[str, int], list[Run]] = {}
     of_seed: Counter[tuple[str, int]] = Counter()
