@@ -146,7 +146,7 @@ def test_a_run_with_its_moving_average_and_classes(tiny_run, tmp_path, capsys):
         ({}, ["--output={}/here.pth"], "here.pth exists already"),
         ({}, ["--output={}/here.pth/x.pth"], "here.pth/x.pth cannot be written"),
         ({}, [], "--output is needed"),
-        ({}, ["--output={}/x.pth", "--workdir={}"], "Either --workdir or --weights is needed"),
+        ({}, ["--output={}/x.pth", "--workdir={}"], "--workdir and --weights are both given"),
         ({}, ["--output={}/x.pth", "--layout=detectron"], "flag --layout=detectron"),
         (
             {"model.pre_norm": True},

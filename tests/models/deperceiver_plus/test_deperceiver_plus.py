@@ -85,7 +85,7 @@ def test_denoising_queries_change_no_other_answer(monkeypatch):
 
     predictions = call(queries)
     for ours, alone in zip(predictions[:2], call(None)[:2], strict=True):
-        np.testing.assert_allclose(ours, alone, atol=1e-5)
+        np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-5)
     moved = call(queries._replace(boxes=queries.boxes.at[0, 1].set(0.3).at[0, 0, 2].set(0.9)))
     assert predictions.denoising.boxes.shape == (2, 1, 6, 4)
     change = np.abs(moved.denoising.logits - predictions.denoising.logits).max(axis=(0, 1, 3))
