@@ -106,7 +106,7 @@ def base() -> ConfigDict:
     config.train.compilation_cache = "~/.cache/deperceiver_jax/compiled"  # empty: none
 
     config.eval = ConfigDict()
-    config.eval.batch_size = 8  # global
+    config.eval.batch_size = 8  # global; on more devices, the next multiple of them
     config.eval.max_detections = 100  # per image
     config.eval.max_detections_per_class = 100  # of an image that the metric counts; 100 in every published table
     # Views of each picture beside the whole at data.eval_scale; predict.py's, too. See docs/evaluation.md

@@ -90,6 +90,11 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, field: str) -> None:
         )
 
 
+def whole_batch(count: int, mesh: Mesh) -> int:
+    """The next number of images that divides over the devices, where how many there are changes no number."""
+    return -(-count // mesh.size) * mesh.size
+
+
 def shard_batch(batch, mesh: Mesh):
     """This host's slice of a batch (any tree of NumPy arrays with images leading) -> global arrays on the devices.
 

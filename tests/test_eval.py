@@ -165,8 +165,8 @@ def nothing(workdir):
         ),
         (
             nothing,
-            ["--workdir={0}", "--config.eval.batch_size=3"],
-            "config.eval.batch_size is 3, which does not divide",
+            ["--workdir={0}", "--config.eval.batch_size=0"],
+            "config.eval.batch_size is 0; it must be at least 1",
         ),
         (
             nothing,

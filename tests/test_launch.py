@@ -100,6 +100,8 @@ def test_jobsets_have_hosts_for_all_chips_and_mount_what_they_name(name):
     volumes = {volume["name"] for volume in pod["volumes"]}
     mounted = {mount["name"] for each in [*pod["initContainers"], container] for mount in each["volumeMounts"]}
     assert mounted == volumes
+    (shared,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm")
+    assert {"name": shared, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
 
 
 def test_tpus_are_called_as_preflight_calls_them():

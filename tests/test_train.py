@@ -217,6 +217,8 @@ def test_starting_from_another_run_and_a_loss_that_is_not_finite(finished, share
     assert [scores[0][name] for name in SUMMARY] == pytest.approx([scores[1][name] for name in SUMMARY], abs=1e-6)
 
 
+SCALES = ["--config.eval.scales=(256,)"]
+LEARNED = ["--config.model.position.encoding=learned"]
 PRETRAINED = ["--config.model.backbone.norm=frozen_batch_norm"]
 
 
@@ -246,8 +248,12 @@ PRETRAINED = ["--config.model.backbone.norm=frozen_batch_norm"]
             "it would have one with config.init_from= and config.model.ba",
         ),
         (
-            ["--config.model.position.encoding=learned", "--config.model.position.learned_size=2"],
+            [*LEARNED, "--config.model.position.learned_size=2"],
             "pixels, padding included, will come, but: A feature map of ",
+        ),
+        (
+            [*LEARNED, "--config.model.position.learned_size=16", "--config.data.eval_max_size=512", *SCALES],
+            "Images of 512 x 512 pixels, padding included, will come, but: A feature map of ",
         ),
         (["--workdir=s3://bucket/run"], "--workdir is s3://bucket/run: of addresses with :// only gs:// is known"),
         (["--config.mesh.model=3"], "config.mesh.model is 3, which does not divide the 8 devices"),

@@ -24,7 +24,7 @@ from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.sharding import check_batch_size, gather, replicated, shard_batch
+from deperceiver_jax.sharding import gather, replicated, shard_batch, whole_batch
 from deperceiver_jax.structures import Batch, Detections, Predictions
 
 Answer = Callable[[Predictions, Int32[Array, "B 2"]], Detections]  # of the original sizes; an image is a row
@@ -36,10 +36,9 @@ def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh, answer: An
 
     merge: arrays by path -> the detector that computes with them. The batch is split over all devices; the answer is
     gathered, so every process holds all of it. answer: what is kept of the predictions; without it, the last layer's
-    detections (`postprocess`). Raises UserError when config.eval does not fit the mesh or is out of range.
+    detections (`postprocess`). Raises UserError when config.eval is out of range.
     """
-    check_batch_size(config.eval.batch_size, mesh, field="config.eval.batch_size")
-    for name in ("max_detections", "max_detections_per_class"):
+    for name in ("batch_size", "max_detections", "max_detections_per_class"):
         check_at_least(f"config.eval.{name}", config.eval[name], 1)
     check_between("config.eval.score_threshold", config.eval.score_threshold, 0, 1)
     check_views(config.eval)
@@ -103,12 +102,29 @@ def evaluate(
     arrays: what `detect_step` was made for. A split without annotations has no metrics. Where config.eval asks for
     views of the images, their detections are merged. Raises UserError for answers that are not finite.
     """
-    views = plan_views(source.sizes, config.data, config.eval) if has_several(config.eval) else None
+    views = evaluation_views(source, config)
     detections = detect_split(detect_step, arrays, source, config, mesh, views)
     if views is not None:
         limits = dict(max_detections=config.eval.max_detections, iou=config.eval.merge_iou)
         detections = merge_views(views, detections, **limits)
     return count_detections(detections, source, config)
+
+
+def evaluation_views(source, config: ConfigDict) -> Views | None:
+    """What is detected in place of the images; None where it is they."""
+    return plan_views(source.sizes, config.data, config.eval) if has_several(config.eval) else None
+
+
+def evaluation_batches(source, config: ConfigDict, mesh: Mesh, views: Views | None) -> EvaluationBatches:
+    """This process's part of them: config.eval.batch_size images, and as many more as fill up the devices."""
+    return EvaluationBatches(
+        source,
+        config.data,
+        batch_size=whole_batch(config.eval.batch_size, mesh),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        views=views,
+    )
 
 
 def detect_split(
@@ -124,14 +140,7 @@ def detect_split(
     Every process calls this with the same arguments and gets the same answer: each runs its slice of every batch.
     Raises UserError for answers that are not finite.
     """
-    batches = EvaluationBatches(
-        source,
-        config.data,
-        batch_size=config.eval.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        views=views,
-    )
+    batches = evaluation_batches(source, config, mesh, views)
     count = len(source) if views is None else len(views.example)
     example, detections = detect(detect_step, arrays, batches, count, mesh, "Evaluating")
     if not np.array_equal(example, np.arange(count)):

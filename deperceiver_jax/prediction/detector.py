@@ -28,7 +28,7 @@ from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import LoadedDetector, load_stored
 from deperceiver_jax.runs.stored_detector import find_detector
-from deperceiver_jax.sharding import make_mesh, replicated, shard_batch
+from deperceiver_jax.sharding import make_mesh, replicated, shard_batch, whole_batch
 from deperceiver_jax.structures import Batch, Detections
 
 THREADS = 4  # that read and scale pictures while the devices are busy
@@ -93,7 +93,7 @@ class PictureDetector:
         self._mesh = make_mesh(self.config.mesh.model)
         on_cpu = self._mesh.devices.flat[0].platform == "cpu"
         usual = min(self.config.eval.batch_size, CPU_BATCH) if on_cpu else self.config.eval.batch_size
-        self.batch_size = self.config.eval.batch_size = self._for_devices(usual)
+        self.batch_size = self.config.eval.batch_size = whole_batch(usual, self._mesh)
         self._step = make_detect_step(loaded.skeleton.merge, self.config, self._mesh)
         self._arrays = jax.device_put(loaded.arrays, replicated(self._mesh))
         self._reader = Reader(self.classes)
@@ -179,8 +179,8 @@ class PictureDetector:
         """
         check_between("threshold", threshold, 0, 1)
         check_at_least("batch_size", 1 if batch_size is None else batch_size, 1)
-        size = self._for_devices(batch_size or self.batch_size)
-        single = self._for_devices(1)
+        size = whole_batch(batch_size or self.batch_size, self._mesh)
+        single = whole_batch(1, self._mesh)
         most = max_detections or self.config.eval.max_detections
         done: dict[int, PictureDetections | UserError] = {}
         waiting: dict[tuple[int, ...], list[Member]] = {}
@@ -266,10 +266,6 @@ class PictureDetector:
         batch = Batch(image, np.stack([*sizes, *frame]), np.stack([*original_sizes, *frame]), example, **nothing)
         with self._one_compiles:
             return self._step(self._arrays, shard_batch(batch, self._mesh))[1]
-
-    def _for_devices(self, count: int) -> int:
-        """The next number of pictures that divides over the devices."""
-        return -(-count // self._mesh.size) * self._mesh.size
 
 
 def _is_one_array(pictures: object) -> bool:

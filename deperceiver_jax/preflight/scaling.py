@@ -76,8 +76,6 @@ def measure_work(
     config: ConfigDict, devices: Sequence[jax.Device], bucket: tuple[int, int], num_boxes: int, images: tuple[int, int]
 ) -> Work:
     """Traces the step of an evaluation; compiles nothing. images: of (training, evaluation)."""
-    config = config.copy_and_resolve_references()
-    config.eval.batch_size = config.data.batch_size
     mesh = make_mesh(config.mesh.model, devices)
     plan = build_training(config, mesh, steps_per_epoch=1000, num_steps=1000 * config.train.num_epochs).plan
     batch = abstract_batch(config.data.batch_size, bucket, num_boxes, batch_sharding(mesh))

@@ -59,6 +59,7 @@ def join(values: flags.FlagValues, environment: Mapping[str, str] = os.environ) 
     try:
         jax.distributed.initialize(
             **given,
+            local_device_ids=None if given else own_device(environment),
             cluster_detection_method="deactivate" if given else None,
             initialization_timeout=2 * START_TIMEOUT,  # JAX would end the process with a stack trace
         )
@@ -124,6 +125,13 @@ def _number(given, flag):
         return int(given[flag])
     except ValueError:
         raise UserError(f"--{flag} is {given[flag]}, which is not a number.") from None
+
+
+def own_device(environment: Mapping[str, str]) -> list[int] | None:
+    """The only GPU that Slurm shows this process (--gpus-per-task=1); None where JAX knows, which would count over all
+    GPUs of the machine."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return [0] if "SLURM_LOCALID" in environment and visible and "," not in visible else None
 
 
 def several_announced(environment: Mapping[str, str]) -> bool:

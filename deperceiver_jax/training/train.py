@@ -8,11 +8,16 @@ import jax
 from absl import flags
 
 from deperceiver_jax.data import TrainBatches, open_source
-from deperceiver_jax.data.batches.plan import evaluation_buckets
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
-from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step, write_results
+from deperceiver_jax.evaluation.evaluate import (
+    evaluate,
+    evaluation_batches,
+    evaluation_views,
+    make_detect_step,
+    write_results,
+)
 from deperceiver_jax.files import as_path, is_bucket, require_writable
 from deperceiver_jax.models import field_needs
 from deperceiver_jax.program import processes
@@ -100,7 +105,8 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     # Chapter 4: the model and its two jitted steps.
     plan, _, _, train_step = build_training(config, mesh, steps_per_epoch=per_epoch, num_steps=num_steps)
     detect_step = make_detect_step(plan.skeleton.merge, config, mesh)
-    sizes = [*batches.buckets, *evaluation_buckets(eval_source.sizes, config.data)]
+    evaluated = evaluation_batches(eval_source, config, mesh, evaluation_views(eval_source, config))
+    sizes = [*batches.buckets, *evaluated.buckets]
     check_sizes(plan.skeleton.merge, inference_arrays(plan.abstract), sizes)
 
     # Chapter 5: the state: the newest checkpoint's, or a first one.

@@ -57,6 +57,18 @@ def test_flags_by_hand_come_before_variables(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("visible", "devices"), [(None, None), ("0,1,2,3", None), ("0", [0])], ids=["no GPU", "a machine's", "its own"]
+)
+def test_of_a_gpu_that_slurm_gives_it_alone_a_process_knows(monkeypatch, visible, devices):
+    """--gpus-per-task=1: it is the first that this process sees, whichever of the machine's it is."""
+    environment = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "3"}
+    if visible:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    assert join(monkeypatch, flags(), environment)["local_device_ids"] == devices
+    assert join(monkeypatch, flags(None, "b:2", 4, 0), environment)["local_device_ids"] is None
+
+
+@pytest.mark.parametrize(
     ("values", "sentence"),
     [
         (flags(process_count=2), "--coordinator_address and --process_id must be given too"),

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import weakref
@@ -25,6 +26,7 @@ from deperceiver_jax.structures import Batch
 
 IN_PROCESS_THREADS = 4  # batches that are made at the same time where there are no worker processes
 SHARED_MEMORY = "/dev/shm"
+FRAMES = 5  # of each worker at most: one is drawn, others wait in queues or are read
 FREE, HELD = 0, 1  # the last byte of a frame
 
 Empty = Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]]  # makes the array for a batch's images, with any content
@@ -51,7 +53,7 @@ class Stream(Iterator[Batch]):
             threads = grain.ReadOptions(num_threads=IN_PROCESS_THREADS, prefetch_buffer_size=IN_PROCESS_THREADS)
             dataset = dataset.map(_InThread(make)).to_iter_dataset(threads)
         else:
-            home = SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None
+            home = _home_of_frames(processes * FRAMES * (image_bytes + 1))
             directory = tempfile.mkdtemp(prefix=f"deperceiver_jax-{os.getpid()}-", dir=home)
             dataset = dataset.map(_InWorker(make, directory, image_bytes))
             dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -83,6 +85,25 @@ def _end(batches, directory):
     batches.pop().close()
     if directory is not None:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _home_of_frames(size: int) -> str | None:
+    """Where so many bytes of images travel; None: in the folder for temporary files.
+
+    A frame that shared memory has no room for would kill the process that writes to it.
+    """
+    if not os.path.isdir(SHARED_MEMORY):
+        return None
+    if (room := shutil.disk_usage(SHARED_MEMORY).free) >= size:
+        return SHARED_MEMORY
+    print(
+        f"warning: {SHARED_MEMORY} has room for {room / 2**20:.0f} MiB, and the loader's processes may need "
+        f"{size / 2**20:.0f}: their images go through files in {tempfile.gettempdir()}. Containers have more with "
+        "docker's --shm-size, pods with a volume of memory there.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return None
 
 
 def _let_grain_read_its_flags():

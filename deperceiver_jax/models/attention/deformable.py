@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
-from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.level_sampling import PORTABLE, SAMPLINGS, sample_levels
 from deperceiver_jax.models.layers.linear import linear, xavier_start
 from deperceiver_jax.models.layers.recorder import record_points
@@ -50,7 +50,7 @@ class MultiScaleDeformableAttention(nnx.Module):
             linear(dim, dim, **xavier_start(dim, dim), dtype=compute.dtype, rngs=rngs) for _ in range(2)
         )
         # Where to look and how much is decided in float32: a bfloat16 offset would be coarser than a cell.
-        exact = dict(kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
+        exact = dict(kernel_init=zeros, **EXACT, rngs=rngs)
         self.sampling_offsets = linear(dim, 2 * points, bias_init=self._star, **exact)
         self.attention_weights = linear(dim, points, bias_init=zeros, **exact)
 

@@ -23,7 +23,7 @@ from deperceiver_jax.models.features.feature_pyramid import FeaturePyramid, sour
 from deperceiver_jax.models.features.projected_levels import ProjectedLevels
 from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens, sine_positions
 from deperceiver_jax.models.features.tokens import feature_valid, size_in_cells, size_in_whole_cells
-from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.linear import linear, split_key, xavier_start
 from deperceiver_jax.structures import Predictions
 
@@ -97,7 +97,7 @@ class DeformableDETR(Detector):
         else:
             self.proposals = None
             self.queries = nnx.Param(normal(rngs.params(), (fields.num_queries, 2 * dim)))  # position, then content
-            self.reference_points = linear(dim, 2, **xavier_start(dim, 2), dtype=jnp.float32, rngs=rngs)
+            self.reference_points = linear(dim, 2, **xavier_start(dim, 2), **EXACT, rngs=rngs)
         decoder = build_part(HalfFields, "config.model.decoder", decoder)
         size_bias = 0.0 if two_stage else -2.0
         self.decoder = DeformableDecoder(dim, fields.num_logits, decoder, refine=refine, size_bias=size_bias, **shared)

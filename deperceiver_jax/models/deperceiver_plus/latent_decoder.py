@@ -23,7 +23,7 @@ from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.heads.heads import RelativeHeads, no_predictions
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
 from deperceiver_jax.models.layers.activations import relu
-from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import linear, split_key
 from deperceiver_jax.models.layers.mlp import MLP
@@ -73,8 +73,8 @@ class BoxGaussian(nnx.Module):
         ring = np.zeros((num_heads, 2))
         ring[1:] = 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         zeros = nnx.initializers.zeros
-        self.offset = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
-        self.width = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, dtype=jnp.float32, rngs=rngs)
+        self.offset = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, **EXACT, rngs=rngs)
+        self.width = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, **EXACT, rngs=rngs)
         self.offset.bias[...] = jnp.asarray(ring.reshape(-1), jnp.float32)
         self.width.bias[...] = jnp.full(2 * num_heads, np.log(0.5), jnp.float32)
 
@@ -116,7 +116,7 @@ class LatentLayer(QueryLayer):
         self.refine, self.look_forward_twice = fields.refine, fields.look_forward_twice
         self.gaussian = BoxGaussian(dim, heads, least_width=fields.least_width, rngs=rngs) if fields.gaussian else None
         separate = fields.separate_levels and num_levels > 1
-        self.level_weight = linear(dim, num_levels, dtype=jnp.float32, rngs=rngs) if separate else None
+        self.level_weight = linear(dim, num_levels, **EXACT, rngs=rngs) if separate else None
         self.position = MLP([2 * dim, dim, dim], activation=relu, dtype=compute.dtype, rngs=rngs)
         self.heads = RelativeHeads(dim, num_logits, box_deltas=box_deltas, rngs=rngs)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_at_least, check_choice
 from deperceiver_jax.models.layers.activations import relu
-from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
 from deperceiver_jax.models.layers.deformable_convolution import deformable_convolution
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
@@ -68,7 +68,7 @@ class DeformableConv(Conv):
         super().__init__(in_dim, out_dim, size, **how, frozen=frozen, compute=compute, rngs=rngs)
         zeros = nnx.initializers.zeros
         reach: dict = dict(strides=stride, padding=size // 2 * dilation, kernel_dilation=dilation)
-        reach |= dict(kernel_init=zeros, bias_init=zeros, dtype=jnp.float32)  # bfloat16 would be coarser than a cell
+        reach |= dict(kernel_init=zeros, bias_init=zeros, **EXACT)  # bfloat16 would be coarser than a cell
         self.offsets = nnx.Conv(in_dim, 3 * size**2, (size, size), **reach, rngs=rngs)
         self.sampling = PORTABLE if compute.portable else "gather"
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deperceiver_jax.models.layers.activations import relu
+from deperceiver_jax.models.layers.compute import EXACT
 from deperceiver_jax.models.layers.linear import linear
 from deperceiver_jax.models.layers.mlp import MLP
 from deperceiver_jax.structures import Predictions
@@ -33,7 +34,7 @@ class ClassHead(nnx.Module):
     """One linear layer, in float32. With `rare`, every class starts at a probability of 1 %."""
 
     def __init__(self, dim: int, num_logits: int, *, rare: bool = False, rngs: nnx.Rngs):
-        self.linear = linear(dim, num_logits, dtype=jnp.float32, dot_general=_with_barrier, rngs=rngs)
+        self.linear = linear(dim, num_logits, **EXACT, dot_general=_with_barrier, rngs=rngs)
         if rare:
             self.linear.bias[...] = jnp.full(num_logits, RARE)
 
@@ -45,7 +46,7 @@ class BoxHead(nnx.Module):
     """A three-layer MLP whose sigmoid is cxcywh in [0, 1] of the unpadded image; in float32."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.mlp = MLP([dim, dim, dim, 4], activation=relu, dtype=jnp.float32, rngs=rngs)
+        self.mlp = MLP([dim, dim, dim, 4], activation=relu, **EXACT, rngs=rngs)
 
     def __call__(
         self, decoded: Float[Array, "L B Q D"], center_logit: Float[Array, "Q 2"] | None = None

@@ -3,6 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+# Of layers that answer places, sizes or scores, in whatever a detector computes the rest: float32 alone would still
+# multiply bfloat16 on TPUs, and TF32 on GPUs.
+EXACT: dict[str, Any] = dict(dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+
 
 @dataclass(frozen=True)
 class Compute:

@@ -41,7 +41,7 @@ def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs, **start) -> nnx.
     """A linear layer that starts as torch.nn.Linear does unless told; float32 parameters, computing in `dtype`.
 
     Applied to [B, H, W, C] features it is the 1x1 convolution of the published models, with the same start.
-    start: kernel_init, bias_init or both.
+    start: kernel_init, bias_init or both, and what else nnx.Linear takes.
     """
     return nnx.Linear(in_dim, out_dim, **{**torch_start(in_dim), **start}, dtype=dtype, rngs=rngs)
 

@@ -27,11 +27,12 @@ class MLP(nnx.Module):
         xavier: bool = False,
         gated: bool = False,
         dtype,
+        precision: jax.lax.Precision | None = None,
         rngs: nnx.Rngs,
     ):
         def layer(a, b):
             start = dict(kernel_init=xavier_uniform_init(a, b)) if xavier else {}
-            return linear(a, b, **start, dtype=dtype, rngs=rngs)
+            return linear(a, b, **start, dtype=dtype, precision=precision, rngs=rngs)
 
         outputs = [*(width * (2 if gated else 1) for width in dims[1:-1]), dims[-1]]
         self.layers = nnx.List([layer(a, b) for a, b in zip(dims[:-1], outputs, strict=True)])

@@ -16,6 +16,7 @@ from deperceiver_jax.errors import check_above_zero, check_at_least, check_choic
 from deperceiver_jax.models.attention.choice import LARGE
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.kernels.log_gaussian import Bias, LogGaussian
+from deperceiver_jax.models.layers.compute import EXACT
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
 
@@ -76,7 +77,7 @@ class SpatialModulation(nnx.Module):
 
         def layer(width, **init):
             init = init or dict(kernel_init=xavier_uniform_init(dim, width))
-            return linear(dim, width, **init, dtype=jnp.float32, rngs=rngs)
+            return linear(dim, width, **init, **EXACT, rngs=rngs)
 
         self.norm = LayerNorm(dim, dtype=jnp.float32) if self.modulates or select else None
         self.offset = layer(2 * count) if fields.modulation == "multi_head" else None

@@ -18,7 +18,7 @@ from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.detr.transformer import DecoderLayer
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.layers.activations import relu
-from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, start_alike
 from deperceiver_jax.models.layers.linear import split_key
@@ -188,7 +188,7 @@ class ModulatedDecoder(nnx.Module):
         self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
         self.layers = LayerStack(ModulatedDecoderLayer, fields.num_layers, dim, fields, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype)
-        center = dict(activation=relu, xavier=True, dtype=jnp.float32, rngs=rngs)
+        center = dict(activation=relu, xavier=True, **EXACT, rngs=rngs)
         modulates = fields.modulation != "none"
         self.center = MLP([dim] * fields.center_layers + [2], **center) if modulates else None
         self.dtype = compute.dtype

@@ -1,9 +1,11 @@
 """Worker processes: what becomes of them when they, their consumer or their parent end, however that comes about."""
 
+import collections
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deperceiver_jax.data.batches import workers
 from deperceiver_jax.data.batches.loader import TrainBatches
 from deperceiver_jax.data.batches.workers import SHARED_MEMORY
 from deperceiver_jax.errors import UserError
@@ -79,6 +82,25 @@ def test_a_dead_worker_is_an_error_and_not_a_hang():
     with pytest.raises(UserError, match=r"A loader process died .*exit code -9.*config\.data\.num_workers"):
         for _ in TrainBatches(source, _config(num_workers=2), seed=0):
             pass
+
+
+def test_small_shared_memory_is_told_and_not_used(monkeypatch, capfd):
+    """A container has 64 MB of it, and a worker that writes beyond is killed."""
+    room = collections.namedtuple("room", "free")
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: room(2**20))
+    iterator = iter(TrainBatches(FakeSource(SHAPES), _config(num_workers=1), seed=0))
+    expected = [next(iterator).image.copy() for _ in range(2)]
+    assert capfd.readouterr().err == ""
+    iterator.close()
+
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: room(10))
+    iterator = iter(TrainBatches(FakeSource(SHAPES), _config(num_workers=1), seed=0))
+    for image in expected:
+        np.testing.assert_array_equal(next(iterator).image, image)
+    iterator.close()
+    error = capfd.readouterr().err
+    assert error.startswith("warning: /dev/shm has room for 0 MiB, and the loader's processes may need ")
+    assert error.count("\n") == 1 and tempfile.gettempdir() in error
 
 
 def test_batches_in_hand_are_not_drawn_over():

@@ -273,6 +273,22 @@ def test_kernels_run_on_each_devices_own_images(masked):
     assert "tensor<2x1x16x1024xf32>" in kernel
 
 
+@pytest.mark.parametrize("images", [1, 16])
+def test_a_bias_of_all_images_goes_to_each_device(images):
+    """As that of denoising queries, and of anchors."""
+    mesh = make_mesh()
+    x = jax.ShapeDtypeStruct((16, 1, 1024, 16), jnp.float32, sharding=batch_sharding(mesh))
+    bias = jax.ShapeDtypeStruct((images, 1, 1024, 1024), jnp.float32)
+
+    def attend(x, bias):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention_choice.attention("auto", x, x, x, None, bias, dropout_rate=0.0, dropout_key=None)
+
+    text = jax.jit(attend).trace(x, bias).lower(lowering_platforms=("tpu",)).as_text()
+    kernel = next(line for line in text.splitlines() if "tpu_custom_call" in line)
+    assert "tensor<2x1x1024x1024xf32>" in kernel
+
+
 def test_the_config_sets_every_attention_of_a_detector():
     config = demo.get_config("detr")
     config.attention = "chunked"
