@@ -141,6 +141,18 @@ def require_writable(what: str, path: Path) -> None:
         raise UserError(f"{what}: {path} cannot be written: {place} does not permit it.")
 
 
+def require_file(what: str, place: str | Path, endings: tuple[str, ...]) -> Path:
+    """The path of a file that can be written, there already or not yet. Raises UserError, also for a name that does not
+    end in one of `endings`."""
+    path = as_path(place)
+    if not str(place).lower().endswith(endings):
+        raise UserError(f"{what}: {place} must end in {' or '.join(endings)}.")
+    require_writable(what, path)
+    if is_folder(path):
+        raise UserError(f"{what}: {place} is a folder.")
+    return path
+
+
 def _require_rights(what: str, path: Path) -> None:
     system = file_system(what, path)
     bucket = str(path).removeprefix(BUCKETS).split("/")[0]
@@ -152,6 +164,18 @@ def _require_rights(what: str, path: Path) -> None:
     lacking = [right for right in asked if right not in answer.get("permissions", [])]
     if lacking:
         raise UserError(f"{what}: {path} cannot be written: {BUCKETS}{bucket} does not permit {', '.join(lacking)}.")
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of a folder of this machine and of those below it, each once, links included."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield place, names
 
 
 def make_folder(path: Path) -> None:

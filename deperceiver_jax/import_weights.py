@@ -25,9 +25,9 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import COCO_CATEGORIES, ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, is_bucket, make_folder, reason, require_writable
+from deperceiver_jax.files import as_path, is_bucket, is_folder, make_folder, reason, require_writable
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
-from deperceiver_jax.runs.workdir import config_text, read_classes
+from deperceiver_jax.runs.workdir import CLASSES, config_text, read_classes
 
 if TYPE_CHECKING:
     from deperceiver_jax.runs.stored_detector import StoredDetector
@@ -107,13 +107,18 @@ def choose_classes(classes: str | None, num_classes: int | None, own: ClassMap |
     if classes is not None and num_classes is not None:
         raise UserError("--classes and --num_classes are both given; only one can be.")
     if classes is not None:
-        return read_classes(as_path(classes))
+        return read_classes(_classes_file(as_path(classes)))
     if num_classes is None:
         return own or ClassMap.from_categories(COCO_CATEGORIES.items())
     if num_classes < 1:
         raise UserError(f"--num_classes is {num_classes}; it must be at least 1.")
     slots = tuple(range(num_classes))
     return ClassMap(slots, tuple(f"class {slot}" for slot in slots), slots, num_classes)
+
+
+def _classes_file(place: Path) -> Path:
+    """A run's own, where a run is named."""
+    return place / CLASSES if is_folder(place) else place
 
 
 def overridden(config_arguments: Sequence[str]) -> set[str]:

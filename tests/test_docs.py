@@ -131,7 +131,7 @@ def flags_in_source(path: Path) -> set[str]:
 def check_package_program(command: Command) -> None:
     module, arguments = package_program(*command)
     if hasattr(module, "split_arguments"):  # it takes folders besides flags
-        _, arguments = module.split_arguments(arguments)
+        _, arguments = module.split_arguments(arguments, module.define_flags)
     _, rest = parse_flags(["docs", *arguments], module.define_flags, "")
     if has_config_file(rest):
         parse_config(rest, needs=field_needs)

@@ -150,6 +150,12 @@ def nothing(workdir):
     pass
 
 
+def of_other_data(workdir):
+    """As a run leaves it that evaluates three other pictures."""
+    data = {"images": 3, "boxes": 2, "hash": "0"}
+    (workdir / "data.json").write_text(json.dumps(data | {"evaluated": data}))
+
+
 @pytest.mark.parametrize(
     "change, arguments, sentence",
     [
@@ -173,6 +179,17 @@ def nothing(workdir):
             ["--workdir={0}", "--config.eval.flip=True"],
             "--output is needed: config.eval.flip is True, and {0}/eval keeps what was evaluated with False.",
         ),
+        (
+            nothing,
+            ["--workdir={0}", "--config.data.val_share=0.5", "--config.data.layout=one_file"],
+            "--output is needed: config.data.layout is one_file, and {0}/eval keeps what was evaluated with auto.",
+        ),
+        (
+            of_other_data,
+            ["--workdir={0}"],
+            "--output is needed: {0}/eval keeps an evaluation of 3 images with 2 boxes, other ones than this ",
+        ),
+        (nothing, ["--workdir={0}/checkpoints/7", "--checkpoint=3"], "--checkpoint is 3, but {0}/checkpoints/7 is one"),
         (nothing, ["--workdir={0}", "--config.model.num_queries=6"], "{0}/checkpoints/7 holds another model: "),
         (
             nothing,

@@ -301,6 +301,7 @@ def changed(**arrays):
         (changed(), ["--num_classes=3", "--classes=x.json"], "--classes and --num_classes are both given"),
         (changed(), ["--num_classes=0"], "--num_classes is 0"),
         (changed(), ["--classes=/nowhere.json"], "/nowhere.json does not exist"),
+        (changed(), ["--torch={}/full"], "/full is a folder without model.safetensors; name a file of weights."),
         (changed(), ["--torch=/nowhere.pth"], "Cannot read the weights /nowhere.pth"),
         (changed(), ["--output={}/full"], "/full exists already"),
         (changed(), ["--output={}/x.pth/out"], "x.pth/out cannot be written"),

@@ -16,7 +16,7 @@ from deperceiver_jax import UserError, load
 from deperceiver_jax import predict as program
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.prediction.detections import PictureDetections
-from deperceiver_jax.prediction.files import Video, find_images, output_files
+from deperceiver_jax.prediction.files import Video, find_files, find_images, output_files
 from deperceiver_jax.prediction.keeper import Keeper
 from deperceiver_jax.prediction.predict import choose_slots
 from deperceiver_jax.prediction.results import Looked
@@ -191,6 +191,20 @@ def test_no_picture_is_overwritten(tmp_path):
         picture.touch()
     with pytest.raises(UserError, match=f"--output: {pictures[1]} would take the place of one of the images; take"):
         output_files(pictures, tmp_path / "a" / "b")
+
+
+def test_a_picture_is_one_however_it_is_called_and_goes_below_the_output(tmp_path, monkeypatch):
+    """With .. in its name it would go beside the output, and might take the place of another file."""
+    here, other = tmp_path / "here", tmp_path / "other"
+    for folder in (here, other):
+        folder.mkdir()
+        (folder / "a.jpg").touch()
+    monkeypatch.chdir(here)
+    found = find_files(["../other/a.jpg", "a.jpg", str(here / "a.jpg"), f"{other}/*.jpg", "./a.jpg"])
+    assert found == [Path("../other/a.jpg"), Path("a.jpg")]
+    assert output_files(found, Path("out")) == [Path("out/other/a.jpg"), Path("out/here/a.jpg")]
+    (here / "same.jpg").symlink_to("a.jpg")
+    assert len(find_files([str(here)])) == 2
 
 
 def test_a_name_that_is_no_text(tiny_run, photos, tmp_path):

@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 from deperceiver_jax.errors import UserError, check_at_least
-from deperceiver_jax.files import as_path, require_readable, require_writable
+from deperceiver_jax.files import as_path, require_file, require_readable
 from deperceiver_jax.program.command_line import parse_flags, run, split_arguments
 from deperceiver_jax.report import require_libraries
 
@@ -24,7 +24,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    folders, others = split_arguments(argv[1:])
+    places, others = split_arguments(argv[1:], define_flags)
+    folders = [as_path(place) for place in places]
     values, rest = parse_flags([argv[0], *others], define_flags, __doc__)
     if rest[1:]:
         raise UserError(f"{rest[1]}: a comparison takes no config; each run has its own.")
@@ -32,8 +33,7 @@ def main(argv: list[str]) -> None:
         raise UserError("Runs are missing: name two workdirs or more, as in runs/a runs/b.")
     for name in ("median_of_last", "bootstrap"):
         check_at_least(f"--{name}", values[name].value, 0)
-    output = as_path(values.output)
-    require_writable("--output", output)
+    output = require_file("--output", values.output, (".html",))
     require_libraries("A comparison")
     for folder in folders:
         require_readable("A run", folder)

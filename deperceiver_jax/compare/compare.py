@@ -15,6 +15,7 @@ from deperceiver_jax.compare.rows import (
     names_of,
     published_rows,
     read_run,
+    require_same_data,
     step_milliseconds,
 )
 from deperceiver_jax.data import open_source
@@ -33,6 +34,7 @@ def compare(folders: Sequence[Path], values: flags.FlagValues, output: Path) -> 
     classes = [read_classes(folder / CLASSES) for folder in folders]
     for folder, other in zip(folders[1:], classes[1:], strict=True):
         require_same_classes(classes[0], str(folders[0]), other, str(folder))
+    require_same_data(folders)
     rows = group(runs, values.median_of_last)
     draws = 0 if values.median_of_last else values.bootstrap  # a median is not of one set of detections
     bounds = differences(rows, draws)

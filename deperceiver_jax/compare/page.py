@@ -6,7 +6,7 @@ from pathlib import Path
 from deperceiver_jax.compare.charts import all_charts
 from deperceiver_jax.compare.rows import Row, memory_text, step_milliseconds
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import reason, write_whole
+from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.pages.template import fill, render
 from deperceiver_jax.report.page import ROOM as REPORT
 from deperceiver_jax.report.page import libraries
@@ -40,6 +40,7 @@ def write_comparison(
     )
     data = {"charts": all_charts([*rows, *published], runs)}
     try:
+        make_folder(path.parent)
         write_whole(path, fill(page, data))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {reason(error)}.") from error

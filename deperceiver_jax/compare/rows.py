@@ -16,7 +16,7 @@ from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, Counted
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
-from deperceiver_jax.runs.workdir import CONFIG, METRICS, flat_fields, read_config
+from deperceiver_jax.runs.workdir import CONFIG, METRICS, evaluated_data, flat_fields, read_config
 
 PUBLISHED = Path(__file__).with_name("published.json")
 CONFIDENCE = 0.95
@@ -56,6 +56,18 @@ def read_run(workdir: Path, name: str) -> Run:
         raise UserError(f"{evaluation}/metrics.json was written before 0.2.0; run eval.py again.")
     lines = [row for _, row in read_metrics(workdir / METRICS).rows]
     return Run(name, workdir, config, evaluation.name, metrics, results, lines)
+
+
+def require_same_data(workdirs: Sequence[Path]) -> None:
+    """Raises UserError for runs that are known to evaluate different data."""
+    known = [(workdir, data) for workdir in workdirs if (data := evaluated_data(workdir)) is not None]
+    for workdir, data in known[1:]:
+        first, same = known[0]
+        if data != same:
+            raise UserError(
+                f"{workdir} evaluates other data than {first}: {data['images']} images with {data['boxes']} boxes, and "
+                f"{same['images']} with {same['boxes']}."
+            )
 
 
 def names_of(workdirs: Sequence[Path]) -> list[str]:

@@ -23,10 +23,11 @@ from pathlib import Path
 from absl import flags
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, check_address, require_writable
-from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run
+from deperceiver_jax.files import as_path, check_address, require_file
+from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run, split_arguments
 
 DEFAULT_CONFIG = "deperceiver_plus"
+KINDS = {"check": ("coco_directory",), "prepare": ("coco_directory", "tfds")}  # config.data.name
 FLAGS = {"check": ("decode", "sheet"), "prepare": ("to", "from", "share")}  # of each thing that can be done
 
 
@@ -49,11 +50,10 @@ def main(argv: list[str]) -> None:
     what = argv[1] if len(argv) > 1 else ""
     if what not in FLAGS:
         raise UserError("deperceiver data does two things: check DIR and prepare DIR; --help shows how.")
-    places = [argument for argument in argv[2:] if not argument.startswith("-")]
+    places, rest = split_arguments(argv[2:], define_flags)
     if len(places) != 1:
         raise UserError(f"{what} needs one folder: deperceiver data {what} DIR.")
     check_address(f"{what}'s DIR", places[0], buckets=False)
-    rest = [argument for argument in argv[2:] if argument.startswith("-")]
     values, config_arguments = parse_flags([argv[0], *rest], define_flags, __doc__)
     for name in {*FLAGS["check"], *FLAGS["prepare"]} - {*FLAGS[what]}:
         if values[name].present:
@@ -62,12 +62,14 @@ def main(argv: list[str]) -> None:
 
     if not has_config_file(config_arguments):
         config_arguments.insert(1, f"--config={DEFAULT_CONFIG}")
+    name = parse_config(config_arguments, needs=field_needs).data.name
+    if name not in KINDS[what]:
+        raise UserError(f"config.data.name is {name!r}; {what} looks at folders, which are {' or '.join(KINDS[what])}.")
     config = parse_config([*config_arguments, f"--config.data.directory={places[0]}"], needs=field_needs)
     if what == "prepare":
         prepare(config.data, values)
         return
-    sheet = Path(values.sheet).expanduser()
-    require_writable("--sheet", sheet)
+    sheet = require_file("--sheet", values.sheet, (".png", ".jpg"))
     problems = check(config, sheet, decode=values.decode)
     if problems:
         raise UserError(f"a run would stop: {problems[0]}")
@@ -111,14 +113,15 @@ def parse_share(text: str) -> tuple[int, int]:
 def check(config, sheet: Path, *, decode: bool) -> list[str]:
     """Prints what is to be said of config.data.directory, writes the sheet, and returns what a run would stop with."""
     # Not above, as below: they take seconds, which no help text needs.
+    from PIL import Image
+
     from deperceiver_jax.data.checking.check import check_directory
     from deperceiver_jax.data.checking.report import report
     from deperceiver_jax.visualize.contact_sheet import contact_sheet
     from deperceiver_jax.visualize.fonts import readable
+    from deperceiver_jax.visualize.output import save_picture
 
     data = config.data
-    if data.name != "coco_directory":
-        raise UserError(f"config.data.name is {data.name!r}; check looks at folders, which are coco_directory.")
     checked = check_directory(data, decode=decode)
     print("\n".join(report(checked)), flush=True)
     train = checked.splits.get(data.train_split)
@@ -129,7 +132,7 @@ def check(config, sheet: Path, *, decode: bool) -> list[str]:
         except UserError as error:  # a picture whose header is whole and whose pixels are not
             checked.problems.append(str(error))
         else:
-            _save(picture, sheet)
+            save_picture(Image.fromarray(picture), sheet, "--sheet")
             print(f"\nWrote {sheet}: pictures of split {data.train_split} as the loader makes them, class by class.")
     if checked.problems:
         print("\nA run would stop with")
@@ -137,15 +140,6 @@ def check(config, sheet: Path, *, decode: bool) -> list[str]:
     else:
         print("\nNothing here would stop a run.")
     return checked.problems
-
-
-def _save(picture, sheet):
-    from PIL import Image
-
-    try:
-        Image.fromarray(picture).save(sheet)
-    except (OSError, ValueError) as error:  # ValueError: a name whose ending is of no kind of picture
-        raise UserError(f"--sheet: {sheet} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _suggestions(checked, train, config):

@@ -18,10 +18,12 @@ from deperceiver_jax.program import processes
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import load_for_command
 from deperceiver_jax.runs.stored_detector import StoredDetector
-from deperceiver_jax.runs.workdir import flat_fields
+from deperceiver_jax.runs.workdir import data_fingerprint, evaluated_data, flat_fields
 from deperceiver_jax.sharding import make_mesh, replicated
 
-DECISIVE = ("model.", "eval.", "data.eval_", "precision")  # beginnings of the fields that an evaluation depends on
+# Beginnings of the fields that an evaluation depends on. A data set may lie elsewhere (data.directory) and be the same.
+DECISIVE = ("model.", "eval.", "data.eval_", "data.val_", "data.name", "data.layout", "data.split_seed", "precision")
+DECISIVE += ("data.skip_corrupt", "data.exif_orientation")
 OF_NO_EFFECT = ("eval.batch_size", "data.eval_buckets", "data.eval_split")
 
 
@@ -52,6 +54,13 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
         require_writable("--output", output)
     source = open_source(config.data, split)
     require_same_classes(loaded.classes, str(stored.items), source.classes, f"the data set's split {split}")
+    if first and not values.output and split == config.data.eval_split:
+        known = evaluated_data(stored.directory)
+        if known is not None and known != data_fingerprint(source):
+            raise UserError(
+                f"--output is needed: {stored.directory}/eval keeps an evaluation of {known['images']} images with "
+                f"{known['boxes']} boxes, other ones than this split {split}."
+            )
     if values.report and not source.annotated:
         raise UserError(f"--report needs annotations, which split {split} does not have.")
 

@@ -34,7 +34,15 @@ def find_files(places: Iterable[str]) -> list[Path]:
     Raises UserError for a place without any.
     """
     named = itertools.chain.from_iterable(_lines_of_stdin() if place == "-" else [place] for place in places)
-    return list(dict.fromkeys(itertools.chain.from_iterable(map(find_images, named))))
+    found: dict[Path, Path] = {}
+    for path in itertools.chain.from_iterable(map(find_images, named)):
+        found.setdefault(_identity(path), path)
+    return list(found.values())
+
+
+def _identity(path: Path) -> Path:
+    """The same for all ways to name a file; a link to a file is another one."""
+    return path if is_bucket(path) else Path(os.path.realpath(path.parent), path.name)
 
 
 def find_images(pattern: str) -> list[Path]:
@@ -95,7 +103,7 @@ def output_files(paths: Sequence[Path], output: Path) -> list[Path]:
     """
     if len({is_bucket(path) for path in paths}) > 1:
         raise UserError("--images: some are in a bucket, and some on this machine; take one after the other.")
-    paths = [path if is_bucket(path) else path.absolute() for path in paths]
+    paths = [_identity(path) if ".." in path.parts else path if is_bucket(path) else path.absolute() for path in paths]
     prefix = BUCKETS if is_bucket(paths[0]) else ""
     common = as_path(prefix + os.path.commonpath([str(path.parent).removeprefix(prefix) for path in paths]))
     if is_bucket(output) == is_bucket(paths[0]) and output.resolve() == common.resolve():

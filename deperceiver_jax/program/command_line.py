@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.field_needs import GENERAL, Need, check_needs
-from deperceiver_jax.files import as_path, bucket_error, check_address
+from deperceiver_jax.files import bucket_error, check_address
 
 _CONFIG_FILE = re.compile(r"^--?config(=.*)?$")
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
@@ -119,6 +119,9 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
     except flags.Error as error:
         raise UserError(str(error).rstrip(".") + ".") from None
     for argument in rest[1:]:
+        if not argument.startswith("-"):
+            several_named = "".join(f"; --{name}={argument} names one of its {name}" for name in sorted(several)[:1])
+            raise UserError(f"{argument} belongs to no flag{several_named}.")
         if not (_CONFIG_FILE.match(argument) or _OVERRIDE.match(argument)):
             names = [f"--{name}" for name in values] + ["--config"]
             raise UserError(f"There is no flag {argument.split('=')[0]}{nearest(argument.split('=')[0], names)}.")
@@ -143,10 +146,24 @@ def _repeat_names(argv: Sequence[str], several: Collection[str]) -> list[str]:
     return arguments
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """(folders, flags) of a program that takes folders beside flags: a flag has its value behind a =."""
-    folders = [as_path(argument) for argument in arguments if not argument.startswith("-")]
-    return folders, [argument for argument in arguments if argument.startswith("-")]
+def split_arguments(
+    arguments: Sequence[str], define: Callable[[flags.FlagValues], None]
+) -> tuple[list[str], list[str]]:
+    """(places, flags) of a program that takes places beside the flags that `define` adds: --flag=value, or
+    --flag value."""
+    values = flags.FlagValues()
+    define(values)
+    places, others, waiting = list[str](), list[str](), ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            name = argument.lstrip("-")
+            others.append(argument)
+            waiting = argument if name in values and not values[name].boolean else ""
+        elif waiting:
+            others[-1], waiting = f"{waiting}={argument}", ""
+        else:
+            places.append(argument)
+    return places, others
 
 
 def is_help(arguments: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import sys
 from absl import flags
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, require_readable, require_writable
+from deperceiver_jax.files import as_path, require_file, require_readable
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 from deperceiver_jax.report import require_libraries
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     require_readable("--workdir", workdir)
     config = parse_config(config_arguments, read_config(workdir / CONFIG))
     evaluation = newest_evaluation(workdir)
-    output = as_path(values.output) if values.output else evaluation / "report.html"
-    require_writable("--output" if values.output else "--workdir", output)
+    page = values.output or evaluation / "report.html"
+    output = require_file("--output" if values.output else "--workdir", page, (".html",))
     metrics, results = (read_json(evaluation / name) for name in ("metrics.json", "detections.json"))
     if "by_class" not in metrics:
         raise UserError(f"{evaluation}/metrics.json was written before 0.2.0; run eval.py again, with --report.")

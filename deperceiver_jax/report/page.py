@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, ground_truth
-from deperceiver_jax.files import reason, write_whole
+from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.pages.template import as_json, fill, render
 from deperceiver_jax.report import gallery
 from deperceiver_jax.report.analysis import analyse, boxes_by_class
@@ -69,6 +69,7 @@ def write_report(
     for picture, address in zip(pictures, gallery.pixels(source, kinds, room - 40 * len(pictures)), strict=True):
         picture["src"] = address
     try:
+        make_folder(path.parent)
         write_whole(path, fill(page, data))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {reason(error)}.") from error

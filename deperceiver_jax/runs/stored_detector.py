@@ -70,6 +70,8 @@ def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetect
     if not is_folder(directory):
         raise UserError(f"{directory} is not a directory.")
     if is_folder(directory / WEIGHTS):
+        if checkpoint != "latest":
+            raise UserError(f"--checkpoint is {checkpoint}, but {directory} is one detector, without others beside it.")
         whole = directory if is_bucket(directory) else directory.absolute()
         step, parent = whole.name, whole.parent
         if parent.name == CHECKPOINTS and step.isdecimal() and not (directory / CONFIG).exists():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a data set's libraries take a second, which no help text ne
 CONFIG = "config.json"
 CLASSES = "classes.json"
 DATA = "data.json"
+EVALUATED = "evaluated"  # in it, the fingerprint of the evaluation split
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -133,7 +134,7 @@ def check_data(workdir: Path, data: Mapping[str, int | str]) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{workdir / DATA} cannot be read; without it the run goes on with any data.") from None
-    if stored != data:
+    if {name: stored[name] for name in data} != data:
         now = f"{data['images']} images with {data['boxes']} boxes"
         now = "as many, but other ones" if now == before else now
         raise UserError(
@@ -142,15 +143,30 @@ def check_data(workdir: Path, data: Mapping[str, int | str]) -> None:
         )
 
 
+def evaluated_data(workdir: Path) -> Mapping[str, int | str] | None:
+    """The fingerprint of what the run in `workdir` evaluates; None where it noted none (before 0.2.5)."""
+    try:
+        return json.loads((workdir / DATA).read_text()).get(EVALUATED)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{workdir / DATA} cannot be read: {error}.") from None
+
+
 def write_workdir(
-    workdir: Path, config: ConfigDict, classes: ClassMap, data: Mapping[str, int | str] | None = None
+    workdir: Path,
+    config: ConfigDict,
+    classes: ClassMap,
+    data: Mapping[str, int | str] | None = None,
+    evaluated: Mapping[str, int | str] | None = None,
 ) -> None:
-    """Makes `workdir` with its config.json, classes.json and, of `data`, data.json; each file appears whole or not."""
+    """Makes `workdir` with its config.json, classes.json and, of the fingerprints of its training and its evaluation
+    split, data.json; each file appears whole or not."""
     try:
         make_folder(workdir)
         write_whole(workdir / CLASSES, classes.to_json())
         if data is not None:
-            write_whole(workdir / DATA, json.dumps(data) + "\n")
+            write_whole(workdir / DATA, json.dumps({**data, EVALUATED: evaluated}) + "\n")
         write_whole(workdir / CONFIG, config_text(config))
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written: {reason(error)}.") from None
@@ -169,7 +185,8 @@ def read_config(path: Path) -> ConfigDict:
     try:
         return ConfigDict(_tuples(migrate(json.loads(path.read_text()), path)))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+        where = path if is_folder(path.parent) else path.parent
+        raise UserError(f"{where} does not exist.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -39,6 +39,9 @@ def compile_sizes(
     start, programs = time.monotonic(), {}
     threads = min(threads or os.cpu_count() or 1, len(batches.buckets))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+    several = f"{len(batches.buckets)} size{'s' if len(batches.buckets) > 1 else ''}"
+    if jax.process_index() == 0:
+        print(f"compiling the step for {several}", flush=True)
     try:
         running = {}
         for size in batches.buckets:
@@ -49,9 +52,8 @@ def compile_sizes(
             _raise_errors({done: running[done]})
             programs[running[done]] = done.result()
             if jax.process_index() == 0:
-                seconds = time.monotonic() - start
-                count = f"{len(programs)}/{len(running)} size{'s' if len(running) > 1 else ''}"
-                print(f"compiled the step for {count} ({_name(running[done])}), {seconds:.0f} s", flush=True)
+                seconds, size = time.monotonic() - start, _name(running[done])
+                print(f"compiled the step for {len(programs)}/{several} ({size}), {seconds:.0f} s", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     if jax.process_count() > 1:  # a faster one would give up: the first collective of CPUs waits for 30 s alone

@@ -123,7 +123,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     if first:
         if new:
             until_end.enter_context(keep_others_out(workdir, new=True))
-        write_workdir(workdir, config, source.classes, data)
+        write_workdir(workdir, config, source.classes, data, data_fingerprint(eval_source))
         print(describe_run(config, state, source, batches, steps), flush=True)
     log = MetricLog(workdir, config, steps=steps, steps_per_epoch=per_epoch, writes=first, progress=progress)
 

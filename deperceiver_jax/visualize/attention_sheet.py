@@ -7,11 +7,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from deperceiver_jax.visualize.attention_maps import Size, View
-from deperceiver_jax.visualize.fonts import font_for
+from deperceiver_jax.visualize.fonts import fitting
 from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, save_picture, wrap
 
 SMALL = 168  # long side of a small panel; a large one is as high as two of them with what is between
 GAP, CAPTION, MARGIN = 8, 20, 20
+MOST = 4  # a panel is at most so many times as long as it is wide; of longer images it is stretched
 
 
 def save_sheet(
@@ -21,6 +22,7 @@ def save_sheet(
 
     Large panels lie below one another where there are lines enough, else side by side.
     """
+    aspect = min(max(aspect, 1 / MOST), MOST)
     small = round(side / max(aspect, 1)), round(side * min(aspect, 1))
     step = small[0] + CAPTION + GAP
     high = 2 * small[0] + CAPTION + GAP
@@ -37,7 +39,7 @@ def save_sheet(
     head = 56 + 20 * len(lines)
     sheet = Image.new("RGB", (width, head + len(views) * (row_height + GAP) + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 14), title, fill=INK, font=_fitting(title, 24, width - 2 * MARGIN))
+    draw.text((MARGIN, 14), title, fill=INK, font=fitting(title, 24, width - 2 * MARGIN))
     for i, line in enumerate(lines):
         draw.text((MARGIN, 48 + 20 * i), line, fill=FAINT, font=body)
     for i, view in enumerate(views):
@@ -54,12 +56,6 @@ def save_sheet(
 
 def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None:
     x, y = corner
-    font = _fitting(panel.caption, 14, size[1])
+    font = fitting(panel.caption, 14, size[1])
     ImageDraw.Draw(sheet).text((x, y + GAP + CAPTION - 4), panel.caption, fill=INK, font=font, anchor="ls")
     sheet.paste(Image.fromarray(np.ascontiguousarray(panel.draw(size))), (x, y + GAP + CAPTION))
-
-
-def _fitting(text: str, size: int, width: int):
-    """The font at `size`, or as much smaller as the text needs."""
-    length = font_for(text, size).getlength(text)
-    return font_for(text, size if length <= width else max(8, size * width / length))

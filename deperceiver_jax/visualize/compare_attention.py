@@ -20,6 +20,7 @@ from deperceiver_jax.compare.rows import names_of
 from deperceiver_jax.data import open_source
 from deperceiver_jax.data.classes import require_same_classes
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import as_path
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.program.command_line import parse_flags, split_arguments
 from deperceiver_jax.program.compilation_cache import keep_compiled
@@ -100,7 +101,8 @@ def view_of(answer: Answer, wanted: Object, image: UInt8[np.ndarray, "h w 3"], l
 
 
 def main(argv: list[str]) -> None:
-    folders, others = split_arguments(argv[1:])
+    places, others = split_arguments(argv[1:], define_flags)
+    folders = [as_path(place) for place in places]
     values, rest = parse_flags([argv[0], *others], define_flags, __doc__)
     if rest[1:]:
         raise UserError(f"{rest[1]}: runs that are compared take no config; each has its own.")

@@ -5,10 +5,10 @@ Pillow's has little beyond ASCII, and what a font lacks it draws as an empty squ
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import logging
 from PIL import ImageFont
 
 from deperceiver_jax.data import ClassMap
@@ -25,6 +25,12 @@ def font_for(text: str, size: float) -> Font:
     return _load(path, size)
 
 
+def fitting(text: str, size: int, width: int) -> Font:
+    """The font at `size`, or as much smaller as the text needs."""
+    length = font_for(text, size).getlength(text)
+    return font_for(text, size if length <= width else max(8, size * width / length))
+
+
 @functools.lru_cache(64)
 def _load(path, size):
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
@@ -39,11 +45,12 @@ def readable(classes: ClassMap) -> Callable[[int], str]:
         if not any(all(has_letter(path, letter) for letter in set(name)) for path in fonts)
     }
     if ids:
-        logging.warning(
-            "No installed font has all letters of %d class names (the first is %s); their category ids are drawn. "
-            "A font such as Noto Sans CJK would have most.",
-            len(ids),
-            classes.name(next(iter(ids))),
+        print(
+            f"warning: No installed font has all letters of {len(ids)} class names (the first is "
+            f"{classes.name(next(iter(ids)))}); their category ids are drawn. A font such as Noto Sans CJK would have "
+            "most.",
+            file=sys.stderr,
+            flush=True,
         )
     return lambda slot: ids.get(slot, classes.name(slot))
 

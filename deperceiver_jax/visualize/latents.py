@@ -8,6 +8,7 @@ any. Every dot is the centre of the box that a latent (a query, in other detecto
 where it was a layer before: coloured with its box where the last layer is sure of an object, dark where it is not.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,12 +28,13 @@ from deperceiver_jax.runs.load_detector import LoadedDetector, load_for_command
 from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize.draw_boxes import class_color
 from deperceiver_jax.visualize.flags import latents_flags as define_flags
-from deperceiver_jax.visualize.fonts import font_for
+from deperceiver_jax.visualize.fonts import fitting
 from deperceiver_jax.visualize.one_image import check_image_flags, read_image, see
 from deperceiver_jax.visualize.output import FAINT, INK, PAPER, save_picture
 
 CELL = 420  # longest side of each picture, in pixels
 COLUMNS = 4
+NARROWEST = 130  # pixels between pictures, for their captions
 
 
 class Movement(NamedTuple):
@@ -85,11 +87,13 @@ def save_movement(path: str, image: UInt8[np.ndarray, "H W 3"], movement: Moveme
     """A sheet with a picture for each layer."""
     pictures = [draw_layer(image, movement, layer, threshold) for layer in range(len(movement.names))]
     height, width = pictures[0].shape[:2]
+    width = max(width, NARROWEST)
     columns, gap, head, line = min(COLUMNS, len(pictures)), 14, 62, 24
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (gap + columns * (width + gap), head + rows * (height + line + gap)), PAPER)
+    whole = max(gap + columns * (width + gap), 560)
+    sheet = Image.new("RGB", (whole, head + rows * (height + line + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 10), title, fill=INK, font=font_for(title, 22))
+    draw.text((gap, 10), title, fill=INK, font=fitting(title, 22, whole - 2 * gap))
     found = f"{int(np.sum(movement.scores >= threshold))} of {len(movement.scores)} answer for an object with a score"
     draw.text((gap, 38), f"{found} of at least {threshold:g}", fill=FAINT, font=ImageFont.load_default(14))
     for i, (name, picture) in enumerate(zip(movement.names, pictures, strict=True)):
@@ -119,6 +123,6 @@ def main(argv: list[str]) -> None:
     predictions = predict(loaded, see(image, loaded.config.data))
     scores = np.asarray(build_classification(loaded.config.loss).scores(predictions.logits[-1]))[0]
     movement = follow(predictions, loaded.classes, scores)
-    title = f"Latents of {loaded.config.model.name} in {name}"
+    title = f"Latents of {loaded.config.model.name} in {Path(name).name}"
     save_movement(values.output, image, movement, values.score_threshold, title)
     print(f"Wrote {values.output}: {len(scores)} latents in {len(movement.names)} layers.")

@@ -6,8 +6,9 @@ from absl import flags
 from PIL import Image
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, make_folder, reason, require_writable, written_whole
+from deperceiver_jax.files import as_path, make_folder, reason, require_file, written_whole
 
+PICTURES = (".png", ".jpg")
 PAPER, MOUNT, FAINT, INK = (255, 255, 255), (233, 236, 239), (108, 117, 125), (33, 37, 41)
 
 
@@ -20,15 +21,11 @@ def need(values: flags.FlagValues, *names: str) -> None:
 
 def check_output(output: str) -> None:
     """Raises UserError for a picture that could not be written, before anything is computed."""
-    if not output.lower().endswith((".png", ".jpg")):
-        raise UserError(f"--output: {output} must end in .png or .jpg.")
-    require_writable("--output", as_path(output))
-    if as_path(output).is_dir():
-        raise UserError(f"--output: {output} is a folder.")
+    require_file("--output", output, PICTURES)
 
 
-def save_picture(picture: Image.Image, path: str | Path, **options) -> None:
-    """Writes a .png or .jpg, whole or not at all. options: Pillow's, of a .jpg. Raises UserError."""
+def save_picture(picture: Image.Image, path: str | Path, what: str = "--output", **options) -> None:
+    """Writes a .png or .jpg, given as `what`, whole or not at all. options: Pillow's, of a .jpg. Raises UserError."""
     path = as_path(path)
     try:
         make_folder(path.parent)
@@ -38,7 +35,7 @@ def save_picture(picture: Image.Image, path: str | Path, **options) -> None:
             else:
                 picture.save(partial, "PNG")
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {reason(error)}.") from error
+        raise UserError(f"{what}: {path} cannot be written: {reason(error)}.") from error
 
 
 def wrap(text: str, font, width: int) -> list[str]:

@@ -7,9 +7,9 @@ Of runs it takes the evaluation of the last step; runs of one config that differ
 figures are of COCO and lie in deperceiver_jax/compare/published.json with their sources.
 """
 
-from deperceiver_jax.compare.rows import group, names_of, published_rows, read_run
+from deperceiver_jax.compare.rows import group, names_of, published_rows, read_run, require_same_data
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import require_readable
+from deperceiver_jax.files import as_path, require_readable
 from deperceiver_jax.program.command_line import parse_flags, split_arguments
 from deperceiver_jax.visualize.charts import draw_chart, require_charts
 from deperceiver_jax.visualize.flags import small_objects_flags as define_flags
@@ -17,7 +17,8 @@ from deperceiver_jax.visualize.output import check_output, need, save_picture
 
 
 def main(argv: list[str]) -> None:
-    folders, others = split_arguments(argv[1:])
+    places, others = split_arguments(argv[1:], define_flags)
+    folders = [as_path(place) for place in places]
     values, rest = parse_flags([argv[0], *others], define_flags, __doc__)
     if rest[1:]:
         raise UserError(f"{rest[1]}: bars take no config; each run has its own.")
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
     require_charts()
     from deperceiver_jax.compare.charts import small_objects
 
+    require_same_data(folders)
     names = names_of(folders) if folders else []
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     rows = [*group(runs, 0), *published_rows(values.published)]

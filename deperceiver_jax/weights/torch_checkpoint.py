@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, load_file
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, is_bucket, reason, require_readable
+from deperceiver_jax.files import as_path, is_bucket, is_folder, reason, require_readable
 from deperceiver_jax.weights.safe_unpickler import CheckpointUnpickler, Refused, Tensor
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -29,6 +29,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = as_path(path)
     require_readable("The weights", path)
+    if is_folder(path):
+        raise UserError(f"{path} is a folder without model.safetensors; name a file of weights.")
     try:
         if path.suffix == ".safetensors":
             return load(path.read_bytes()) if is_bucket(path) else load_file(path)
@@ -39,9 +41,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     except Refused as error:
         raise UserError(f"{path} is not loaded: {error}.") from error
     except _DAMAGE as error:
-        raise UserError(
-            f"{path} is damaged, cut short or not a checkpoint: {str(error) or type(error).__name__}."
-        ) from error
+        why = "" if isinstance(error, pickle.UnpicklingError) else f": {str(error) or type(error).__name__}"
+        raise UserError(f"{path} is damaged, cut short or not a checkpoint{why}.") from error
 
 
 # What Python's unpickler, zipfile, safetensors and NumPy raise on bytes that are not what they should be.

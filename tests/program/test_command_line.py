@@ -10,7 +10,7 @@ from absl import flags
 
 from configs.deperceiver import get_config
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.program.command_line import parse_config, parse_flags, run
+from deperceiver_jax.program.command_line import parse_config, parse_flags, run, split_arguments
 from deperceiver_jax.runs.workdir import read_config
 
 CONFIG_FILE = "--config=configs/deperceiver.py:r50_16"
@@ -67,7 +67,7 @@ def test_a_config_file_wins_over_the_stored_config(stored):
         (["--config.clip_norm=3"], "The config has no field clip_norm; the nearest is optimizer.clip_norm."),
         (["--config.data.batch_size=many"], "flag --config.data.batch_size=many: invalid literal for int"),
         (["--work=3"], "There is no flag --work; the nearest is --workdir."),
-        (["runs/x"], "There is no flag runs/x."),
+        (["runs/x"], "runs/x belongs to no flag."),
         (["--number=three"], "flag --number=three: invalid literal for int"),
         (["--config.data.skip_corrupt"], "--config.data.skip_corrupt needs a value"),
         (["--config"], "--config needs a value"),
@@ -195,6 +195,22 @@ def test_a_flag_of_several_values_takes_what_a_shell_makes_of_a_pattern():
     arguments = ["--images", "a", "b", "-", "--output", "out", "--images=c", "d", "--config.seed=3"]
     values, rest = parse_flags(["program", *arguments], define_several, "")
     assert values.images == ["a", "b", "-", "c", "d"] and values.output == "out" and rest[1:] == ["--config.seed=3"]
-    for wrong, sentence in ((["--output=out", "c"], "no flag c"), (["--images", "a", "s3://b"], "addresses with ://")):
+    for wrong, sentence in (
+        (["--output=out", "c"], "c belongs to no flag"),
+        (["--images", "a", "s3://b"], "addresses with ://"),
+    ):
         with pytest.raises(UserError, match=sentence):
             parse_flags(["program", *wrong], define_several, "")
+
+
+def test_places_beside_flags_whose_values_may_follow():
+    def define(values):
+        flags.DEFINE_string("output", None, "", flag_values=values)
+        flags.DEFINE_bool("decode", False, "", flag_values=values)
+
+    places, others = split_arguments(
+        ["a", "--output", "x.png", "--decode", "b", "--output=y.png", "c", "--odd"], define
+    )
+    assert (places, others) == (["a", "b", "c"], ["--output=x.png", "--decode", "--output=y.png", "--odd"])
+    with pytest.raises(UserError, match="photo.jpg belongs to no flag; --images=photo.jpg names one of its images."):
+        parse_flags(["x", "photo.jpg"], lambda v: flags.DEFINE_multi_string("images", None, "", flag_values=v), "")

@@ -86,8 +86,9 @@ def test_names_are_text(tmp_path, evaluated, monkeypatch):
 
 
 def test_what_cannot_be_written_or_read_is_a_sentence(tmp_path, evaluated, monkeypatch):
-    with pytest.raises(UserError, match="nowhere/report.html cannot be written: No such file or directory."):
-        write(tmp_path / "nowhere" / "report.html", evaluated)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/report.html cannot be written: File exists."):
+        write(tmp_path / "file" / "report.html", evaluated)
     others = [row | {"image_id": row["image_id"] + 5000} for row in evaluated.results]
     with pytest.raises(UserError, match="other images than split validation has: of 5891"):
         write(tmp_path / "report.html", evaluated, results=others)

@@ -16,7 +16,8 @@ SIZE = 8  # images
 def test_it_is_the_step_and_compiles_nothing_later(tiny, batch_of, same, capsys):
     run = tiny(2)
     ahead = compile_sizes(run.step, run.plan.abstract, BATCHES, SIZE, run.mesh)
-    lines = capsys.readouterr().out.splitlines()
+    begun, *lines = capsys.readouterr().out.splitlines()
+    assert begun == "compiling the step for 2 sizes"
     assert [line.split(" (")[0] for line in lines] == [f"compiled the step for {n}/2 sizes" for n in (1, 2)]
     assert {line.split("(")[1].split(")")[0] for line in lines} == {"6x4", "4x6"}
 

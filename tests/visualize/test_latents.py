@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from deperceiver_jax.data.classes import ClassMap
@@ -9,7 +10,7 @@ from deperceiver_jax.program.command_line import run
 from deperceiver_jax.structures import Predictions
 from deperceiver_jax.visualize import __main__ as visualize
 from deperceiver_jax.visualize.draw_boxes import class_color
-from deperceiver_jax.visualize.latents import draw_layer, follow
+from deperceiver_jax.visualize.latents import draw_layer, follow, save_movement
 
 CLASSES = ClassMap.from_categories([(1, "round"), (3, "square")])
 BOXES = jnp.asarray(
@@ -40,6 +41,14 @@ def test_a_dot_has_a_tail_to_where_it_was():
     assert tuple(second[50, 100]) == color and tuple(first[50, 100]) == tuple(ground)  # its way
     assert tuple(first[100, 150]) == tuple(second[100, 150]) == (73, 80, 87)  # the other one stays and has no box
     assert tuple(first[90, 150]) == tuple(ground)
+
+
+@pytest.mark.parametrize("size", [(900, 30), (30, 900)])
+def test_a_narrow_picture_has_room_for_its_captions(tmp_path, size):
+    movement = follow(Predictions(jnp.zeros((2, 1, 2, 4)), BOXES), CLASSES, np.array([[0.9] * 4, [0.1] * 4]))
+    save_movement(str(tmp_path / "a.png"), np.zeros((*size, 3), np.uint8), movement, 0.5, "Latents in a narrow picture")
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width >= 560
 
 
 def test_the_command(tiny_run, tmp_path, capsys):

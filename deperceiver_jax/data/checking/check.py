@@ -17,6 +17,7 @@ from deperceiver_jax.data.datasets.layouts.recognise import find_layout, find_sp
 from deperceiver_jax.data.datasets.source import copied_splits, existing_directory
 from deperceiver_jax.data.image_header import PICTURE_ENDINGS
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import walk
 
 _LISTS = (".json", ".txt", ".xml", ".yaml", ".yml", ".md", ".cache")  # that lie beside pictures and are none
 
@@ -130,7 +131,7 @@ def _find_unlisted(checked):
     for folder in sorted(folders):
         if any(folder != outer and Path(folder).is_relative_to(outer) for outer in folders):
             continue  # it is looked through with the outer one
-        for place, _, names in os.walk(folder):
+        for place, names in walk(Path(folder)):
             for name in sorted(names):
                 path = os.path.join(place, name)
                 if path in listed:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.data.batches.geometry import training_geometry
 from deperceiver_jax.data.batches.loader import TrainBatches
 from deperceiver_jax.data.batches.plan import GRID, choose_buckets, training_buckets
+from deperceiver_jax.data.batches.workers import IN_PROCESS_THREADS
 from deperceiver_jax.data.checking.report import box_sides
 from deperceiver_jax.data.checking.unprepared import Split
 
@@ -95,13 +96,13 @@ def images_per_second(split: Split, config_data: ConfigDict) -> float:
     """Pictures of the training split that the threads of this process make, from files to augmented pixels."""
     positions = np.unique(np.linspace(0, len(split.source) - 1, _SAMPLE).astype(int))
     source = split.source.take(positions)
-    size = min(8, len(source))
-    batches = iter(TrainBatches(source, _with(config_data, batch_size=size, num_workers=0, buckets=1), seed=0))
-    next(batches)  # starts the threads
-    start, steps = time.perf_counter(), max(1, len(source) // size)
-    for _ in range(steps):
+    batches = iter(TrainBatches(source, _with(config_data, batch_size=1, num_workers=0, buckets=1), seed=0))
+    for _ in range(2 * IN_PROCESS_THREADS):  # until what is taken is made meanwhile, and not before
         next(batches)
-    return steps * size / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(_SAMPLE):
+        next(batches)
+    return _SAMPLE / (time.perf_counter() - start)
 
 
 def _with(config_data, **fields):

@@ -310,6 +310,20 @@ def test_what_yolos_folders_may_have(data_set, caplog):
     assert "1 label files have no picture (the first is labels/train/Train_2.txt)" in caplog.text
 
 
+def test_yolos_folders_may_be_links(data_set):
+    """Also one that leads back to where it lies."""
+    data_set.write("yolo")
+    before = sorted(data_set.open("train").filenames.tolist())
+    for kind, ending in (("images", "png"), ("labels", "txt")):
+        folder, elsewhere = data_set.root / kind / "train", data_set.root.parent / kind
+        elsewhere.mkdir()
+        (folder / f"train_4.{ending}").rename(elsewhere / f"train_4.{ending}")
+        (folder / "more").symlink_to(elsewhere)
+        (folder / "back").symlink_to(folder)
+    after = sorted(data_set.open("train").filenames.tolist())
+    assert after == sorted({*before, "images/train/more/train_4.png"} - {"images/train/train_4.png"})
+
+
 @pytest.mark.parametrize("points", ["0.45 0.45 0.55 0.55", "0.45 0.45 2 0.55 0.55 0"])
 def test_yolos_poses_have_boxes(data_set, points):
     data_set.write("yolo")
@@ -373,6 +387,28 @@ def test_a_name_of_voc_may_begin_as_another_one_does(data_set, sign):
     after = _content(data_set.open("train"), data_set.open("validation"))
     for name, other in (("train_1.png", "train_1.png"), ("train_2.png", f"train_1{sign}.png")):
         assert after[other][2] == before[name][2] != []
+
+
+def test_names_of_voc_with_spaces_and_what_tools_leave_beside_them(data_set):
+    before = _content(data_set.write("voc").open("train"))
+    names = data_set.root / "ImageSets" / "Main" / "train.txt"
+    listed = names.read_text("utf-8-sig").splitlines()
+    for folder, ending in (("Annotations", "xml"), ("JPEGImages", "png")):
+        file = data_set.root / folder / f"{listed[0]}.{ending}"
+        file.rename(file.with_name(f"IMG 0.{ending}"))
+    (data_set.root / "JPEGImages" / "IMG 0.txt").write_text("of an annotation tool")
+    (data_set.root / "JPEGImages" / f"{listed[1]}.json").write_text("{}")
+    names.write_text("".join(f"{line}\n" for line in ["IMG 0", f"{listed[1]}  1", f"{listed[2]} -1", *listed[3:]]))
+    after = _content(data_set.open("train"))
+    assert after.pop("IMG 0.png")[2] == before.pop(f"{listed[0]}.png")[2] != []
+    assert after == before
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere.json")])
+def test_what_is_called_as_a_json_file_and_is_none(data_set, make):
+    expected = _content(data_set.write("short").open("train"))
+    make(data_set.root / "notes.json")
+    assert _content(data_set.open("train")) == expected
 
 
 def test_what_vocs_folders_may_have(data_set, caplog):

@@ -64,7 +64,7 @@ def _named(root, split):
 def _coco_files(root):
     """The JSON files of a folder and its folder `annotations` that list pictures as COCO does."""
     files = [*sorted(root.glob("*.json")), *sorted(root.glob("annotations/*.json"))]
-    files = [file for file in files if not file.name.startswith(_OTHER_TASKS)]
+    files = [file for file in files if file.is_file() and not file.name.startswith(_OTHER_TASKS)]
     return [file for file in files if file.name.startswith("instances_") or _lists_pictures(file)]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from pathlib import Path
 
 import hotcoco
@@ -9,10 +10,12 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.datasets.layouts.layout import SPLITS, Layout, split_share
 from deperceiver_jax.data.datasets.listing import Listing, SplitFiles, columns, file_state
+from deperceiver_jax.data.image_header import PICTURE_ENDINGS
 from deperceiver_jax.errors import UserError
 
 _SETS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}  # in ImageSets/Main
 _ALL = "trainval.txt"
+_FLAG = re.compile(r"\s+(-1|0|1)$")
 
 
 def voc(root: Path, data: ConfigDict) -> Layout | None:
@@ -21,7 +24,7 @@ def voc(root: Path, data: ConfigDict) -> Layout | None:
         return None
     sets = root / "ImageSets" / "Main"
     splits = {
-        split: functools.partial(_split_files, root, _listed(sets / name))
+        split: functools.partial(_split_files, root, _listed(root, sets / name))
         for split, name in _SETS.items()
         if (sets / name).is_file()
     }
@@ -32,13 +35,16 @@ def voc(root: Path, data: ConfigDict) -> Layout | None:
 
 
 def _share(root, every, split, data):
-    stems = _listed(every) if every.is_file() else sorted(file.stem for file in (root / "Annotations").glob("*.xml"))
+    stems = (
+        _listed(root, every) if every.is_file() else sorted(file.stem for file in (root / "Annotations").glob("*.xml"))
+    )
     return _split_files(root, split_share(stems, split, data))
 
 
-def _listed(file):
-    """The pictures that a list names, one a line; another list's line may have 1, 0 or -1 behind the name."""
-    return [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+def _listed(root, file):
+    """The pictures that a list names, one a line; a class's list has 1, 0 or -1 behind the name."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line if (root / "Annotations" / f"{line}.xml").is_file() else _FLAG.sub("", line) for line in lines]
 
 
 def _split_files(root, stems):
@@ -51,7 +57,9 @@ def _split_files(root, stems):
 
 
 def _by_stem(folder):
-    return {os.path.splitext(name)[0]: name for name in sorted(os.listdir(folder))}
+    """The pictures of a folder, without what annotation tools leave beside them."""
+    names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(PICTURE_ENDINGS)]
+    return {os.path.splitext(name)[0]: name for name in names}
 
 
 def _read(root: Path, stems: list[str], names: list[str]) -> Listing:

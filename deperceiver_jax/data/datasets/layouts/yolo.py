@@ -13,6 +13,7 @@ from deperceiver_jax.data.datasets.layouts.layout import Layout, split_of
 from deperceiver_jax.data.datasets.listing import Listing, SplitFiles, columns, file_state
 from deperceiver_jax.data.image_header import PICTURE_ENDINGS
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.files import walk
 
 MOST = 1.1  # a share of the picture is at most, by rounding and by boxes beyond the border
 
@@ -92,10 +93,7 @@ def _pictures(root, place):
         ]
         return [Path(os.path.normpath(root / picture)) for picture in found]
     return [
-        Path(folder, name)
-        for folder, _, files in os.walk(place)
-        for name in files
-        if name.lower().endswith(PICTURE_ENDINGS)
+        Path(folder, name) for folder, files in walk(place) for name in files if name.lower().endswith(PICTURE_ENDINGS)
     ]
 
 
