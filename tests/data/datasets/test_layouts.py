@@ -394,13 +394,13 @@ def test_names_of_voc_with_spaces_and_what_tools_leave_beside_them(data_set):
     names = data_set.root / "ImageSets" / "Main" / "train.txt"
     listed = names.read_text("utf-8-sig").splitlines()
     for folder, ending in (("Annotations", "xml"), ("JPEGImages", "png")):
-        file = data_set.root / folder / f"{listed[0]}.{ending}"
+        file = data_set.root / folder / f"{listed[2]}.{ending}"
         file.rename(file.with_name(f"IMG 0.{ending}"))
     (data_set.root / "JPEGImages" / "IMG 0.txt").write_text("of an annotation tool")
     (data_set.root / "JPEGImages" / f"{listed[1]}.json").write_text("{}")
-    names.write_text("".join(f"{line}\n" for line in ["IMG 0", f"{listed[1]}  1", f"{listed[2]} -1", *listed[3:]]))
+    names.write_text("".join(f"{line}\n" for line in [f"{listed[0]} -1", f"{listed[1]}  1", "IMG 0", *listed[3:]]))
     after = _content(data_set.open("train"))
-    assert after.pop("IMG 0.png")[2] == before.pop(f"{listed[0]}.png")[2] != []
+    assert after.pop("IMG 0.png")[2] == before.pop(f"{listed[2]}.png")[2] != []
     assert after == before
 
 
