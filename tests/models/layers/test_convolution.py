@@ -18,6 +18,7 @@ def plain(x, kernel, stride, dilation):
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((edge, edge), (edge, edge)), **how)
 
 
+@pytest.mark.parametrize("large", [1, 10**9])
 @pytest.mark.parametrize(
     "frame, channels, size, stride, dilation, groups",
     [
@@ -32,7 +33,12 @@ def plain(x, kernel, stride, dilation):
         ((8, 9), (2, 6), 3, 2, 1, 3),
     ],
 )
-def test_values_and_gradients_are_those_of_a_convolution(frame, channels, size, stride, dilation, groups):
+def test_values_and_gradients_are_those_of_a_convolution(
+    monkeypatch, frame, channels, size, stride, dilation, groups, large
+):
+    """Also where a map counts as large."""
+    monkeypatch.setattr("deperceiver_jax.models.layers.convolution.LARGE", large)
+    monkeypatch.setattr("deperceiver_jax.models.layers.convolution.FEW", 1)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, *frame, groups * channels[0])), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((size, size, *channels)), jnp.float32)
