@@ -86,11 +86,11 @@ def _backward_on_cpu(stride, dilation, x, kernel, gradient):
             of_x = _gradient_of_halved(x.shape, kernel, gradient)
         return of_x, of_kernel
     seen = x[:, ::stride, ::stride]
-    # XLA transposes the first factor, and often computes it anew to do so: the narrower one costs less.
+    # XLA transposes the first factor: the narrower one costs less.
     if kernel.shape[2] <= kernel.shape[3]:
-        of_kernel = jnp.einsum("bhwc,bhwd->cd", seen, gradient)
+        of_kernel = _summed(seen, gradient)
     else:
-        of_kernel = jnp.einsum("bhwd,bhwc->dc", gradient, seen).T
+        of_kernel = _summed(gradient, seen).T
     of_seen = jnp.einsum("bhwd,cd->bhwc", gradient, kernel[0, 0])
     if stride == 1:
         return of_seen, of_kernel[None, None]
@@ -98,6 +98,24 @@ def _backward_on_cpu(stride, dilation, x, kernel, gradient):
     edges = [(0, length - (stride * (count - 1) + 1), stride - 1) for length, count in lengths]
     of_x = jax.lax.pad(of_seen, jnp.zeros((), of_seen.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     return of_x, of_kernel[None, None]
+
+
+def _summed(x, y):
+    """einsum("bhwc,bhwd->cd") in two steps of a loop, before which XLA makes both factors.
+
+    Else it computes the first one anew to transpose it, from all that it was made of, on large maps in several times as
+    long as the product takes.
+    """
+    small = x.shape[1] * x.shape[2] < LARGE
+    x, y = (factor.reshape(-1, factor.shape[3]) for factor in (x, y))
+    half, odd = divmod(len(x), 2)
+    if odd or small:
+        return jnp.einsum("nc,nd->cd", x, y)
+
+    def of_half(k):
+        return jnp.einsum("nc,nd->cd", *(jax.lax.dynamic_slice_in_dim(factor, k * half, half) for factor in (x, y)))
+
+    return jax.lax.map(of_half, jnp.arange(2)).sum(0)
 
 
 def _gradient_of_kernel(stride, dilation, x, kernel, gradient):
