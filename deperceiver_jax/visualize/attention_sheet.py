@@ -12,6 +12,7 @@ from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, save_pict
 
 SMALL = 168  # long side of a small panel; a large one is as high as two of them with what is between
 GAP, CAPTION, MARGIN = 8, 20, 20
+CAPTION_WIDTH = 104  # at least
 MOST = 4  # a panel is at most so many times as long as it is wide; of longer images it is stretched
 
 
@@ -26,12 +27,13 @@ def save_sheet(
     small = round(side / max(aspect, 1)), round(side * min(aspect, 1))
     step = small[0] + CAPTION + GAP
     high = 2 * small[0] + CAPTION + GAP
-    large = high, round(high * aspect)
+    large = high, max(round(high * aspect), CAPTION_WIDTH)
     num_lines, num_large = max(len(view.lines) for view in views), max(len(view.large) for view in views)
     stacked = num_lines > 2 * (num_large - 1)
     columns = max(len(line) for view in views for line in view.lines)
     beside = MARGIN + (1 if stacked else num_large) * (large[1] + GAP) + GAP
-    width = max(beside + columns * (small[1] + GAP) - GAP + MARGIN, 560)
+    column = max(small[1], CAPTION_WIDTH) + GAP
+    width = max(beside + columns * column - GAP + MARGIN, 560)
     row_height = max(num_lines * step, (num_large if stacked else 1) * 2 * step)
 
     body = ImageFont.load_default(15)
@@ -50,12 +52,12 @@ def save_sheet(
             _put(sheet, panel, corner, large)
         for j, line in enumerate(view.lines):
             for k, panel in enumerate(line):
-                _put(sheet, panel, (beside + k * (small[1] + GAP), y + j * step), small)
+                _put(sheet, panel, (beside + k * column, y + j * step), small)
     save_picture(sheet, path, quality=72, optimize=True, progressive=True)
 
 
 def _put(sheet: Image.Image, panel, corner: tuple[int, int], size: Size) -> None:
     x, y = corner
-    font = fitting(panel.caption, 14, size[1])
+    font = fitting(panel.caption, 14, max(size[1], CAPTION_WIDTH))
     ImageDraw.Draw(sheet).text((x, y + GAP + CAPTION - 4), panel.caption, fill=INK, font=font, anchor="ls")
     sheet.paste(Image.fromarray(np.ascontiguousarray(panel.draw(size))), (x, y + GAP + CAPTION))
