@@ -167,15 +167,21 @@ def _require_rights(what: str, path: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of a folder of this machine and of those below it, each once, links included."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield place, names
+    """(folder, names of its files) of a folder of this machine and of those below it, each once, under its own name
+    where it has one there and else under that of a link."""
+    seen, waiting = set[str](), [os.fspath(folder)]
+    while waiting:
+        links = []
+        for top in waiting:
+            for place, folders, names in os.walk(top):
+                real = os.path.realpath(place)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                yield place, names
+                links += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+        waiting = sorted(links)
 
 
 def make_folder(path: Path) -> None:

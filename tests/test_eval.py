@@ -113,7 +113,7 @@ def test_a_split_without_annotations_gets_detections_alone(workdir, rectangles, 
     fields = [f"--config.data.directory={data}", f"--config.data.prepared_directory={tmp_path / 'prepared'}"]
     assert evaluate(f"--workdir={workdir}", "--split=test", *fields, f"--output={output}") == 0
     assert "detections.json; split test has no annotations." in capsys.readouterr().out
-    assert [file.name for file in output.iterdir()] == ["detections.json"]
+    assert sorted(file.name for file in output.iterdir()) == ["data.json", "detections.json"]
     assert evaluate(f"--workdir={workdir}") == 0
     assert json.loads((output / "detections.json").read_text()) == read(workdir / "eval" / "7")[1]
 
@@ -150,10 +150,10 @@ def nothing(workdir):
     pass
 
 
-def of_other_data(workdir):
-    """As a run leaves it that evaluates three other pictures."""
+def with_an_evaluation_of_other_data(workdir):
     data = {"images": 3, "boxes": 2, "hash": "0"}
-    (workdir / "data.json").write_text(json.dumps(data | {"evaluated": data}))
+    (workdir / "eval" / "7").mkdir(parents=True)
+    (workdir / "eval" / "7" / "data.json").write_text(json.dumps(data))
 
 
 @pytest.mark.parametrize(
@@ -180,16 +180,15 @@ def of_other_data(workdir):
             "--output is needed: config.eval.flip is True, and {0}/eval keeps what was evaluated with False.",
         ),
         (
-            nothing,
-            ["--workdir={0}", "--config.data.val_share=0.5", "--config.data.layout=one_file"],
-            "--output is needed: config.data.layout is one_file, and {0}/eval keeps what was evaluated with auto.",
+            with_an_evaluation_of_other_data,
+            ["--workdir={0}"],
+            "--output is needed: {0}/eval/7 keeps an evaluation of other data: 3 images with 2 boxes, not 10 images ",
         ),
         (
-            of_other_data,
-            ["--workdir={0}"],
-            "--output is needed: {0}/eval keeps an evaluation of 3 images with 2 boxes, other ones than this ",
+            nothing,
+            ["--workdir={0}/checkpoints/7", "--checkpoint=3"],
+            "Checkpoint 3 is asked for, but {0}/",
         ),
-        (nothing, ["--workdir={0}/checkpoints/7", "--checkpoint=3"], "--checkpoint is 3, but {0}/checkpoints/7 is one"),
         (nothing, ["--workdir={0}", "--config.model.num_queries=6"], "{0}/checkpoints/7 holds another model: "),
         (
             nothing,
@@ -207,7 +206,7 @@ def test_mistakes_are_one_sentence(change, arguments, sentence, workdir, capsys)
     assert evaluate(*(argument.format(workdir) for argument in arguments)) == 1
     printed = capsys.readouterr().err.splitlines()[-1]
     assert printed.startswith("error: " + sentence.format(workdir)), printed
-    assert not (workdir / "eval").exists()
+    assert not list(workdir.glob("eval/*/detections.json"))
 
 
 def test_a_checkpoint_from_another_model_names_the_parameters(workdir, capsys):

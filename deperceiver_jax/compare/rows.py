@@ -15,8 +15,8 @@ from tqdm import tqdm
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.evaluation.coco_metric import SUMMARY, Counted
 from deperceiver_jax.runs.metrics_file import read_metrics
-from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
-from deperceiver_jax.runs.workdir import CONFIG, METRICS, evaluated_data, flat_fields, read_config
+from deperceiver_jax.runs.stored_evaluation import evaluated_data, newest_evaluation, read_json
+from deperceiver_jax.runs.workdir import CONFIG, METRICS, flat_fields, read_config, tell_apart
 
 PUBLISHED = Path(__file__).with_name("published.json")
 CONFIDENCE = 0.95
@@ -59,15 +59,14 @@ def read_run(workdir: Path, name: str) -> Run:
 
 
 def require_same_data(workdirs: Sequence[Path]) -> None:
-    """Raises UserError for runs that are known to evaluate different data."""
-    known = [(workdir, data) for workdir in workdirs if (data := evaluated_data(workdir)) is not None]
+    """Raises UserError for runs whose latest evaluations are known to be of different data."""
+    evaluations = [(workdir, evaluated_data(newest_evaluation(workdir))) for workdir in workdirs]
+    known = [(workdir, data) for workdir, data in evaluations if data is not None]
     for workdir, data in known[1:]:
         first, same = known[0]
         if data != same:
-            raise UserError(
-                f"{workdir} evaluates other data than {first}: {data['images']} images with {data['boxes']} boxes, and "
-                f"{same['images']} with {same['boxes']}."
-            )
+            told, other = tell_apart(same, data)
+            raise UserError(f"{workdir} was evaluated on other data than {first}: {told} there, {other} here.")
 
 
 def names_of(workdirs: Sequence[Path]) -> list[str]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -24,6 +24,7 @@ from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.runs.workdir import DATA
 from deperceiver_jax.sharding import gather, replicated, shard_batch, whole_batch
 from deperceiver_jax.structures import Batch, Detections, Predictions
 
@@ -177,13 +178,16 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def write_results(directory: Path, metrics: dict, results: list[dict]) -> None:
-    """Writes detections.json and then, if there are any, metrics.json; each appears whole or not. Raises UserError.
+def write_results(directory: Path, metrics: dict, results: list[dict], data: Mapping | None = None) -> None:
+    """Writes detections.json, of `data` (a fingerprint of what was evaluated) data.json, and then, if there are any,
+    metrics.json; each appears whole or not. Raises UserError.
 
     A report of what was there before is removed.
     """
     # As quick as the metric, which json is not.
     texts: dict[str, str | bytes] = {"detections.json": orjson.dumps(results, option=orjson.OPT_APPEND_NEWLINE)}
+    if data is not None:
+        texts[DATA] = json.dumps(data) + "\n"
     if metrics:
         texts["metrics.json"] = json.dumps(metrics, allow_nan=False) + "\n"
     try:

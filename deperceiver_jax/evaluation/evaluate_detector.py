@@ -18,12 +18,12 @@ from deperceiver_jax.program import processes
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.runs.load_detector import load_for_command
 from deperceiver_jax.runs.stored_detector import StoredDetector
-from deperceiver_jax.runs.workdir import data_fingerprint, evaluated_data, flat_fields
+from deperceiver_jax.runs.stored_evaluation import evaluated_data
+from deperceiver_jax.runs.workdir import data_fingerprint, flat_fields, tell_apart
 from deperceiver_jax.sharding import make_mesh, replicated
 
-# Beginnings of the fields that an evaluation depends on. A data set may lie elsewhere (data.directory) and be the same.
-DECISIVE = ("model.", "eval.", "data.eval_", "data.val_", "data.name", "data.layout", "data.split_seed", "precision")
-DECISIVE += ("data.skip_corrupt", "data.exif_orientation")
+# Beginnings of the fields that an evaluation depends on, but for the data, which are known by what they are.
+DECISIVE = ("model.", "eval.", "data.eval_", "data.exif_orientation", "precision")
 OF_NO_EFFECT = ("eval.batch_size", "data.eval_buckets", "data.eval_split")
 
 
@@ -54,13 +54,11 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
         require_writable("--output", output)
     source = open_source(config.data, split)
     require_same_classes(loaded.classes, str(stored.items), source.classes, f"the data set's split {split}")
-    if first and not values.output and split == config.data.eval_split:
-        known = evaluated_data(stored.directory)
-        if known is not None and known != data_fingerprint(source):
-            raise UserError(
-                f"--output is needed: {stored.directory}/eval keeps an evaluation of {known['images']} images with "
-                f"{known['boxes']} boxes, other ones than this split {split}."
-            )
+    data = data_fingerprint(source)
+    before = evaluated_data(output) if first and not values.output else None
+    if before is not None and before != data:
+        told, other = tell_apart(before, data)
+        raise UserError(f"--output is needed: {output} keeps an evaluation of other data: {told}, not {other}.")
     if values.report and not source.annotated:
         raise UserError(f"--report needs annotations, which split {split} does not have.")
 
@@ -75,7 +73,7 @@ def evaluate_detector(values: flags.FlagValues, config_arguments: Sequence[str])
 
     if not first:
         return None
-    write_results(output, metrics, results)
+    write_results(output, metrics, results, data)
     if metrics:
         print(metric_table(metrics, config.eval.max_detections_per_class))
         print(f"Wrote {output}/metrics.json and {len(results)} detections to {output}/detections.json.")

@@ -103,7 +103,9 @@ def output_files(paths: Sequence[Path], output: Path) -> list[Path]:
     """
     if len({is_bucket(path) for path in paths}) > 1:
         raise UserError("--images: some are in a bucket, and some on this machine; take one after the other.")
-    paths = [_identity(path) if ".." in path.parts else path if is_bucket(path) else path.absolute() for path in paths]
+    if any(".." in path.parts for path in paths):
+        paths = [_identity(path) for path in paths]
+    paths = [path if is_bucket(path) else path.absolute() for path in paths]
     prefix = BUCKETS if is_bucket(paths[0]) else ""
     common = as_path(prefix + os.path.commonpath([str(path.parent).removeprefix(prefix) for path in paths]))
     if is_bucket(output) == is_bucket(paths[0]) and output.resolve() == common.resolve():

@@ -120,8 +120,8 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None],
         raise UserError(str(error).rstrip(".") + ".") from None
     for argument in rest[1:]:
         if not argument.startswith("-"):
-            several_named = "".join(f"; --{name}={argument} names one of its {name}" for name in sorted(several)[:1])
-            raise UserError(f"{argument} belongs to no flag{several_named}.")
+            hint = f"; --images={argument} would name a picture" if "images" in several else ""
+            raise UserError(f"{argument} belongs to no flag{hint}.")
         if not (_CONFIG_FILE.match(argument) or _OVERRIDE.match(argument)):
             names = [f"--{name}" for name in values] + ["--config"]
             raise UserError(f"There is no flag {argument.split('=')[0]}{nearest(argument.split('=')[0], names)}.")
@@ -158,12 +158,17 @@ def split_arguments(
         if argument.startswith("-"):
             name = argument.lstrip("-")
             others.append(argument)
-            waiting = argument if name in values and not values[name].boolean else ""
+            of_config = _CONFIG_FILE.match(argument) or _OVERRIDE.match(argument)
+            waiting = argument if "=" not in name and (of_config or _takes_value(values, name)) else ""
         elif waiting:
             others[-1], waiting = f"{waiting}={argument}", ""
         else:
             places.append(argument)
     return places, others
+
+
+def _takes_value(values: flags.FlagValues, name: str) -> bool:
+    return name in values and not values[name].boolean
 
 
 def is_help(arguments: Sequence[str]) -> bool:

@@ -59,7 +59,7 @@ def join(values: flags.FlagValues, environment: Mapping[str, str] = os.environ) 
     try:
         jax.distributed.initialize(
             **given,
-            local_device_ids=None if given else own_device(environment),
+            local_device_ids=None if given else own_devices(environment),
             cluster_detection_method="deactivate" if given else None,
             initialization_timeout=2 * START_TIMEOUT,  # JAX would end the process with a stack trace
         )
@@ -127,11 +127,16 @@ def _number(given, flag):
         raise UserError(f"--{flag} is {given[flag]}, which is not a number.") from None
 
 
-def own_device(environment: Mapping[str, str]) -> list[int] | None:
-    """The only GPU that Slurm shows this process (--gpus-per-task=1); None where JAX knows, which would count over all
-    GPUs of the machine."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    return [0] if "SLURM_LOCALID" in environment and visible and "," not in visible else None
+def own_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """Of NVIDIA's GPUs those that Slurm shows this process alone (--gpus-per-task); None where JAX knows.
+
+    JAX would take the process's number on the machine for that of its GPU.
+    """
+    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name not in ("", "-1")]
+    alone = len(visible) == 1 or "SLURM_GPUS_PER_TASK" in environment
+    if "SLURM_LOCALID" not in environment or "JAX_LOCAL_DEVICE_IDS" in environment or not (visible and alone):
+        return None
+    return list(range(len(visible)))
 
 
 def several_announced(environment: Mapping[str, str]) -> bool:

@@ -13,7 +13,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, require_file, require_readable
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run
 from deperceiver_jax.report import require_libraries
-from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
+from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json, require_evaluated
 from deperceiver_jax.runs.workdir import CONFIG, read_config
 
 
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     if "by_class" not in metrics:
         raise UserError(f"{evaluation}/metrics.json was written before 0.2.0; run eval.py again, with --report.")
     source = open_source(config.data, config.data.eval_split)
+    require_evaluated(evaluation, source)
     write_report(output, source, metrics, results, config, split=config.data.eval_split, step=evaluation.name)
     print(f"Wrote {output}.")
 

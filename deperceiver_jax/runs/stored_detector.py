@@ -70,10 +70,10 @@ def find_detector(place: str | Path, checkpoint: str = "latest") -> StoredDetect
     if not is_folder(directory):
         raise UserError(f"{directory} is not a directory.")
     if is_folder(directory / WEIGHTS):
-        if checkpoint != "latest":
-            raise UserError(f"--checkpoint is {checkpoint}, but {directory} is one detector, without others beside it.")
         whole = directory if is_bucket(directory) else directory.absolute()
         step, parent = whole.name, whole.parent
+        if checkpoint not in ("latest", step):
+            raise UserError(f"Checkpoint {checkpoint} is asked for, but {directory} is one, without others in it.")
         if parent.name == CHECKPOINTS and step.isdecimal() and not (directory / CONFIG).exists():
             return StoredDetector(directory, parent.parent, int(step))
         return StoredDetector(directory, directory, None)  # import_weights may have been told to write anywhere

@@ -1,12 +1,16 @@
 """What evaluations have written into a workdir."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import reason
+from deperceiver_jax.runs.workdir import DATA, Fingerprint, data_fingerprint, tell_apart
+
+if TYPE_CHECKING:
+    from deperceiver_jax.data import Source
 
 
 def newest_evaluation(workdir: Path) -> Path:
@@ -15,6 +19,19 @@ def newest_evaluation(workdir: Path) -> Path:
     if not done:
         raise UserError(f"{workdir} has no evaluation; make one with: deperceiver eval --workdir={workdir}.")
     return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
+
+
+def evaluated_data(evaluation: Path) -> Fingerprint | None:
+    """By which the evaluated data are known again; None for an evaluation of before 0.2.5, or none at all."""
+    return read_json(evaluation / DATA) if (evaluation / DATA).is_file() else None
+
+
+def require_evaluated(evaluation: Path, source: "Source") -> None:
+    """Raises UserError where an evaluation is known to be of other data than `source`."""
+    before, now = evaluated_data(evaluation), data_fingerprint(source)
+    if before not in (None, now):
+        told, other = tell_apart(before, now)
+        raise UserError(f"{evaluation} is an evaluation of other data: {told} there, {other} here.")
 
 
 def read_json(file: Path) -> Any:

@@ -21,10 +21,11 @@ from deperceiver_jax.runs.migrations import migrate
 if TYPE_CHECKING:  # a data set's libraries take a second, which no help text needs
     from deperceiver_jax.data import Source
 
+Fingerprint = Mapping[str, int | str]
+
 CONFIG = "config.json"
 CLASSES = "classes.json"
 DATA = "data.json"
-EVALUATED = "evaluated"  # in it, the fingerprint of the evaluation split
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -112,7 +113,7 @@ def check_workdir(workdir: Path, config: ConfigDict, classes: ClassMap) -> None:
     require_same_classes(classes, "the data set", read_classes(workdir / CLASSES), str(workdir / CLASSES))
 
 
-def data_fingerprint(source: "Source") -> dict[str, int | str]:
+def data_fingerprint(source: "Source") -> Fingerprint:
     """By which a data set is known again: counts, and a hash of names, sizes and targets of its images."""
     hashed, boxes = hashlib.sha256(source.sizes.tobytes()), 0
     for position in range(len(source)):
@@ -122,51 +123,38 @@ def data_fingerprint(source: "Source") -> dict[str, int | str]:
     return {"images": len(source), "boxes": boxes, "hash": hashed.hexdigest()}
 
 
-def check_data(workdir: Path, data: Mapping[str, int | str]) -> None:
+def tell_apart(data: Fingerprint, other: Fingerprint) -> tuple[str, str]:
+    """What two fingerprints, which differ, are of, in words."""
+    told, others = (f"{each['images']} images with {each['boxes']} boxes" for each in (data, other))
+    return told, "as many, but other ones" if told == others else others
+
+
+def check_data(workdir: Path, data: Fingerprint) -> None:
     """Raises UserError when the run in `workdir` was trained on other data than `data`, a fingerprint.
 
     A run that noted none, one of 0.1.0, may have been trained on anything.
     """
     try:
         stored = json.loads((workdir / DATA).read_text())
-        before = f"{stored['images']} images with {stored['boxes']} boxes"
+        before, now = tell_apart(stored, data)
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{workdir / DATA} cannot be read; without it the run goes on with any data.") from None
-    if {name: stored[name] for name in data} != data:
-        now = f"{data['images']} images with {data['boxes']} boxes"
-        now = "as many, but other ones" if now == before else now
+    if stored != data:
         raise UserError(
             f"The training split is not what {workdir} was trained on: {before} then, {now} now. Take another "
             "--workdir, or go on all the same with --config.data.allow_changed=True."
         )
 
 
-def evaluated_data(workdir: Path) -> Mapping[str, int | str] | None:
-    """The fingerprint of what the run in `workdir` evaluates; None where it noted none (before 0.2.5)."""
-    try:
-        return json.loads((workdir / DATA).read_text()).get(EVALUATED)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{workdir / DATA} cannot be read: {error}.") from None
-
-
-def write_workdir(
-    workdir: Path,
-    config: ConfigDict,
-    classes: ClassMap,
-    data: Mapping[str, int | str] | None = None,
-    evaluated: Mapping[str, int | str] | None = None,
-) -> None:
-    """Makes `workdir` with its config.json, classes.json and, of the fingerprints of its training and its evaluation
-    split, data.json; each file appears whole or not."""
+def write_workdir(workdir: Path, config: ConfigDict, classes: ClassMap, data: Fingerprint | None = None) -> None:
+    """Makes `workdir` with its config.json, classes.json and, of `data`, data.json; each file appears whole or not."""
     try:
         make_folder(workdir)
         write_whole(workdir / CLASSES, classes.to_json())
         if data is not None:
-            write_whole(workdir / DATA, json.dumps({**data, EVALUATED: evaluated}) + "\n")
+            write_whole(workdir / DATA, json.dumps(data) + "\n")
         write_whole(workdir / CONFIG, config_text(config))
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written: {reason(error)}.") from None

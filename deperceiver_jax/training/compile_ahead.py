@@ -1,8 +1,8 @@
-"""The train step of every size of image, compiled before the first step, several sizes at the same time.
+"""The train step of every size of image, compiled before the first step, sizes sizes at the same time.
 
 Python traces one size after the other; XLA compiles without Python's lock, in threads, while the next one is traced.
 All processes of a run take the sizes in the same order, so that compilers which ask one another for results (XLA's
-autotuning on several GPUs) find each other: the first size that is not done anywhere is under way everywhere.
+autotuning on sizes GPUs) find each other: the first size that is not done anywhere is under way everywhere.
 """
 
 import os
@@ -39,9 +39,9 @@ def compile_sizes(
     start, programs = time.monotonic(), {}
     threads = min(threads or os.cpu_count() or 1, len(batches.buckets))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
-    several = f"{len(batches.buckets)} size{'s' if len(batches.buckets) > 1 else ''}"
+    sizes = f"{len(batches.buckets)} size{'s' if len(batches.buckets) > 1 else ''}"
     if jax.process_index() == 0:
-        print(f"compiling the step for {several}", flush=True)
+        print(f"compiling the step for {sizes}", flush=True)
     try:
         running = {}
         for size in batches.buckets:
@@ -52,8 +52,8 @@ def compile_sizes(
             _raise_errors({done: running[done]})
             programs[running[done]] = done.result()
             if jax.process_index() == 0:
-                seconds, size = time.monotonic() - start, _name(running[done])
-                print(f"compiled the step for {len(programs)}/{several} ({size}), {seconds:.0f} s", flush=True)
+                seconds, name = time.monotonic() - start, _name(running[done])
+                print(f"compiled the step for {len(programs)}/{sizes} ({name}), {seconds:.0f} s", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     if jax.process_count() > 1:  # a faster one would give up: the first collective of CPUs waits for 30 s alone

@@ -88,7 +88,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     check_workdir(workdir, config, source.classes)
     first, new = jax.process_index() == 0, not workdir.exists()
     if first:
-        data = data_fingerprint(source)
+        data, eval_data = data_fingerprint(source), data_fingerprint(eval_source)
         if not config.data.allow_changed:
             check_data(workdir, data)
         if not new:
@@ -105,8 +105,8 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     # Chapter 4: the model and its two jitted steps.
     plan, _, _, train_step = build_training(config, mesh, steps_per_epoch=per_epoch, num_steps=num_steps)
     detect_step = make_detect_step(plan.skeleton.merge, config, mesh)
-    evaluated = evaluation_batches(eval_source, config, mesh, evaluation_views(eval_source, config))
-    sizes = [*batches.buckets, *evaluated.buckets]
+    eval_batches = evaluation_batches(eval_source, config, mesh, evaluation_views(eval_source, config))
+    sizes = [*batches.buckets, *eval_batches.buckets]
     check_sizes(plan.skeleton.merge, inference_arrays(plan.abstract), sizes)
 
     # Chapter 5: the state: the newest checkpoint's, or a first one.
@@ -123,7 +123,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     if first:
         if new:
             until_end.enter_context(keep_others_out(workdir, new=True))
-        write_workdir(workdir, config, source.classes, data, data_fingerprint(eval_source))
+        write_workdir(workdir, config, source.classes, data)
         print(describe_run(config, state, source, batches, steps), flush=True)
     log = MetricLog(workdir, config, steps=steps, steps_per_epoch=per_epoch, writes=first, progress=progress)
 
@@ -147,7 +147,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
                 metrics, results = evaluate(detect_step, inference_arrays(state), eval_source, config, mesh)
                 if first:
                     place = workdir / "eval" / str(step)
-                    write_results(place / OVERFIT if overfit else place, metrics, results)
+                    write_results(place / OVERFIT if overfit else place, metrics, results, eval_data)
                 log.evaluation(eval_split, {name: metrics[name] for name in SUMMARY})
             if first and log.has(step, eval_split):
                 show(results)

@@ -13,7 +13,7 @@ from deperceiver_jax.visualize.output import FAINT, INK, MOUNT, PAPER, save_pict
 SMALL = 168  # long side of a small panel; a large one is as high as two of them with what is between
 GAP, CAPTION, MARGIN = 8, 20, 20
 CAPTION_WIDTH = 104  # at least
-MOST = 4  # a panel is at most so many times as long as it is wide; of longer images it is stretched
+MOST = 4  # times as long as it is wide is a panel at most; those of longer images are stretched
 
 
 def save_sheet(

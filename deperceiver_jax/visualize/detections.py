@@ -19,7 +19,7 @@ from deperceiver_jax.data.batches.pixels import decode_image
 from deperceiver_jax.errors import check_at_least, check_between
 from deperceiver_jax.files import as_path, require_readable
 from deperceiver_jax.program.command_line import parse_config, parse_flags
-from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json
+from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json, require_evaluated
 from deperceiver_jax.runs.workdir import CONFIG, read_config
 from deperceiver_jax.visualize.draw_boxes import draw_detections
 from deperceiver_jax.visualize.flags import detections_flags as define_flags
@@ -120,6 +120,7 @@ def main(argv: list[str]) -> None:
     metrics, results = (read_json(evaluation / name) for name in ("metrics.json", "detections.json"))
 
     source = open_source(config.data, config.data.eval_split)
+    require_evaluated(evaluation, source)
     positions = np.linspace(0, len(source) - 1, min(values.images, len(source))).round().astype(int)
     rows = compare(source, results, positions, values.score_threshold)
     title = f"{config.model.name} on {config.data.name}, {config.data.eval_split} images"

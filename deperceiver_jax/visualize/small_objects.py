@@ -29,9 +29,9 @@ def main(argv: list[str]) -> None:
     require_charts()
     from deperceiver_jax.compare.charts import small_objects
 
-    require_same_data(folders)
     names = names_of(folders) if folders else []
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    require_same_data(folders)
     rows = [*group(runs, 0), *published_rows(values.published)]
     if not any(row.metrics.get("APs_over_AP", -1.0) >= 0 for row in rows):
         raise UserError("There is no bar to draw: name evaluated runs that found small objects, or --published.")

@@ -148,10 +148,11 @@ def test_mistakes_are_one_sentence(make_run, tmp_path, capsys):
     (other / "config.json").write_text(json.dumps(config | {"seed": 7, "precision": "bfloat16"}))
     assert f"{other} was evaluated on other images than {first}: 5." in sentence(first, other)
     for folder, boxes in ((first, 2), (other, 4)):
-        (folder / "data.json").write_text(json.dumps({"evaluated": {"images": 3, "boxes": boxes, "hash": str(boxes)}}))
-    told = f"{other} evaluates other data than {first}: 3 images with 4 boxes, and 3 with 2."
+        data = {"images": 3, "boxes": boxes, "hash": str(boxes)}
+        (folder / "eval" / "40" / "data.json").write_text(json.dumps(data))
+    told = f"{other} was evaluated on other data than {first}: 3 images with 2 boxes there, 3 images with 4 boxes here."
     assert told in sentence(first, other, "--bootstrap=0")
-    (other / "data.json").unlink()
+    (other / "eval" / "40" / "data.json").unlink()
     (folder := tmp_path / "folder.html").mkdir()
     assert f"--output: {folder} is a folder." in sentence(first, other, "--output", folder)
     assert "must end in .html" in sentence(first, other, f"--output={tmp_path}/a.pdf")

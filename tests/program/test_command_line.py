@@ -208,9 +208,9 @@ def test_places_beside_flags_whose_values_may_follow():
         flags.DEFINE_string("output", None, "", flag_values=values)
         flags.DEFINE_bool("decode", False, "", flag_values=values)
 
-    places, others = split_arguments(
-        ["a", "--output", "x.png", "--decode", "b", "--output=y.png", "c", "--odd"], define
-    )
-    assert (places, others) == (["a", "b", "c"], ["--output=x.png", "--decode", "--output=y.png", "--odd"])
-    with pytest.raises(UserError, match="photo.jpg belongs to no flag; --images=photo.jpg names one of its images."):
+    arguments = ["a", "--output", "x.png", "--decode", "b", "--output=y.png", "c", "--config", "demo", "--odd"]
+    places, others = split_arguments(arguments, define)
+    assert places == ["a", "b", "c"]
+    assert others == ["--output=x.png", "--decode", "--output=y.png", "--config=demo", "--odd"]
+    with pytest.raises(UserError, match="photo.jpg belongs to no flag; --images=photo.jpg would name a picture."):
         parse_flags(["x", "photo.jpg"], lambda v: flags.DEFINE_multi_string("images", None, "", flag_values=v), "")

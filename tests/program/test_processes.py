@@ -57,13 +57,20 @@ def test_flags_by_hand_come_before_variables(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("visible", "devices"), [(None, None), ("0,1,2,3", None), ("0", [0])], ids=["no GPU", "a machine's", "its own"]
+    ("variables", "devices"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, [0]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, [0, 1]),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
+    ],
+    ids=str,
 )
-def test_of_a_gpu_that_slurm_gives_it_alone_a_process_knows(monkeypatch, visible, devices):
-    """--gpus-per-task=1: it is the first that this process sees, whichever of the machine's it is."""
-    environment = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "3"}
-    if visible:
-        environment["CUDA_VISIBLE_DEVICES"] = visible
+def test_gpus_that_slurm_gives_a_process_alone_are_the_first_that_it_sees(monkeypatch, variables, devices):
+    """--gpus-per-task: whichever of the machine's they are."""
+    environment = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "3", **variables}
     assert join(monkeypatch, flags(), environment)["local_device_ids"] == devices
     assert join(monkeypatch, flags(None, "b:2", 4, 0), environment)["local_device_ids"] is None
 

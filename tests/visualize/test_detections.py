@@ -144,7 +144,7 @@ def test_ids_of_64_bits_are_told_apart():
         ),
         (["latents", "--workdir={0}", "--output={0}/config.json/a.png"], "--output: {0}/config.json/a.png cannot be"),
         (["attention", "--workdir={0}", "--output={0}/config.json/a.png"], "--output: {0}/config.json/a.png cannot be"),
-        (["detections", "--workdir={0}/none", "--output=a.png"], "{0}/none/config.json does not exist."),
+        (["detections", "--workdir={0}/none", "--output=a.png"], "{0}/none does not exist."),
         (["detections", "--workdir={0}", "--output=a.png"], "{0} has no evaluation; make one with: deperceiver eval"),
     ],
 )

@@ -4,6 +4,7 @@ Grain would copy every array into new shared memory. Here a worker draws its ima
 process has let go of: no copy, no new pages, and nothing left to clean up when the interpreter ends.
 """
 
+import errno
 import functools
 import mmap
 import multiprocessing
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,6 @@ from deperceiver_jax.structures import Batch
 
 IN_PROCESS_THREADS = 4  # batches that are made at the same time where there are no worker processes
 SHARED_MEMORY = "/dev/shm"
-FRAMES = 5  # of each worker at most: one is drawn, others wait in queues or are read
 FREE, HELD = 0, 1  # the last byte of a frame
 
 Empty = Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]]  # makes the array for a batch's images, with any content
@@ -48,20 +48,21 @@ class Stream(Iterator[Batch]):
         _let_grain_read_its_flags()
         dataset = grain.MapDataset.range(steps.start, steps.stop)
         processes = min(num_workers, len(steps))
-        directory = None
+        directories: list[str] = []
         if processes == 0:
             threads = grain.ReadOptions(num_threads=IN_PROCESS_THREADS, prefetch_buffer_size=IN_PROCESS_THREADS)
             dataset = dataset.map(_InThread(make)).to_iter_dataset(threads)
         else:
-            home = _home_of_frames(processes * FRAMES * (image_bytes + 1))
-            directory = tempfile.mkdtemp(prefix=f"deperceiver_jax-{os.getpid()}-", dir=home)
-            dataset = dataset.map(_InWorker(make, directory, image_bytes))
+            prefix = f"deperceiver_jax-{os.getpid()}-"
+            shared = tempfile.mkdtemp(prefix=prefix, dir=SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None)
+            directories = [shared, tempfile.mkdtemp(prefix=prefix)]
+            dataset = dataset.map(_InWorker(make, directories, image_bytes))
             dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=1)
-            dataset = dataset.mp_prefetch(workers, _WorkerStart(directory))
+            dataset = dataset.mp_prefetch(workers, _WorkerStart(directories))
         self._batches = [iter(dataset)]  # empty when closed: what is left of Grain complains as the interpreter ends
         self._frames: dict[str, mmap.mmap] = {}
-        self.close = weakref.finalize(self, _end, self._batches, directory)
+        self.close = weakref.finalize(self, _end, self._batches, directories)
 
     def __next__(self) -> Batch:
         if not self.close.alive:
@@ -81,29 +82,10 @@ class Stream(Iterator[Batch]):
         return batch if isinstance(batch, Batch) else batch.rest._replace(image=_open_frame(batch, self._frames))
 
 
-def _end(batches, directory):
+def _end(batches, directories):
     batches.pop().close()
-    if directory is not None:
+    for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _home_of_frames(size: int) -> str | None:
-    """Where so many bytes of images travel; None: in the folder for temporary files.
-
-    A frame that shared memory has no room for would kill the process that writes to it.
-    """
-    if not os.path.isdir(SHARED_MEMORY):
-        return None
-    if (room := shutil.disk_usage(SHARED_MEMORY).free) >= size:
-        return SHARED_MEMORY
-    print(
-        f"warning: {SHARED_MEMORY} has room for {room / 2**20:.0f} MiB, and the loader's processes may need "
-        f"{size / 2**20:.0f}: their images go through files in {tempfile.gettempdir()}. Containers have more with "
-        "docker's --shm-size, pods with a volume of memory there.",
-        file=sys.stderr,
-        flush=True,
-    )
-    return None
 
 
 def _let_grain_read_its_flags():
@@ -134,8 +116,9 @@ class _Sent:
 class _InWorker:
     """Leaves a batch's images in a frame, a file in shared memory, which this worker keeps for later batches."""
 
-    def __init__(self, make: Make, directory: str, image_bytes: int):
-        self._make, self._directory, self._image_bytes = make, directory, image_bytes
+    def __init__(self, make: Make, directories: Sequence[str], image_bytes: int):
+        """directories: in shared memory, and where frames go that it has no room for."""
+        self._make, self._directories, self._image_bytes = make, directories, image_bytes
         self._frames: dict[str, mmap.mmap] = {}
 
     def __call__(self, step: int) -> _Sent:
@@ -148,11 +131,42 @@ class _InWorker:
         for path, memory in self._frames.items():
             if memory[-1] == FREE:
                 return path, memory
-        path = os.path.join(self._directory, f"{os.getpid()}-{len(self._frames)}")
-        with open(path, "xb") as file:
-            file.truncate(self._image_bytes + 1)  # takes no memory before it is written to
+        shared, spare = (os.path.join(place, f"{os.getpid()}-{len(self._frames)}") for place in self._directories)
+        try:
+            path = _make_file(shared, self._image_bytes + 1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _tell_once(self._directories)
+            path = _make_file(spare, self._image_bytes + 1)
         self._frames[path] = _map_file(path)
         return path, self._frames[path]
+
+
+def _make_file(path, size):
+    """A file whose room is taken at once: a worker that writes to one which turns out to have none is killed."""
+    with open(path, "xb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            os.unlink(path)
+            raise
+    return path
+
+
+def _tell_once(directories):
+    """Of all workers one says that shared memory is full."""
+    shared, spare = map(os.path.dirname, directories)
+    try:
+        os.close(os.open(os.path.join(directories[1], "told"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    print(
+        f"warning: {shared} is full, and pictures go through files in {spare}. Containers have more with docker's "
+        "--shm-size, pods with a volume of memory there; fewer config.data.num_workers need less.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _open_frame(sent, opened):
@@ -175,7 +189,7 @@ def _map_file(path):
 class _WorkerStart:
     """A worker leaves signals sent to the whole group to its parent, and ends when that does, however it ended."""
 
-    directory: str
+    directories: Sequence[str]
 
     def __call__(self, index: int, count: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -184,5 +198,6 @@ class _WorkerStart:
 
     def _end_with_parent(self):
         multiprocessing.parent_process().join()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for directory in self.directories:
+            shutil.rmtree(directory, ignore_errors=True)
         os._exit(1)

@@ -10,7 +10,7 @@ def on_each_device(function: Callable) -> Callable:
     """`function` of each device's own images: a kernel cannot be split by the compiler.
 
     The devices are those of the mesh in whose context the detector is called, or the one that there is. Arrays have the
-    images along their first axis; one of length 1 is the same for all of them.
+    images along their first axis, the first array of all; of the others one of length 1 is the same for all images.
     """
 
     def apply(*arrays):
@@ -18,7 +18,8 @@ def on_each_device(function: Callable) -> Callable:
         if mesh.empty or mesh.size == 1:
             return function(*arrays)
         images = PartitionSpec(mesh.axis_names)
-        given = jax.tree.map(lambda x: PartitionSpec() if x.shape[0] == 1 else images, arrays)
+        others = jax.tree.map(lambda x: PartitionSpec() if x.shape[0] == 1 else images, arrays[1:])
+        given = (images, *others)
         return jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=images, check_vma=False)(*arrays)
 
     return apply

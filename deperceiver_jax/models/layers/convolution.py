@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-LARGE, FEW = 800, 16  # cells of a map, channels: from these on a CPU takes taps one by one
+LARGE = 800  # cells of a map from which on a CPU takes the gradients of kernels in loops
+FEW = 16  # channels with fewer of which it does not
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -101,29 +102,33 @@ def _backward_on_cpu(stride, dilation, x, kernel, gradient):
 
 
 def _summed(x, y):
-    """einsum("bhwc,bhwd->cd") in two steps of a loop, before which XLA makes both factors.
+    """einsum("bhwc,bhwd->cd"), on large maps in two steps of a loop, before which XLA makes both factors.
 
-    Else it computes the first one anew to transpose it, from all that it was made of, on large maps in several times as
-    long as the product takes.
+    Else it computes the first one anew to transpose it, from all that it was made of, which takes several times as long
+    as the product. Images stay apart: they may be on several devices.
     """
-    small = x.shape[1] * x.shape[2] < LARGE
-    x, y = (factor.reshape(-1, factor.shape[3]) for factor in (x, y))
-    half, odd = divmod(len(x), 2)
-    if odd or small:
-        return jnp.einsum("nc,nd->cd", x, y)
+    batch, height, width, _ = x.shape
+    half, odd = divmod(height * width, 2)
+    x, y = (factor.reshape(batch, -1, factor.shape[3]) for factor in (x, y))
+    if odd or 2 * half < LARGE:
+        return jnp.einsum("bnc,bnd->cd", x, y)
 
     def of_half(k):
-        return jnp.einsum("nc,nd->cd", *(jax.lax.dynamic_slice_in_dim(factor, k * half, half) for factor in (x, y)))
+        return _product(*(jax.lax.dynamic_slice_in_dim(factor, k * half, half, axis=1) for factor in (x, y)))
 
-    return jax.lax.map(of_half, jnp.arange(2)).sum(0)
+    return jax.lax.map(of_half, jnp.arange(2)).sum(0).astype(x.dtype)
+
+
+def _product(x, y):
+    return jnp.einsum("bnc,bnd->cd", x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _gradient_of_kernel(stride, dilation, x, kernel, gradient):
     """A matrix product for each tap, one by one; XLA's CPU code for all at once takes up to four times as long.
 
-    Cells are laid one after the other, those of each residue of the stride together, in rows as long as the gradient's
-    with a tap's reach behind it. What a tap sees is one run of them, then, and needs no gathering; at the ends of rows
-    the gradient is zero.
+    Of each image cells are laid one after the other, those of each residue of the stride together, in rows as long as
+    the gradient's with a tap's reach behind it. What a tap sees is one run of them, then, and needs no gathering; at
+    the ends of rows the gradient is zero.
     """
     size, _, channels, width = kernel.shape
     batch, *extent, _ = gradient.shape
@@ -134,14 +139,16 @@ def _gradient_of_kernel(stride, dilation, x, kernel, gradient):
     ]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
     x = x.reshape(batch, rows, stride, columns, stride, channels).transpose(2, 4, 0, 1, 3, 5)
-    x = jnp.pad(x.reshape(stride**2, -1, channels), [(0, 0), (0, reach * columns + reach), (0, 0)])
-    gradient = jnp.pad(gradient, [(0, 0), (0, reach), (0, reach), (0, 0)]).reshape(-1, width)
+    x = x.reshape(stride**2, batch, rows * columns, channels)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, reach * columns + reach), (0, 0)])
+    gradient = jnp.pad(gradient, [(0, 0), (0, reach), (0, reach), (0, 0)]).reshape(batch, rows * columns, width)
     taps = [divmod(tap * dilation, stride) for tap in range(size)]
     runs = [(down * stride + right, row * columns + column) for row, down in taps for column, right in taps]
 
     def of_tap(run):
-        seen = jax.lax.dynamic_slice(x, (*run, 0), (1, len(gradient), channels))[0]
-        return jnp.einsum("nc,nd->cd", seen, gradient)
+        residue, start = run
+        seen = jax.lax.dynamic_slice(x, (residue, 0, start, 0), (1, batch, rows * columns, channels))[0]
+        return _product(seen, gradient).astype(x.dtype)
 
     return jax.lax.map(of_tap, jnp.asarray(runs)).reshape(kernel.shape)
 

@@ -1,11 +1,10 @@
 """Worker processes: what becomes of them when they, their consumer or their parent end, however that comes about."""
 
-import collections
+import errno
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from deperceiver_jax.data.batches import workers
 from deperceiver_jax.data.batches.loader import TrainBatches
 from deperceiver_jax.data.batches.workers import SHARED_MEMORY
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.structures import Batch
 from tests.data.batches.test_loader import SHAPES, _config
 from tests.data.fake_source import FakeSource
 
@@ -84,23 +84,46 @@ def test_a_dead_worker_is_an_error_and_not_a_hang():
             pass
 
 
-def test_small_shared_memory_is_told_and_not_used(monkeypatch, capfd):
-    """A container has 64 MB of it, and a worker that writes beyond is killed."""
-    room = collections.namedtuple("room", "free")
-    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: room(2**20))
-    iterator = iter(TrainBatches(FakeSource(SHAPES), _config(num_workers=1), seed=0))
-    expected = [next(iterator).image.copy() for _ in range(2)]
-    assert capfd.readouterr().err == ""
-    iterator.close()
+def test_where_shared_memory_is_full_frames_are_files(monkeypatch, tmp_path, capsys):
+    """A container has 64 MB of it, and a worker that writes beyond is killed. One of all workers tells."""
+    directories = [str(tmp_path / name) for name in ("shared", "spare")]
+    make_file = workers._make_file
 
-    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: room(10))
-    iterator = iter(TrainBatches(FakeSource(SHAPES), _config(num_workers=1), seed=0))
-    for image in expected:
-        np.testing.assert_array_equal(next(iterator).image, image)
-    iterator.close()
-    error = capfd.readouterr().err
-    assert error.startswith("warning: /dev/shm has room for 0 MiB, and the loader's processes may need ")
-    assert error.count("\n") == 1 and tempfile.gettempdir() in error
+    def full(path, size):
+        if path.startswith(directories[0]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make_file(path, size)
+
+    def make(step, empty):
+        image = empty((1, 2, 4, 3))
+        image[:] = step
+        none = np.zeros((1, 2), np.int32)
+        return Batch(image, none, none, none[:, 0], np.zeros((1, 0, 4), np.float32), none[:, :0], none[:, :0] > 0)
+
+    for directory in directories:
+        os.mkdir(directory)
+    monkeypatch.setattr(workers, "_make_file", full)
+    worker = workers._InWorker(make, directories, 24)
+    sent = [worker(3), worker(4)]
+    monkeypatch.setattr(workers.os, "getpid", lambda: 7)  # another worker
+    sent.append(workers._InWorker(make, directories, 24)(5))
+    assert [os.path.dirname(each.path) for each in sent] == [directories[1]] * 3
+    assert (workers._open_frame(sent[2], {}) == 5).all()
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: {tmp_path} is full, and pictures go through files in {tmp_path}.")
+    assert error.count("\n") == 1
+
+
+def test_room_for_a_frame_is_taken_or_nothing_is_there(tmp_path, monkeypatch):
+    assert os.stat(workers._make_file(str(tmp_path / "a"), 5000)).st_blocks * 512 >= 5000
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workers.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        workers._make_file(str(tmp_path / "b"), 5000)
+    assert not (tmp_path / "b").exists()
 
 
 def test_batches_in_hand_are_not_drawn_over():

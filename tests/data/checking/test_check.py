@@ -275,7 +275,7 @@ def test_the_rate_of_loading_is_of_loading(folder, monkeypatch):
         return make(step, *arguments)
 
     monkeypatch.setattr(_TrainingStep, "__call__", slow)
-    assert images_per_second(train, data) < 220
+    assert images_per_second(train, data) < 300
 
 
 def test_suggestions_follow_from_the_boxes(folder):

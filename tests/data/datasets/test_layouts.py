@@ -320,8 +320,13 @@ def test_yolos_folders_may_be_links(data_set):
         (folder / f"train_4.{ending}").rename(elsewhere / f"train_4.{ending}")
         (folder / "more").symlink_to(elsewhere)
         (folder / "back").symlink_to(folder)
+        (folder / "real").mkdir()
+        (folder / f"train_3.{ending}").rename(folder / "real" / f"train_3.{ending}")
+        for name in ("a", "z"):
+            (folder / name).symlink_to("real")
     after = sorted(data_set.open("train").filenames.tolist())
-    assert after == sorted({*before, "images/train/more/train_4.png"} - {"images/train/train_4.png"})
+    kept = set(before) - {"images/train/train_3.png", "images/train/train_4.png"}
+    assert after == sorted(kept | {"images/train/real/train_3.png", "images/train/more/train_4.png"})
 
 
 @pytest.mark.parametrize("points", ["0.45 0.45 0.55 0.55", "0.45 0.45 2 0.55 0.55 0"])
@@ -399,7 +404,11 @@ def test_names_of_voc_with_spaces_and_what_tools_leave_beside_them(data_set):
     (data_set.root / "JPEGImages" / "IMG 0.txt").write_text("of an annotation tool")
     (data_set.root / "JPEGImages" / f"{listed[1]}.json").write_text("{}")
     names.write_text("".join(f"{line}\n" for line in [f"{listed[0]} -1", f"{listed[1]}  1", "IMG 0", *listed[3:]]))
+    (data_set.root / "Annotations" / "IMG 0 1.txt").touch()
+    shutil.copy(data_set.root / "JPEGImages" / "IMG 0.png", data_set.root / "JPEGImages" / "photo 1.png")
+    names.write_text(names.read_text() + "photo 1\n")
     after = _content(data_set.open("train"))
+    assert after.pop("photo 1.png")[2] == []
     assert after.pop("IMG 0.png")[2] == before.pop(f"{listed[2]}.png")[2] != []
     assert after == before
 

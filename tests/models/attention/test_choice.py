@@ -287,6 +287,8 @@ def test_a_bias_of_all_images_goes_to_each_device(images):
     text = jax.jit(attend).trace(x, bias).lower(lowering_platforms=("tpu",)).as_text()
     kernel = next(line for line in text.splitlines() if "tpu_custom_call" in line)
     assert "tensor<2x1x1024x1024xf32>" in kernel
+    gradient = jax.jit(jax.grad(lambda bias, x: attend(x, bias).sum())).trace(bias, x)
+    assert (gradient.lower(lowering_platforms=("tpu",)).as_text().count("all_reduce") > 0) == (images == 1)
 
 
 def test_the_config_sets_every_attention_of_a_detector():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deperceiver_jax.models.layers.convolution import convolution
+from deperceiver_jax.sharding import batch_sharding, make_mesh, replicated
 
 
 def plain(x, kernel, stride, dilation):
@@ -18,7 +19,7 @@ def plain(x, kernel, stride, dilation):
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((edge, edge), (edge, edge)), **how)
 
 
-@pytest.mark.parametrize("large", [1, 10**9])
+@pytest.mark.parametrize("large", [2, 10**9])
 @pytest.mark.parametrize(
     "frame, channels, size, stride, dilation, groups",
     [
@@ -49,6 +50,24 @@ def test_values_and_gradients_are_those_of_a_convolution(
 
     for ours, expected in zip(value_and_gradients(convolution), value_and_gradients(plain), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size, stride", [(1, 1), (3, 1), (3, 2)])
+def test_images_of_several_devices_stay_where_they_are(size, stride):
+    """Sums over images are sums over devices: no device gets the others' maps."""
+    mesh = make_mesh()
+    x = jax.ShapeDtypeStruct((16, 64, 64, 16), jnp.float32, sharding=batch_sharding(mesh))
+    kernel = jax.ShapeDtypeStruct((size, size, 16, 24), jnp.float32, sharding=replicated(mesh))
+    gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(convolution(x, kernel, stride, 1) ** 2)))
+    text = gradient.lower(kernel, x).compile().as_text()
+    assert "while" in text and "all-reduce" in text and "all-gather" not in text
+
+
+@pytest.mark.parametrize("channels, loops", [(16, True), (15, False)])
+def test_large_maps_are_taken_in_loops(channels, loops):
+    x, kernel = jax.ShapeDtypeStruct((1, 40, 20, channels), jnp.float32), jnp.zeros((3, 3, channels, 8))
+    gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(convolution(x, kernel, 1, 1) ** 2)))
+    assert ("while" in gradient.trace(kernel, x).lower(lowering_platforms=("cpu",)).as_text()) == loops
 
 
 def test_only_a_cpu_gets_products():

@@ -44,7 +44,12 @@ def _share(root, every, split, data):
 def _listed(root, file):
     """The pictures that a list names, one a line; a class's list has 1, 0 or -1 behind the name."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    return [line if (root / "Annotations" / f"{line}.xml").is_file() else _FLAG.sub("", line) for line in lines]
+    if not any(_FLAG.search(line) for line in lines):
+        return lines
+    known = _by_stem(root / "JPEGImages").keys() | {
+        os.path.splitext(name)[0] for name in os.listdir(root / "Annotations")
+    }
+    return [line if line in known else _FLAG.sub("", line) for line in lines]
 
 
 def _split_files(root, stems):
