@@ -31,6 +31,7 @@ from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.matcher import hungarian_assignment, matching_cost
+from deperceiver_jax.models.layers.compute import EXACT
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.smca import convolution_encoder as smca_convolution
 from deperceiver_jax.sharding import make_mesh
@@ -67,6 +68,7 @@ def double_precision():
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
         patch.setattr(jnp, "float32", jnp.float64)
         patch.setitem(models._COMPUTE_TYPES, "float32", jnp.float64)
+        patch.setitem(EXACT, "dtype", jnp.float64)
         patch.setitem(nnx.Conv.__init__.__kwdefaults__, "conv_general_dilated", convolution)
         # What stands in for depthwise convolutions is as fast inside a loop, which is compiled once.
         patch.setattr(smca_convolution, "LayerStack", lambda *args, unroll_on_cpu, **rest: LayerStack(*args, **rest))

@@ -223,7 +223,7 @@ def test_processes_share_it(pictures, prepare, bucket, place, tmp_path):
         (["--from=gs://bucket/x", "--share=2/2"], "--share is '2/2'; it is I/N"),
         (["--share=0/2"], "--share needs --to or --from"),
         (["--decode"], "--decode is none of prepare's flags, which are --to, --from, --share."),
-        (["--config.data.name=shapes"], "config.data.directory has no effect here"),
+        (["--config.data.name=shapes"], "config.data.name is 'shapes'; prepare looks at folders"),
     ],
 )
 def test_mistakes_are_one_sentence(prepare, bucket, arguments, sentence, tmp_path):
