@@ -36,7 +36,7 @@ def base() -> ConfigDict:
     # the stored picture alone; where it does not tell (half turns, mirrors, squares, no size), turned with a warning.
     # apply: all are turned. ignore: none. predict.py turns all, as viewers do.
     config.data.exif_orientation = "annotated"  # annotated | apply | ignore
-    config.data.allow_changed = False  # True: a run goes on although its training split is not what it was
+    config.data.allow_changed = False  # True: a run goes on although its data are not what they were
     config.data.batch_size = 16  # global: over all devices of all hosts
     config.data.num_workers = 4  # loader processes per host; 0 loads in the training process
     config.data.max_boxes = 0  # box slots per image; 0 takes as many as the fullest image needs

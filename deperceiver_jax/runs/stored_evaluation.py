@@ -15,10 +15,26 @@ if TYPE_CHECKING:
 
 def newest_evaluation(workdir: Path) -> Path:
     """The directory of the run's latest evaluation. Raises UserError when it has none."""
-    done = [path.parent for path in (workdir / "eval").glob("*/metrics.json")]
-    if not done:
+    if (found := _newest(workdir)) is None:
         raise UserError(f"{workdir} has no evaluation; make one with: deperceiver eval --workdir={workdir}.")
-    return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name))
+    return found
+
+
+def _newest(workdir: Path) -> Path | None:
+    done = [path.parent for path in (workdir / "eval").glob("*/metrics.json")]
+    return max(done, key=lambda path: (path.name.isdigit() and int(path.name), path.name), default=None)
+
+
+def check_evaluated(workdir: Path, data: Fingerprint) -> None:
+    """Raises UserError when the run in `workdir` is known to have evaluated other data than `data` before."""
+    newest = _newest(workdir)
+    before = None if newest is None else evaluated_data(newest)
+    if before is not None and before != data:
+        told, other = tell_apart(before, data)
+        raise UserError(
+            f"The evaluation split is not what {workdir} was evaluated on: {told} then, {other} now. Take another "
+            "--workdir, or go on all the same with --config.data.allow_changed=True."
+        )
 
 
 def evaluated_data(evaluation: Path) -> Fingerprint | None:

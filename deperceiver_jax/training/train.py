@@ -24,6 +24,7 @@ from deperceiver_jax.program import processes
 from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.program.compilation_cache import keep_compiled
 from deperceiver_jax.program.shutdown import Shutdown
+from deperceiver_jax.runs.stored_evaluation import check_evaluated
 from deperceiver_jax.runs.workdir import check_data, check_workdir, data_fingerprint, keep_others_out, write_workdir
 from deperceiver_jax.sharding import make_mesh, shard_batch
 from deperceiver_jax.training.build import build_training
@@ -91,6 +92,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
         data, eval_data = data_fingerprint(source), data_fingerprint(eval_source)
         if not config.data.allow_changed:
             check_data(workdir, data)
+            check_evaluated(workdir, eval_data)
         if not new:
             until_end.enter_context(keep_others_out(workdir))
     start, damaged = newest_whole(workdir)
