@@ -6,7 +6,7 @@ not say what they compute. What is computed again in the backward pass counts ag
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.extend import core
@@ -28,9 +28,15 @@ def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str, figure: Callable[
     return _count(jaxpr, platform, figure)
 
 
-def _count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str, figure: Callable[[core.JaxprEqn], int]) -> int:
+def _count(
+    jaxpr: core.ClosedJaxpr | core.Jaxpr,
+    platform: str,
+    figure: Callable[[core.JaxprEqn], int],
+    given: Sequence[int | None] = (),
+) -> int:
+    """given: of each input the branch that it says is taken on this platform, where it is known to say one."""
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    chosen = {}  # branches that are taken on this platform
+    chosen = dict(zip(jaxpr.invars, given, strict=True)) if given else {}
     total = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -48,7 +54,10 @@ def _count(jaxpr: core.ClosedJaxpr | core.Jaxpr, platform: str, figure: Callable
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":
                 times = parameters["mesh"].size
-            total += times * sum(_count(inner, platform, figure) for inner in _inside(parameters))
+            known = [chosen.get(operand) if isinstance(operand, core.Var) else None for operand in equation.invars]
+            for inner in _inside(parameters):
+                same = len((inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner).invars) == len(known)
+                total += times * _count(inner, platform, figure, known if same else ())
     return total
 
 

@@ -29,6 +29,11 @@ def test_products_in_loops_and_branches():
 
     assert flops(by_platform, a, b) == product
     assert flops(by_platform, a, b, platform="tpu") == 2 * product
+    # What is computed again knows its platform from outside.
+    gradient = jax.grad(lambda a: jnp.sum(jax.checkpoint(by_platform)(a, jnp.sin(a.T @ a)) ** 2))
+    once = flops(jax.grad(lambda a: jnp.sum((a @ jnp.sin(a.T @ a)) ** 2)), a)
+    assert flops(jax.jit(gradient), a) == flops(gradient, a) == once
+    assert flops(gradient, a, platform="tpu") > once
 
 
 def test_convolutions_without_padding_and_holes():
