@@ -34,7 +34,7 @@ def compare(folders: Sequence[Path], values: flags.FlagValues, output: Path) -> 
     classes = [read_classes(folder / CLASSES) for folder in folders]
     for folder, other in zip(folders[1:], classes[1:], strict=True):
         require_same_classes(classes[0], str(folders[0]), other, str(folder))
-    require_same_data(folders)
+    require_same_data(runs)
     rows = group(runs, values.median_of_last)
     draws = 0 if values.median_of_last else values.bootstrap  # a median is not of one set of detections
     bounds = differences(rows, draws)

@@ -58,10 +58,10 @@ def read_run(workdir: Path, name: str) -> Run:
     return Run(name, workdir, config, evaluation.name, metrics, results, lines)
 
 
-def require_same_data(workdirs: Sequence[Path]) -> None:
-    """Raises UserError for runs whose latest evaluations are known to be of different data."""
-    evaluations = [(workdir, evaluated_data(newest_evaluation(workdir))) for workdir in workdirs]
-    known = [(workdir, data) for workdir, data in evaluations if data is not None]
+def require_same_data(runs: Sequence[Run]) -> None:
+    """Raises UserError for runs that are known to have been evaluated on different data."""
+    evaluated = [(run.workdir, evaluated_data(run.workdir / "eval" / run.step)) for run in runs]
+    known = [(workdir, data) for workdir, data in evaluated if data is not None]
     for workdir, data in known[1:]:
         first, same = known[0]
         if data != same:

@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.files import as_path, check_address, require_file
+from deperceiver_jax.files import as_path, check_address
 from deperceiver_jax.program.command_line import has_config_file, parse_config, parse_flags, run, split_arguments
 
 DEFAULT_CONFIG = "deperceiver_plus"
@@ -69,8 +69,9 @@ def main(argv: list[str]) -> None:
     if what == "prepare":
         prepare(config.data, values)
         return
-    sheet = require_file("--sheet", values.sheet, (".png", ".jpg"))
-    problems = check(config, sheet, decode=values.decode)
+    from deperceiver_jax.visualize.output import check_output
+
+    problems = check(config, check_output(values.sheet, "--sheet"), decode=values.decode)
     if problems:
         raise UserError(f"a run would stop: {problems[0]}")
 

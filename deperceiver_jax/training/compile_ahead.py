@@ -1,8 +1,8 @@
-"""The train step of every size of image, compiled before the first step, sizes sizes at the same time.
+"""The train step of every size of image, compiled before the first step, several sizes at the same time.
 
 Python traces one size after the other; XLA compiles without Python's lock, in threads, while the next one is traced.
 All processes of a run take the sizes in the same order, so that compilers which ask one another for results (XLA's
-autotuning on sizes GPUs) find each other: the first size that is not done anywhere is under way everywhere.
+autotuning on several GPUs) find each other: the first size that is not done anywhere is under way everywhere.
 """
 
 import os

@@ -8,7 +8,6 @@ from PIL import Image
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.files import as_path, make_folder, reason, require_file, written_whole
 
-PICTURES = (".png", ".jpg")
 PAPER, MOUNT, FAINT, INK = (255, 255, 255), (233, 236, 239), (108, 117, 125), (33, 37, 41)
 
 
@@ -19,9 +18,10 @@ def need(values: flags.FlagValues, *names: str) -> None:
             raise UserError(f"--{name} is needed: {values[name].help}")
 
 
-def check_output(output: str) -> None:
-    """Raises UserError for a picture that could not be written, before anything is computed."""
-    require_file("--output", output, PICTURES)
+def check_output(output: str, what: str = "--output") -> Path:
+    """The path of a picture, given as `what`. Raises UserError, before anything is computed, for one that could not be
+    written."""
+    return require_file(what, output, (".png", ".jpg"))
 
 
 def save_picture(picture: Image.Image, path: str | Path, what: str = "--output", **options) -> None:

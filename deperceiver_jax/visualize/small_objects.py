@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
     names = names_of(folders) if folders else []
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    require_same_data(folders)
+    require_same_data(runs)
     rows = [*group(runs, 0), *published_rows(values.published)]
     if not any(row.metrics.get("APs_over_AP", -1.0) >= 0 for row in rows):
         raise UserError("There is no bar to draw: name evaluated runs that found small objects, or --published.")
