@@ -2,7 +2,7 @@
 
 Source: Zhu et al., "Deformable DETR" (arXiv:2010.04159), equations 2 and 3. Two ways with one contract:
 
-- `gather` reads the four cells around a point as one row. Its gradient scatters such rows.
+- `gather` reads the four cells around each point. Its gradient adds to such cells.
 - `kernel`, for TPUs, writes a query's points as one weight for each cell of a map and multiplies weights with cells,
   strip by strip in on-chip memory (sampling_kernel.py). That is many times the arithmetic, but in the form that a TPU
   does best, and it neither gathers nor scatters.
@@ -11,19 +11,22 @@ benchmarks/README.md has the figures behind the choice.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deperceiver_jax.errors import check_choice
 from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.sampling_kernel import sample_level
+from deperceiver_jax.models.layers.compute import EXACT
 
 SAMPLINGS = ("auto", "gather")
 PORTABLE = "portable"
-GATHER_FLOATS = 2**20  # read at one time of each image and level: 256 queries of 8 heads of 32 channels and 4 points
+GATHER_FLOATS = 2**22  # read at one time of each image: by 256 queries of 8 heads of 32 channels, 4 levels and points
 
 
 def sample_levels(
@@ -80,25 +83,18 @@ def sample_cells(
     return jax.checkpoint(choose)(*arguments)
 
 
-def _clipped(place: Float[Array, "*N 2"], size: tuple[int, int]):
+def _clipped(place: Float[Array, "B q H L K 2"], level_sizes):
     """x and y. Beyond one cell outside everything is zero; the clip keeps far places from overflowing an integer.
 
     One cell outside, where a deformable convolution begins, the slope is that of the inside, as in torchvision; that of
     jnp.clip would be half of it.
     """
-    height, width = size
+    height, width, _ = _by_level(level_sizes)
 
     def clip(x, most):
         return jnp.where(x < -1.0, -1.0, jnp.where(x > most, most, x))
 
     return clip(place[..., 0], width), clip(place[..., 1], height)
-
-
-def _cells_around(place: Float[Array, "*N 2"], size: tuple[int, int]):
-    """(left, right_share, top, bottom_share): the upper left of the four cells around, and what the others weigh."""
-    x, y = _clipped(place, size)
-    left, top = jnp.floor(x), jnp.floor(y)
-    return left.astype(jnp.int32), x - left, top.astype(jnp.int32), y - top
 
 
 def _in_blocks(array: Float[Array, "B Q *rest"], size: int) -> Float[Array, "blocks B q *rest"]:
@@ -128,110 +124,111 @@ def _split_levels(value: Float[Array, "B S *rest"], level_sizes) -> list[Float[A
 
 
 def _gather(level_sizes, value, place, weight):
-    quads = [_quads(cells) for cells in _split_levels(value.astype(jnp.float32), level_sizes)]
-    return _gather_quads(level_sizes, quads, place, weight).astype(value.dtype)
+    return _gather_cells(level_sizes, _table(value), place, weight).astype(value.dtype)
 
 
 def _gather_at_once(level_sizes, value, place, weight):
-    quads = [_quads(cells) for cells in _split_levels(value.astype(jnp.float32), level_sizes)]
-    return _gather_block(level_sizes, quads, place, weight).astype(value.dtype)
+    return _gather_block(level_sizes, _table(value), place, weight).astype(value.dtype)
 
 
-def _gather_block(level_sizes, quads, place, weight):
-    total = 0.0
-    for level, size in enumerate(level_sizes):
-        points = place[:, :, :, level]
-        found = _read(quads[level], _rows(points, size))
-        total += _weigh_quads(found, points, weight[:, :, :, level], size)
-    return total
+def _table(value: Float[Array, "B S H D"]) -> Float[Array, "B S*H D"]:
+    """What is read: a row a cell and head."""
+    return value.astype(jnp.float32).reshape(value.shape[0], -1, value.shape[-1])
 
 
-def _quads(cells: Float[Array, "B h w H D"]) -> Float[Array, "B rows 4*D"]:
-    """Any four cells around a point as one row, zeros where they lie outside: one read for each point in place of four.
+def _gather_block(level_sizes, table, place, weight):
+    rows, shares = _corners(level_sizes, place, weight)
+    return _weigh(_read(table, rows), shares)
 
-    Row ((top + 1) * (width + 2) + left + 1) * H + head has (upper left, upper right, lower left, lower right).
+
+def _corners(level_sizes, place: Float[Array, "B q H L K 2"], weight: Float[Array, "B q H L K"]):
+    """(rows, shares): where in the table the four cells around each point are, and what they weigh.
+
+    Both are (B, q, H, 4*L*K). A cell outside of its map weighs nothing, and its row is that of the nearest one inside.
     """
-    cells = jnp.pad(cells, [(0, 0), (1, 2), (1, 2), (0, 0), (0, 0)])
-    around = [cells[:, :-1, :-1], cells[:, :-1, 1:], cells[:, 1:, :-1], cells[:, 1:, 1:]]
-    return jnp.concatenate(around, axis=-1).reshape(cells.shape[0], -1, 4 * cells.shape[-1])
+    x, y = _clipped(place, level_sizes)
+    left, top = jnp.floor(x), jnp.floor(y)
+    columns = [(left, 1 - (x - left)), (left + 1, x - left)]
+    lines = [(top, 1 - (y - top)), (top + 1, y - top)]
+    heads = jnp.arange(place.shape[2])[None, None, :, None, None]
+    height, width, start = _by_level(level_sizes)
+    rows, shares = [], []
+    for line, of_line in lines:
+        for column, of_column in columns:
+            inside = (line >= 0) & (line < height) & (column >= 0) & (column < width)
+            cell = start + jnp.clip(line, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
+            rows.append(cell.astype(jnp.int32) * place.shape[2] + heads)
+            shares.append(jnp.where(inside, of_line * of_column * weight, 0.0))
+    return tuple(jnp.stack(of, axis=3).reshape(*weight.shape[:3], -1) for of in (rows, shares))
 
 
-def _rows(place: Float[Array, "B q H K 2"], size: tuple[int, int]) -> Int[Array, "B q*H*K"]:
-    """Where in `_quads` the cells around each point are."""
-    batch, _, num_heads, _, _ = place.shape
-    left, _, top, _ = _cells_around(place, size)
-    row = ((top + 1) * (size[1] + 2) + left + 1) * num_heads + jnp.arange(num_heads)[None, None, :, None]
-    return row.reshape(batch, -1)
+def _by_level(level_sizes):
+    """Height, width and number of cells before, of each level, for places (B, q, H, L, K)."""
+    height, width = np.transpose(level_sizes)
+    before = np.cumsum([0, *(height * width)])[:-1]
+    return tuple(jnp.asarray(x, jnp.float32)[None, None, None, :, None] for x in (height, width, before))
 
 
-def _weigh_quads(
-    found: Float[Array, "B q*H*K 4*D"], place: Float[Array, "B q H K 2"], weight: Float[Array, "B q H K"], size
-) -> Float[Array, "B q H D"]:
-    _, right, _, bottom = _cells_around(place, size)
-    share = jnp.stack([(1 - bottom) * (1 - right), (1 - bottom) * right, bottom * (1 - right), bottom * right], axis=-1)
-    found = found.reshape(*share.shape, -1)
-    return jnp.sum(found * (share * weight[..., None])[..., None], axis=(3, 4))
-
-
-def _block_size(quads: list[Float[Array, "B rows 4*D"]], weight: Float[Array, "B Q H L K"]) -> int:
-    """How many queries read GATHER_FLOATS of a level."""
-    _, _, num_heads, _, num_points = weight.shape
-    return max(1, GATHER_FLOATS // (num_heads * num_points * quads[0].shape[-1]))
+def _block_size(table: Float[Array, "B rows D"], weight: Float[Array, "B Q H L K"]) -> int:
+    """How many queries read GATHER_FLOATS."""
+    return max(1, GATHER_FLOATS // (4 * math.prod(weight.shape[2:]) * table.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather_quads(
-    level_sizes, quads: list[Float[Array, "B rows 4*D"]], place: Float[Array, "B Q H L K 2"], weight
+def _gather_cells(
+    level_sizes, table: Float[Array, "B rows D"], place: Float[Array, "B Q H L K 2"], weight: Float[Array, "B Q H L K"]
 ) -> Float[Array, "B Q H D"]:
     """Some queries at a time. What they read is read again for the gradient: keeping it for all of them would take
     1.2 GB for each encoder layer of an 800 x 1066 image."""
 
     def one_block(arguments):
-        return _gather_block(level_sizes, quads, *arguments)
+        return _gather_block(level_sizes, table, *arguments)
 
-    blocks = [_in_blocks(array, _block_size(quads, weight)) for array in (place, weight)]
+    blocks = [_in_blocks(array, _block_size(table, weight)) for array in (place, weight)]
     return _out_of_blocks(jax.lax.map(one_block, blocks), place.shape[1])
 
 
-def _gather_quads_forward(level_sizes, quads, place, weight):
-    return _gather_quads(level_sizes, quads, place, weight), (quads, place, weight)
+def _gather_cells_forward(level_sizes, table, place, weight):
+    return _gather_cells(level_sizes, table, place, weight), (table, place, weight)
 
 
-def _gather_quads_backward(level_sizes, saved, gradient):
-    """Written out so that each block adds to one and the same gradient of `quads`, in place."""
-    quads, place, weight = saved
+def _gather_cells_backward(level_sizes, saved, gradient):
+    """Written out so that each block adds to one and the same gradient of `table`, in place."""
+    table, place, weight = saved
 
-    def one_block(of_quads, arguments):
+    def one_block(of_table, arguments):
         place, weight, gradient = arguments
-        of_quads, of_place, of_weight = list(of_quads), [], []
-        for level, size in enumerate(level_sizes):
-            points = place[:, :, :, level]
-            rows = _rows(points, size)
-            weigh = functools.partial(_weigh_quads, size=size)
-            _, backward = jax.vjp(weigh, _read(quads[level], rows), points, weight[:, :, :, level])
-            of_found, of_points, of_level_weight = backward(gradient)
-            of_quads[level] = _add(of_quads[level], rows, of_found)
-            of_place.append(of_points)
-            of_weight.append(of_level_weight)
-        return of_quads, (jnp.stack(of_place, axis=3), jnp.stack(of_weight, axis=3))
 
-    blocks = [_in_blocks(array, _block_size(quads, weight)) for array in (place, weight, gradient)]
-    of_quads, (of_place, of_weight) = jax.lax.scan(one_block, [jnp.zeros_like(q) for q in quads], blocks)
-    num_queries = place.shape[1]
-    return of_quads, _out_of_blocks(of_place, num_queries), _out_of_blocks(of_weight, num_queries)
+        def shares_and_rows(place, weight):
+            rows, shares = _corners(level_sizes, place, weight)
+            return shares, rows
+
+        shares, backward, rows = jax.vjp(shares_and_rows, place, weight, has_aux=True)
+        of_shares = jnp.einsum("bqhnd,bqhd->bqhn", _read(table, rows), gradient, precision=EXACT["precision"])
+        of_table = _add(of_table, rows, shares[..., None] * gradient[:, :, :, None])
+        return of_table, backward(of_shares)
+
+    blocks = [_in_blocks(array, _block_size(table, weight)) for array in (place, weight, gradient)]
+    of_table, of_points = jax.lax.scan(one_block, jnp.zeros_like(table), blocks)
+    return of_table, *(_out_of_blocks(of, place.shape[1]) for of in of_points)
 
 
-_gather_quads.defvjp(_gather_quads_forward, _gather_quads_backward)
+_gather_cells.defvjp(_gather_cells_forward, _gather_cells_backward)
 
 
-@jax.vmap
-def _read(quads, rows):
-    return quads.at[rows].get(mode="promise_in_bounds")
+def _weigh(found: Float[Array, "B q H n D"], shares: Float[Array, "B q H n"]) -> Float[Array, "B q H D"]:
+    # As a product: XLA's CPU takes five times as long for the sum of what is multiplied one by one.
+    return jnp.einsum("bqhnd,bqhn->bqhd", found, shares, precision=EXACT["precision"])
 
 
 @jax.vmap
-def _add(quads, rows, values):
-    return quads.at[rows].add(values, mode="promise_in_bounds")
+def _read(table: Float[Array, "rows D"], rows: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+    return table.at[rows].get(mode="promise_in_bounds")
+
+
+@jax.vmap
+def _add(table: Float[Array, "rows D"], rows: Int[Array, "*n"], values: Float[Array, "*n D"]):
+    return table.at[rows].add(values, mode="promise_in_bounds")
 
 
 # --- kernel ---------------------------------------------------------------------------------------------------------
@@ -239,9 +236,10 @@ def _add(quads, rows, values):
 
 def sample_by_kernel(level_sizes, value, place, weight):
     """`sample_cells` on one TPU."""
+    x, y = _clipped(place, level_sizes)
     maps = _split_levels(value.astype(jnp.float32), level_sizes)  # blocks' gradients of a cell add up in float32
     sums = (
-        sample_level(cells, *_clipped(place[:, :, :, level], size), weight[:, :, :, level], value.dtype)
-        for level, (cells, size) in enumerate(zip(maps, level_sizes, strict=True))
+        sample_level(cells, x[:, :, :, level], y[:, :, :, level], weight[:, :, :, level], value.dtype)
+        for level, cells in enumerate(maps)
     )
     return sum(sums).astype(value.dtype)

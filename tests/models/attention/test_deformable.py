@@ -31,7 +31,7 @@ def both_ways(test):
 @pytest.fixture(autouse=True)
 def blocks_of_four_queries(monkeypatch):
     """At most; so that six queries are two blocks of three, and five are filled up to six."""
-    monkeypatch.setattr(level_sampling, "GATHER_FLOATS", 4 * 3 * 2 * 16)
+    monkeypatch.setattr(level_sampling, "GATHER_FLOATS", 4 * 3 * 3 * 2 * 16)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from flax import nnx
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention.dense import dense_attention
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
+from deperceiver_jax.models.layers.linear import dropout
 from tests.drawn_arrays import FLOAT32
 
 
@@ -43,6 +44,31 @@ def test_gradient_is_finite_without_any_valid_key():
     gradient = jax.grad(lambda q: dense_attention(q, key, value, jnp.asarray(valid), bias).sum())(jnp.asarray(query))
     assert np.all(np.isfinite(gradient))
     assert not np.any(gradient[2])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_formula(rate, masked):
+    """As JAX differentiates it; dense_attention's are written out."""
+    (query, key, value), valid, bias = (jax.tree.map(jnp.asarray, x) for x in arrays())
+    cotangent = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2, 4, 6)), jnp.float32)
+    drops = dict(dropout_rate=rate, dropout_key=jax.random.key(3))
+
+    def formula(query, key, value, bias):
+        weights = jnp.exp(jnp.einsum("bhqd,bhkd->bhqk", query, key) / jnp.sqrt(8.0) + bias)
+        if masked:
+            weights = jnp.where(valid[:, None, None], weights, 0.0)
+        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
+        return dropout(weights, rate, drops["dropout_key"]) @ value
+
+    def ours(query, key, value, bias):
+        return dense_attention(query, key, value, valid if masked else None, bias, **drops)
+
+    found, expected = (jax.vjp(f, query, key, value, bias) for f in (ours, formula))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for gradient, other in zip(found[1](cotangent), expected[1](cotangent), strict=True):
+        np.testing.assert_allclose(gradient, other, atol=1e-5)
+        assert np.abs(other).max() > 0.1
 
 
 def test_padding_never_reaches_the_result():
