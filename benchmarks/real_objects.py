@@ -7,8 +7,8 @@ Rows are configs/demo.py's detectors, DePerceiver+ as in configs/small.py, and t
 for all. All see the same pictures, STEPS batches of 4 at one size, and learn with Muon. With --rates the validation
 split is not touched: the training split is divided, 80 % to train on and 20 % to evaluate, and --output gets a table of
 what came of each rate. Every row and seed is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished
-is not run again and what was interrupted goes on. Writes OUTPUT/table.md and, with matplotlib (pip install '.[plots]'),
-OUTPUT/curves.png.
+is not run again and what was interrupted goes on. Writes OUTPUT/table.md, OUTPUT/curves.csv and, with matplotlib (pip
+install '.[plots]'), OUTPUT/curves.png, which `small_objects.py --draw=OUTPUT/curves.csv` draws again.
 
 mAP and F at IoU 0.33 are counted as DeepPCB's authors do (github.com/tangsanli5201/DeepPCB): a detection is right if it
 overlaps a defect of its class by more than 0.33 that no surer detection has; AP is the mean precision at the right
@@ -92,7 +92,7 @@ def main() -> None:
         table = small_objects.compare_rates(runs)
     else:
         table = make_table(runs[""], arguments.output, arguments.steps)
-        small_objects.draw_curves(runs[""], arguments.output / "curves.png")
+        small_objects.draw_curves(small_objects.write_curves(runs[""], arguments.output / "curves.csv"))
     (arguments.output / ("rates.md" if arguments.rates else "table.md")).write_text(table)
     print(table)
 

@@ -8,11 +8,13 @@ Rows are variants of configs/ladder.py. Every row and seed is a run of train.py 
 not run again and what was interrupted goes on, so the same command resumes, and more rows or seeds can be added; with
 other fields, steps or data it takes another --output. With
 --overfit the images that are trained on, always at one size and never flipped, are those that are evaluated. Writes
-OUTPUT/table.md and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png. With --rates the runs are in
-OUTPUT/lrRATE/ROW/SEED and the table says what came of each rate.
+OUTPUT/table.md, OUTPUT/curves.csv and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png; --draw=FILE.csv
+draws FILE.png anew and trains nothing. With --rates the runs are in OUTPUT/lrRATE/ROW/SEED and the table says what came
+of each rate.
 """
 
 import argparse
+import csv
 import itertools
 import json
 import math
@@ -56,10 +58,14 @@ COCO_OVERFIT = (
 )
 
 
+Curve = list[tuple[int, dict[str, float]]]  # (step, metrics) of every evaluation
+
+
 class Run(NamedTuple):
     """One row, one seed."""
 
-    curve: list[tuple[int, dict[str, float]]]  # (step, metrics) of every evaluation
+    seed: str
+    curve: Curve
     step_seconds: float  # median over the logged intervals
     peak_gib: float  # largest resident memory of the process: its host memory; a GPU's own is not in it
 
@@ -74,8 +80,12 @@ def main() -> None:
     parser.add_argument("--rates", type=lambda s: s.split(","), default=[], help="learning rates to compare")
     parser.add_argument("--output", type=Path, default=Path("runs/small_objects"))
     parser.add_argument("--table_only", action="store_true", help="train nothing, tell what is there")
+    parser.add_argument("--draw", type=Path, metavar="FILE.csv", help="draw these curves, and do nothing else")
     parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.optimizer.learning_rate=5e-4")
     arguments, further = parser.parse_known_args()
+    if arguments.draw:
+        draw_curves(arguments.draw)
+        return
     fields = [*arguments.fields, *further]
     if wrong := [field for field in fields if not field.startswith("--config.")]:
         parser.error(f"{wrong[0]} is neither a flag of this program nor a field of the config.")
@@ -99,7 +109,7 @@ def main() -> None:
     (arguments.output / "table.md").write_text(table)
     print(table)
     if not arguments.rates:
-        draw_curves(runs[""], arguments.output / "curves.png")
+        draw_curves(write_curves(runs[""], arguments.output / "curves.csv"))
 
 
 def _names(text: str) -> list[str]:
@@ -154,7 +164,7 @@ def read_run(directory: Path) -> Run:
     curve = [(line["step"], {name: line[name] for name in METRICS}) for line in lines if "AP50" in line]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]  # the first one compiled
     seconds = config["data"]["batch_size"] / statistics.median(rates) if rates else float("nan")
-    return Run(curve, seconds, json.loads((directory / "run.json").read_text())["peak_gib"])
+    return Run(directory.name, curve, seconds, json.loads((directory / "run.json").read_text())["peak_gib"])
 
 
 def machine() -> str:
@@ -218,8 +228,32 @@ def reached(steps: list[int | None]) -> str:
     return f"{text} ({missing} of {len(steps)} never)" if there and missing else text
 
 
-def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
-    """AP50 and APs by steps, and the last AP by size of objects: a line a row, the range of its seeds as a band."""
+def write_curves(runs: dict[str, list[Run]], path: Path) -> Path:
+    """A line for every evaluation of every run; `path`."""
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["row", "seed", "step", *METRICS])
+        for row, found in runs.items():
+            for run in found:
+                table.writerows([row, run.seed, step, *(f"{at[m]:.4f}" for m in METRICS)] for step, at in run.curve)
+    return path
+
+
+def read_curves(path: Path) -> dict[str, list[Curve]]:
+    """The curves of each row's seeds; a metric that was left empty is missing."""
+    curves: dict[str, dict[str, Curve]] = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            metrics = {name: float(line[name]) for name in METRICS if line[name]}
+            curves.setdefault(line["row"], {}).setdefault(line["seed"], []).append((int(line["step"]), metrics))
+    return {row: list(seeds.values()) for row, seeds in curves.items()}
+
+
+def draw_curves(path: Path) -> None:
+    """AP50 and APs by steps, and the last AP by size of objects: a line a row, the range of its seeds as a band.
+
+    Of `write_curves`' file, beside it.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -229,7 +263,8 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    for number, (row, found) in enumerate(runs.items()):
+    curves = read_curves(path)
+    for number, (row, found) in enumerate(curves.items()):
         style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
 
         def line(ax, places, values, marker="", style=style, row=row):
@@ -239,18 +274,20 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
             ax.plot(places, means, marker=marker, label=row.replace("_", " "), **style)
             ax.fill_between(places, [min(at) for at in values], [max(at) for at in values], **style, alpha=0.15)
 
-        steps = [step for step, _ in found[0].curve]
-        equal = [run for run in found if [step for step, _ in run.curve] == steps]
+        steps = [step for step, _ in found[0]]
+        equal = [curve for curve in found if [step for step, _ in curve] == steps]
         for ax, name in zip(axes, ("AP50", "APs"), strict=False):
-            line(ax, steps, [[metrics[name] for _, metrics in run.curve] for run in equal])
-        sizes = [name for name in SIZES if found[0].curve[-1][1][name] >= 0]  # -1: the data has none
-        line(axes[2], sizes, [[run.curve[-1][1][name] for name in sizes] for run in found], marker="o")
+            line(ax, steps, [[metrics[name] for _, metrics in curve] for curve in equal])
+        ends = [curve[-1][1] for curve in found if set(curve[-1][1]) == set(METRICS)]
+        sizes = [name for name in SIZES if ends[0][name] >= 0]  # -1: the data has none
+        line(axes[2], sizes, [[end[name] for name in sizes] for end in ends], marker="o")
     for ax, title in zip(axes, ("AP50 by steps", "APs by steps", "AP by size of objects, at the end"), strict=True):
         ax.set(title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 7))
-    figure.savefig(path, dpi=110)
-    print(f"Drew {path}.")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(curves), 7))
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=110)
+    print(f"Drew {picture}.")
 
 
 if __name__ == "__main__":

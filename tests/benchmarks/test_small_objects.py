@@ -5,7 +5,19 @@ import math
 
 import pytest
 
-from benchmarks.small_objects import compare_rates, make_table, reached, read_rows, read_run, spread, steps_to, train
+from benchmarks.small_objects import (
+    compare_rates,
+    main,
+    make_table,
+    reached,
+    read_curves,
+    read_rows,
+    read_run,
+    spread,
+    steps_to,
+    train,
+    write_curves,
+)
 from configs import ladder
 
 
@@ -30,6 +42,19 @@ def test_the_table_has_means_ranges_and_steps(tmp_path):
     assert cells["AP50"] == "0.500 [0.400, 0.600]" and cells["APs/AP"] == "0.500 [0.500, 0.500]"
     assert cells["steps to AP50 0.3"] == "15" and cells["steps to AP50 0.5"] == "20 (1 of 2 never)"
     assert cells["s/step"] == "0.33" and cells["GiB"] == "1.5"  # 16 and 32 images a second: the median is 24
+
+
+def test_curves_are_kept_and_drawn_again(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / seed, ends) for seed, ends in (("0", (0.1, 0.4)), ("1", (0.3, 0.6)))]
+    file = write_curves({"detr": runs}, tmp_path / "curves.csv")
+    assert read_curves(file) == {"detr": [run.curve for run in runs]}
+    # A seed of which little is known is drawn as far as it goes.
+    file.write_text(file.read_text() + "detr,2,10,,0.2,0.05,,\ndetr,2,20,,0.5,0.125,,\nsmca,0,20,0.1,0.2,0.1,0.1,-1\n")
+    assert read_curves(file)["detr"][2] == [(10, {"AP50": 0.2, "APs": 0.05}), (20, {"AP50": 0.5, "APs": 0.125})]
+    monkeypatch.setattr("sys.argv", ["small_objects.py", f"--draw={file}"])
+    main()
+    assert capsys.readouterr().out == f"Drew {tmp_path}/curves.png.\n"
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_rates_are_compared_by_their_mean(tmp_path):

@@ -13,6 +13,7 @@ from deperceiver_jax.errors import check_at_least
 from deperceiver_jax.models.features.tokens import feature_valid
 from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import PaddedConvolution
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import linear
@@ -23,7 +24,7 @@ class NeckBlock(nnx.Module):
 
     def __init__(self, dim: int, *, compute: Compute, rngs: nnx.Rngs):
         self.norm = LayerNorm(dim, dtype=compute.dtype)
-        self.inner, self.outer = (_convolution(dim, dtype=compute.dtype, rngs=rngs) for _ in range(2))
+        self.inner, self.outer = (PaddedConvolution(dim, dim, 3, compute=compute, rngs=rngs) for _ in range(2))
 
     def __call__(self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"], *, dropout_key=None):
         """Padding is zero before the convolutions. There is no dropout; LayerStack passes the key to every layer."""
@@ -56,7 +57,8 @@ class FeaturePyramid(nnx.Module):
         self.top_down = top_down
         self.sources = sources(strides, top_down=top_down)
         self.projections = nnx.List([linear(channels[s], dim, dtype=dtype, rngs=rngs) for s in self.sources])
-        self.convolutions = nnx.List([_convolution(dim, dtype=dtype, rngs=rngs) for _ in self.strides if top_down])
+        convolutions = [PaddedConvolution(dim, dim, 3, compute=compute, rngs=rngs) for _ in self.strides if top_down]
+        self.convolutions = nnx.List(convolutions)
         # A fine map of a large image has many times more cells than there are latents: a block keeps its input alone.
         how: dict = dict(unroll_on_cpu=True, keep_inputs=True, compute=compute, rngs=rngs)
         self.blocks = nnx.List([LayerStack(NeckBlock, neck_blocks, dim, **how) for _ in self.strides if neck_blocks])
@@ -77,10 +79,6 @@ class FeaturePyramid(nnx.Module):
             for blocks, s in zip(self.blocks, self.strides, strict=True):
                 maps[s] = blocks(maps[s], valid[s])
         return [norm(maps[s]) for norm, s in zip(self.norms, self.strides, strict=True)], list(valid.values())
-
-
-def _convolution(dim: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(dim, dim, (3, 3), padding=1, dtype=dtype, rngs=rngs)
 
 
 def blank(x: Float[Array, "B h w D"], valid: Bool[Array, "B h w"]) -> Float[Array, "B h w D"]:

@@ -7,10 +7,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
-LARGE = 800  # cells of a map from which on a CPU takes the gradients of kernels in loops
-FEW = 16  # channels with fewer of which it does not
+from deperceiver_jax.models.layers.compute import Compute
+
+LARGE = 800  # cells of a map from which on a CPU takes the gradients of kernels of size 1 in loops
+HEAVY = 2**17  # numbers of a map from which on it takes those of larger kernels so,
+FEW = 16  # unless its channels are fewer
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -23,6 +27,18 @@ def convolution(
     the kernel's gradient. Other platforms get the convolution.
     """
     return _by_platform(functools.partial(_forward_on_cpu, stride, dilation), _plain(stride, dilation), x, kernel)
+
+
+class PaddedConvolution(nnx.Conv):
+    """nnx.Conv, computed by `convolution`, with its padding; with a bias."""
+
+    def __init__(self, in_dim: int, out_dim: int, size: int, *, stride: int = 1, compute: Compute, rngs, **start):
+        def convolve(x, kernel, strides, padding, *, rhs_dilation, **_):
+            del padding
+            return (plain_convolution if compute.portable else convolution)(x, kernel, strides[0], rhs_dilation[0])
+
+        how: dict = dict(strides=stride, padding=size // 2, dtype=compute.dtype, conv_general_dilated=convolve)
+        super().__init__(in_dim, out_dim, (size, size), **how, rngs=rngs, **start)
 
 
 def _forward(x, kernel, stride, dilation):
@@ -81,7 +97,7 @@ def _backward_on_cpu(stride, dilation, x, kernel, gradient):
         of_x, of_kernel = _transposed(stride, dilation, x, kernel, gradient)
         if kernel.shape[2] < x.shape[3]:
             of_kernel = _gradient_of_groups(stride, dilation, x, kernel, gradient)
-        elif gradient.shape[1] * gradient.shape[2] >= LARGE and kernel.shape[2] >= FEW:
+        elif kernel.shape[2] >= FEW and gradient.shape[1] * gradient.shape[2] * kernel.shape[2] >= HEAVY:
             of_kernel = _gradient_of_kernel(stride, dilation, x, kernel, gradient)
         if (len(kernel), stride, dilation) == (3, 2, 1) and kernel.shape[2] == x.shape[3]:
             of_x = _gradient_of_halved(x.shape, kernel, gradient)

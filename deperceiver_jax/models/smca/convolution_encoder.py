@@ -16,6 +16,7 @@ from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.features.tokens import flatten_map
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import PaddedConvolution
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, start_alike
 from deperceiver_jax.models.layers.linear import linear, split_key, torch_bias_init, torch_start, xavier_uniform_init
@@ -137,9 +138,7 @@ class ConvolutionEncoder(nnx.Module):
         layer: dict = dict(num_levels=len(strides), dropout=dropout, compute=compute, rngs=rngs)
         self.layers = LayerStack(ConvolutionLayer, fields.num_layers, dim, fields, unroll_on_cpu=True, **layer)
         start_alike(self.layers.layers, kernels=False)
-        self.reduce = nnx.Conv(
-            dim, dim, (3, 3), strides=2, padding=1, **torch_start(9 * dim), dtype=compute.dtype, rngs=rngs
-        )
+        self.reduce = PaddedConvolution(dim, dim, 3, stride=2, **torch_start(9 * dim), compute=compute, rngs=rngs)
 
     def __call__(self, image: LevelTokens, *, dropout_key=None) -> LevelTokens:
         x = self.layers(image.tokens, image, dropout_key=dropout_key)

@@ -38,7 +38,8 @@ def test_values_and_gradients_are_those_of_a_convolution(
     monkeypatch, frame, channels, size, stride, dilation, groups, large
 ):
     """Also where a map counts as large."""
-    monkeypatch.setattr("deperceiver_jax.models.layers.convolution.LARGE", large)
+    for name in ("LARGE", "HEAVY"):
+        monkeypatch.setattr(f"deperceiver_jax.models.layers.convolution.{name}", large)
     monkeypatch.setattr("deperceiver_jax.models.layers.convolution.FEW", 1)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, *frame, groups * channels[0])), jnp.float32)
@@ -56,16 +57,16 @@ def test_values_and_gradients_are_those_of_a_convolution(
 def test_images_of_several_devices_stay_where_they_are(size, stride):
     """Sums over images are sums over devices: no device gets the others' maps."""
     mesh = make_mesh()
-    x = jax.ShapeDtypeStruct((16, 64, 64, 16), jnp.float32, sharding=batch_sharding(mesh))
-    kernel = jax.ShapeDtypeStruct((size, size, 16, 24), jnp.float32, sharding=replicated(mesh))
+    x = jax.ShapeDtypeStruct((16, 96, 128, 64), jnp.float32, sharding=batch_sharding(mesh))
+    kernel = jax.ShapeDtypeStruct((size, size, 64, 24), jnp.float32, sharding=replicated(mesh))
     gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(convolution(x, kernel, stride, 1) ** 2)))
     text = gradient.lower(kernel, x).compile().as_text()
     assert "while" in text and "all-reduce" in text and "all-gather" not in text
 
 
-@pytest.mark.parametrize("channels, loops", [(16, True), (15, False)])
-def test_large_maps_are_taken_in_loops(channels, loops):
-    x, kernel = jax.ShapeDtypeStruct((1, 40, 20, channels), jnp.float32), jnp.zeros((3, 3, channels, 8))
+@pytest.mark.parametrize("width, channels, loops", [(128, 16, True), (96, 16, False), (200, 15, False)])
+def test_large_maps_are_taken_in_loops(width, channels, loops):
+    x, kernel = jax.ShapeDtypeStruct((1, 64, width, channels), jnp.float32), jnp.zeros((3, 3, channels, 8))
     gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(convolution(x, kernel, 1, 1) ** 2)))
     assert ("while" in gradient.trace(kernel, x).lower(lowering_platforms=("cpu",)).as_text()) == loops
 
