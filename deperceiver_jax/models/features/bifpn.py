@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import check_at_least
 from deperceiver_jax.models.features.feature_pyramid import blank, enlarge, sources
-from deperceiver_jax.models.features.resnet import max_pool
 from deperceiver_jax.models.features.tokens import feature_valid
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import linear
+from deperceiver_jax.models.layers.max_pool import max_pool
 
 
 class Fusion(nnx.Module):

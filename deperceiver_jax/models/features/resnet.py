@@ -21,6 +21,7 @@ from deperceiver_jax.models.layers.convolution import convolution, plain_convolu
 from deperceiver_jax.models.layers.deformable_convolution import deformable_convolution
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
 from deperceiver_jax.models.layers.level_sampling import PORTABLE
+from deperceiver_jax.models.layers.max_pool import max_pool
 
 # depth: (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -305,24 +306,6 @@ class ResNet(nnx.Module):
             if stride in self.strides:
                 features[stride] = x
         return features
-
-
-def max_pool(x: Float[Array, "B H W C"], *, portable: bool = False) -> Float[Array, "B h w C"]:
-    """3x3, stride 2, one row and column of -infinity around. portable: without an operation on windows."""
-    if portable:
-        return _max_pool_of_slices(x)
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-
-def _max_pool_of_slices(x):
-    """Rows, then columns, two cells further each."""
-    for axis in (1, 2):
-        edges = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]
-        padded, length = jnp.pad(x, edges, constant_values=-jnp.inf), x.shape[axis]
-        ends = (start + (length - 1) // 2 * 2 + 1 for start in range(3))
-        slices = [jax.lax.slice_in_dim(padded, start, end, 2, axis) for start, end in enumerate(ends)]
-        x = jnp.maximum(jnp.maximum(slices[0], slices[1]), slices[2])
-    return x
 
 
 def _check_bottlenecks(depth, width, groups, inner_ratio, deformable_stages) -> None:

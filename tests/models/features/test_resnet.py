@@ -21,7 +21,6 @@ from deperceiver_jax.models.features.resnet import (
     GroupNorm,
     ResNet,
     Stage,
-    max_pool,
 )
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import convolution
@@ -194,14 +193,6 @@ def test_a_deformable_convolution_starts_as_half_a_convolution():
     conv.offsets.bias[...] = conv.offsets.bias[...].at[2].set(100.0)
     moved = (conv(image) - others)[:, 1:-1, 1:-2]  # but for edges, which the tap crosses in one of the two
     np.testing.assert_allclose(moved, first[:, 2:, 3:], atol=1e-5)
-
-
-def test_max_pool():
-    """Windows of 3 around every second pixel, and nothing beyond the edge."""
-    x = -jnp.arange(1.0, 21.0).reshape(1, 4, 5, 1)
-    expected = [[-1, -2, -4], [-6, -7, -9]]
-    np.testing.assert_array_equal(max_pool(x)[0, :, :, 0], expected)
-    np.testing.assert_array_equal(max_pool(x, portable=True)[0, :, :, 0], expected)
 
 
 def test_frozen_batch_norm():

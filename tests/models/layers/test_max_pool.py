@@ -1,0 +1,43 @@
+"""Pooling as each platform computes it: values and gradients of JAX's own, also where cells of a window are equal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deperceiver_jax.models.layers.max_pool import max_pool
+
+
+def windows(x):
+    edges = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), edges)
+
+
+def test_windows_of_three_around_every_second_cell():
+    """And nothing beyond the edge."""
+    x = -jnp.arange(1.0, 21.0).reshape(1, 4, 5, 1)
+    expected = [[-1, -2, -4], [-6, -7, -9]]
+    np.testing.assert_array_equal(max_pool(x)[0, :, :, 0], expected)
+    np.testing.assert_array_equal(max_pool(x, portable=True)[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("frame", [(8, 12), (7, 9), (1, 2), (6, 5)])
+def test_values_and_gradients_are_those_of_windows(frame, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.maximum(rng.integers(-2, 3, (2, *frame, 5)), 0), dtype)  # most windows have equal cells
+    value, backward = jax.vjp(max_pool, x)
+    expected, expected_backward = jax.vjp(windows, x)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(max_pool(x, portable=True), expected)
+    gradient = jnp.asarray(rng.integers(-9, 10, value.shape), dtype)  # whole numbers add up exactly in any order
+    (found,), (wanted,) = backward(gradient), expected_backward(gradient)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_only_a_cpu_compares():
+    x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(max_pool(x) ** 2))).trace(x)
+    for platform, chosen in (("cpu", False), ("tpu", True)):
+        assert ("select_and_scatter" in gradient.lower(lowering_platforms=(platform,)).as_text()) == chosen
