@@ -279,8 +279,9 @@ def draw_curves(path: Path) -> None:
         for ax, name in zip(axes, ("AP50", "APs"), strict=False):
             line(ax, steps, [[metrics[name] for _, metrics in curve] for curve in equal])
         ends = [curve[-1][1] for curve in found if set(curve[-1][1]) == set(METRICS)]
-        sizes = [name for name in SIZES if ends[0][name] >= 0]  # -1: the data has none
-        line(axes[2], sizes, [[end[name] for name in sizes] for end in ends], marker="o")
+        sizes = [name for name in SIZES if all(end[name] >= 0 for end in ends)]  # -1: the data has none
+        if ends:
+            line(axes[2], sizes, [[end[name] for name in sizes] for end in ends], marker="o")
     for ax, title in zip(axes, ("AP50 by steps", "APs by steps", "AP by size of objects, at the end"), strict=True):
         ax.set(title=title, ylim=(0, None))
         ax.grid(alpha=0.3)

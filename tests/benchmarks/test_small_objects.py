@@ -50,6 +50,7 @@ def test_curves_are_kept_and_drawn_again(tmp_path, monkeypatch, capsys):
     assert read_curves(file) == {"detr": [run.curve for run in runs]}
     # A seed of which little is known is drawn as far as it goes.
     file.write_text(file.read_text() + "detr,2,10,,0.2,0.05,,\ndetr,2,20,,0.5,0.125,,\nsmca,0,20,0.1,0.2,0.1,0.1,-1\n")
+    file.write_text(file.read_text() + "published,0,20,,0.1,0.1,,\n")
     assert read_curves(file)["detr"][2] == [(10, {"AP50": 0.2, "APs": 0.05}), (20, {"AP50": 0.5, "APs": 0.125})]
     monkeypatch.setattr("sys.argv", ["small_objects.py", f"--draw={file}"])
     main()

@@ -12,6 +12,7 @@ from deperceiver_jax.export.onnx_file import IR_VERSION, OPSET
 from deperceiver_jax.export.onnx_graph import Graph, Value, full, onnx_type
 from deperceiver_jax.export.onnx_lowering import lower
 from deperceiver_jax.models.attention.choice import chunked_attention
+from deperceiver_jax.models.layers.level_sampling import PORTABLE, sample_cells
 from deperceiver_jax.models.layers.max_pool import max_pool
 
 X = np.random.default_rng(0).standard_normal((2, 6, 8), np.float32)
@@ -146,6 +147,25 @@ def test_sizes_that_are_known_when_it_runs():
         expected = function(jnp.asarray(array))
         for a, b in zip(run_as_onnx(function, array, symbols=("r", "c")), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_samples_of_maps_whose_sizes_are_known_when_it_runs():
+    rng = np.random.default_rng(1)
+    place, weight = rng.uniform(-2, 6, (1, 5, 2, 2, 3, 2)), rng.uniform(0, 1, (1, 5, 2, 2, 3))
+
+    def function(fine):
+        """Two levels, the second of rows twice as long."""
+        height, width = fine.shape[:2]
+        levels = [(height, width), (height, 2 * width)]
+        maps = [fine, jnp.concatenate([fine, -fine], axis=1)]
+        tokens = [cells.reshape(1, h * w, 2, 4) for cells, (h, w) in zip(maps, levels, strict=True)]
+        places = (jnp.asarray(place, jnp.float32), jnp.asarray(weight, jnp.float32))
+        return sample_cells(jnp.concatenate(tokens, axis=1), levels, *places, sampling=PORTABLE)
+
+    for shape in ((4, 5, 8), (7, 3, 8)):
+        array = rng.standard_normal(shape, np.float32)
+        (found,) = run_as_onnx(function, array, symbols=("r", "c"))
+        np.testing.assert_allclose(found, function(jnp.asarray(array)), atol=1e-5)
 
 
 def test_an_operation_that_onnx_lacks_is_named():

@@ -29,18 +29,6 @@ def convolution(
     return _by_platform(functools.partial(_forward_on_cpu, stride, dilation), _plain(stride, dilation), x, kernel)
 
 
-class PaddedConvolution(nnx.Conv):
-    """nnx.Conv, computed by `convolution`, with its padding; with a bias."""
-
-    def __init__(self, in_dim: int, out_dim: int, size: int, *, stride: int = 1, compute: Compute, rngs, **start):
-        def convolve(x, kernel, strides, padding, *, rhs_dilation, **_):
-            del padding
-            return (plain_convolution if compute.portable else convolution)(x, kernel, strides[0], rhs_dilation[0])
-
-        how: dict = dict(strides=stride, padding=size // 2, dtype=compute.dtype, conv_general_dilated=convolve)
-        super().__init__(in_dim, out_dim, (size, size), **how, rngs=rngs, **start)
-
-
 def _forward(x, kernel, stride, dilation):
     return convolution(x, kernel, stride, dilation), (x, kernel)
 
@@ -60,6 +48,29 @@ def _by_platform(on_cpu, default, *arrays):
 def plain_convolution(x, kernel, stride: int, dilation: int):
     """`convolution` as one operation on every platform."""
     return _plain(stride, dilation)(x, kernel)
+
+
+class PaddedConvolution(nnx.Conv):
+    """nnx.Conv of odd size, computed by `convolution`, with its padding."""
+
+    def __init__(self, in_dim: int, out_dim: int, size: int, *, stride: int = 1, compute: Compute, rngs, **start):
+        """`start`: kernel_init and bias_init."""
+        if unknown := start.keys() - {"kernel_init", "bias_init"}:
+            raise TypeError(f"PaddedConvolution takes no {', '.join(sorted(unknown))}.")
+        convolve = _convolve_plainly if compute.portable else _convolve
+        how: dict = dict(strides=stride, padding=size // 2, dtype=compute.dtype, conv_general_dilated=convolve)
+        super().__init__(in_dim, out_dim, (size, size), **how, rngs=rngs, **start)
+
+
+def _convolve(x, kernel, strides, padding, **_):
+    """In the arguments' order of lax.conv_general_dilated."""
+    del padding
+    return convolution(x, kernel, strides[0], 1)
+
+
+def _convolve_plainly(x, kernel, strides, padding, **_):
+    del padding
+    return plain_convolution(x, kernel, strides[0], 1)
 
 
 def _plain(stride: int, dilation: int):

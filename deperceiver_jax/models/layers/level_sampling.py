@@ -11,18 +11,17 @@ benchmarks/README.md has the figures behind the choice.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deperceiver_jax.errors import check_choice
 from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.sampling_kernel import sample_level
-from deperceiver_jax.models.layers.compute import EXACT
 
 SAMPLINGS = ("auto", "gather")
 PORTABLE = "portable"
@@ -83,13 +82,29 @@ def sample_cells(
     return jax.checkpoint(choose)(*arguments)
 
 
+def _by_level(numbers, dtype) -> Array:
+    """For places (B, q, H, L, K)."""
+    return jnp.asarray(numbers, dtype)[None, None, None, :, None]
+
+
+def _extents(level_sizes) -> tuple[Array, Array]:
+    """Height and width of each level, for places (B, q, H, L, K)."""
+    height, width = zip(*level_sizes, strict=True)
+    return _by_level(height, jnp.float32), _by_level(width, jnp.float32)
+
+
+def _cells_before(level_sizes) -> list:
+    """How many cells there are before each level's."""
+    return list(itertools.accumulate((height * width for height, width in level_sizes[:-1]), initial=0))
+
+
 def _clipped(place: Float[Array, "B q H L K 2"], level_sizes):
     """x and y. Beyond one cell outside everything is zero; the clip keeps far places from overflowing an integer.
 
     One cell outside, where a deformable convolution begins, the slope is that of the inside, as in torchvision; that of
     jnp.clip would be half of it.
     """
-    height, width, _ = _by_level(level_sizes)
+    height, width = _extents(level_sizes)
 
     def clip(x, most):
         return jnp.where(x < -1.0, -1.0, jnp.where(x > most, most, x))
@@ -128,7 +143,14 @@ def _gather(level_sizes, value, place, weight):
 
 
 def _gather_at_once(level_sizes, value, place, weight):
-    return _gather_block(level_sizes, _table(value), place, weight).astype(value.dtype)
+    """All queries, and levels one after the other."""
+    total = 0.0
+    for level, (size, cells) in enumerate(zip(level_sizes, _split_levels(value, level_sizes), strict=True)):
+        of_level = (x[:, :, :, level : level + 1] for x in (place, weight))
+        rows, shares = _corners([size], *of_level)
+        table = _table(cells.reshape(value.shape[0], -1, *value.shape[2:]))
+        total += _weigh_by_sum(_read(table, rows), shares)
+    return total.astype(value.dtype)
 
 
 def _table(value: Float[Array, "B S H D"]) -> Float[Array, "B S*H D"]:
@@ -148,25 +170,19 @@ def _corners(level_sizes, place: Float[Array, "B q H L K 2"], weight: Float[Arra
     """
     x, y = _clipped(place, level_sizes)
     left, top = jnp.floor(x), jnp.floor(y)
-    columns = [(left, 1 - (x - left)), (left + 1, x - left)]
-    lines = [(top, 1 - (y - top)), (top + 1, y - top)]
+    height, width = _extents(level_sizes)
+    columns, lines = ([(start, 1 - (at - start)), (start + 1, at - start)] for start, at in ((left, x), (top, y)))
     heads = jnp.arange(place.shape[2])[None, None, :, None, None]
-    height, width, start = _by_level(level_sizes)
+    first, row_length = _by_level(_cells_before(level_sizes), jnp.int32), width.astype(jnp.int32)
     rows, shares = [], []
     for line, of_line in lines:
         for column, of_column in columns:
-            inside = (line >= 0) & (line < height) & (column >= 0) & (column < width)
-            cell = start + jnp.clip(line, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
-            rows.append(cell.astype(jnp.int32) * place.shape[2] + heads)
-            shares.append(jnp.where(inside, of_line * of_column * weight, 0.0))
+            outside = (line < 0) | (line >= height) | (column < 0) | (column >= width)
+            inner = (jnp.clip(line, 0, height - 1), jnp.clip(column, 0, width - 1))
+            down, right = (at.astype(jnp.int32) for at in inner)
+            rows.append((first + down * row_length + right) * place.shape[2] + heads)
+            shares.append(jnp.where(outside, 0.0, of_line * of_column * weight))
     return tuple(jnp.stack(of, axis=3).reshape(*weight.shape[:3], -1) for of in (rows, shares))
-
-
-def _by_level(level_sizes):
-    """Height, width and number of cells before, of each level, for places (B, q, H, L, K)."""
-    height, width = np.transpose(level_sizes)
-    before = np.cumsum([0, *(height * width)])[:-1]
-    return tuple(jnp.asarray(x, jnp.float32)[None, None, None, :, None] for x in (height, width, before))
 
 
 def _block_size(table: Float[Array, "B rows D"], weight: Float[Array, "B Q H L K"]) -> int:
@@ -204,7 +220,7 @@ def _gather_cells_backward(level_sizes, saved, gradient):
             return shares, rows
 
         shares, backward, rows = jax.vjp(shares_and_rows, place, weight, has_aux=True)
-        of_shares = jnp.einsum("bqhnd,bqhd->bqhn", _read(table, rows), gradient, precision=EXACT["precision"])
+        of_shares = _gradient_of_shares(_read(table, rows), gradient)
         of_table = _add(of_table, rows, shares[..., None] * gradient[:, :, :, None])
         return of_table, backward(of_shares)
 
@@ -217,8 +233,26 @@ _gather_cells.defvjp(_gather_cells_forward, _gather_cells_backward)
 
 
 def _weigh(found: Float[Array, "B q H n D"], shares: Float[Array, "B q H n"]) -> Float[Array, "B q H D"]:
-    # As a product: XLA's CPU takes five times as long for the sum of what is multiplied one by one.
-    return jnp.einsum("bqhnd,bqhn->bqhd", found, shares, precision=EXACT["precision"])
+    return jax.lax.platform_dependent(found, shares, cpu=_weigh_by_product, default=_weigh_by_sum)
+
+
+def _weigh_by_product(found, shares):
+    """XLA's CPU takes five times as long for the sum of what is multiplied one by one."""
+    return jnp.einsum("bqhnd,bqhn->bqhd", found, shares)
+
+
+def _weigh_by_sum(found, shares):
+    return jnp.sum(found * shares[..., None], axis=3)
+
+
+def _gradient_of_shares(found: Float[Array, "B q H n D"], gradient: Float[Array, "B q H D"]):
+    def by_product(found, gradient):
+        return jnp.einsum("bqhnd,bqhd->bqhn", found, gradient)
+
+    def by_sum(found, gradient):
+        return jnp.sum(found * gradient[:, :, :, None], axis=-1)
+
+    return jax.lax.platform_dependent(found, gradient, cpu=by_product, default=by_sum)
 
 
 @jax.vmap

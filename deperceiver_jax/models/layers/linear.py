@@ -48,28 +48,29 @@ def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs, **start) -> nnx.
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate` and scales the rest by 1/(1 - rate); no key, no dropout."""
-    return drop(x, rate, draw_kept(x.shape, rate, key))
-
-
-def drop(x: jax.Array, rate: float, kept: jax.Array | None) -> jax.Array:
-    """`dropout` of `draw_kept`'s answer."""
+    kept = draw_kept(x.shape, rate, key)
     return x if kept is None else jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def draw_kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax.Array | None:
-    """Which elements `dropout` leaves; None where it leaves all.
-
-    `rate` counts in 65,536ths: two elements share 32 bits, whose drawing takes a CPU up to a tenth of a step.
-    """
+    """Which elements `dropout` leaves; None where it leaves all."""
     if key is None or rate == 0.0:
         return None
-    *before, last = shape
-    bits = jax.random.bits(key, (*before, -(-last // 2)), jnp.uint32)
-    least = round(rate * 2**16)
-    kept = jnp.concatenate([bits & 0xFFFF >= least, bits >> 16 >= least], axis=-1)[..., :last]
+
+    def draw(key):
+        return jax.random.bernoulli(key, 1.0 - rate, shape)
+
+    def draw_on_cpu(key):
+        """Two elements of the last axis share 32 bits, whose drawing takes up to a tenth of a step; the rate counts in
+        65,536ths."""
+        *before, last = shape
+        bits = jax.random.bits(key, (*before, -(-last // 2)), jnp.uint32)
+        least = round(rate * 2**16)
+        return jnp.concatenate([bits & 0xFFFF >= least, bits >> 16 >= least], axis=-1)[..., :last]
+
     # Without the barrier a TPU's compiler draws the numbers inside of the matrix products that use them, and takes 2.5
     # times as long to compile an attention with dropout (DETR's, v5e).
-    return jax.lax.optimization_barrier(kept)
+    return jax.lax.optimization_barrier(jax.lax.platform_dependent(key, cpu=draw_on_cpu, default=draw))
 
 
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:

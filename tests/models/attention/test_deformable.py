@@ -17,6 +17,7 @@ from deperceiver_jax.models.attention.deformable import MultiScaleDeformableAtte
 from deperceiver_jax.models.kernels import pallas, sampling_kernel
 from deperceiver_jax.models.layers import level_sampling
 from deperceiver_jax.models.layers.level_sampling import in_cells, sample_by_kernel, sample_levels
+from deperceiver_jax.sharding import batch_sharding, make_mesh
 from tests.drawn_arrays import FLOAT32
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "deformable_attention.npz")
@@ -182,6 +183,29 @@ def test_far_points_give_zero_and_no_gradient(sampling):
     output, of_value, of_location, of_weight = output_and_gradients(value, location * 1e30, weight, cotangent, sampling)
     for array in (output, of_value, of_location, of_weight):
         np.testing.assert_array_equal(array, np.zeros_like(array))
+
+
+def test_images_of_several_devices_stay_where_they_are():
+    mesh = make_mesh()
+
+    @jax.jit
+    def gradients(value, location, weight):
+        def total(*arrays):
+            return jnp.sum(sample_levels(arrays[0], SIZES, *arrays[1:], sampling="gather") ** 2)
+
+        return jax.grad(total, argnums=(0, 1, 2))(value, location, weight)
+
+    arrays = (jnp.concatenate([array] * 8) for array in example()[:3])
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)) for a in arrays]
+    text = gradients.lower(*shapes).compile().as_text()
+    assert "f32[2,49,3,4]" in text  # two images of sixteen
+    assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
+def test_a_place_that_is_no_number_is_not_hidden():
+    value, location, weight, _ = example()
+    found = sample_levels(value, SIZES, location.at[0, 0].set(jnp.nan), weight, sampling="gather")
+    assert jnp.all(jnp.isnan(found[0, 0])) and not jnp.any(jnp.isnan(found[0, 1:]))
 
 
 def test_bfloat16_gather_rounds_values_and_not_places():

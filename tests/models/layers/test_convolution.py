@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from deperceiver_jax.models.layers.convolution import convolution
+from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import PaddedConvolution, convolution
 from deperceiver_jax.sharding import batch_sharding, make_mesh, replicated
 
 
@@ -69,6 +71,22 @@ def test_large_maps_are_taken_in_loops(width, channels, loops):
     x, kernel = jax.ShapeDtypeStruct((1, 64, width, channels), jnp.float32), jnp.zeros((3, 3, channels, 8))
     gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(convolution(x, kernel, 1, 1) ** 2)))
     assert ("while" in gradient.trace(kernel, x).lower(lowering_platforms=("cpu",)).as_text()) == loops
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_padded_convolution_is_that_of_flax(stride, portable):
+    compute = Compute(jnp.bfloat16, "auto", False, portable=portable)
+    ours = PaddedConvolution(3, 5, 3, stride=stride, bias_init=nnx.initializers.ones, compute=compute, rngs=nnx.Rngs(0))
+    how = dict(strides=stride, padding=1, dtype=jnp.bfloat16, bias_init=nnx.initializers.ones)
+    theirs = nnx.Conv(3, 5, (3, 3), **how, rngs=nnx.Rngs(0))
+    theirs.kernel.set_value(ours.kernel[...])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 10, 3)), jnp.float32)
+    found, expected = ours(x), theirs(x)
+    assert found.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2)
+    with pytest.raises(TypeError, match="takes no precision"):
+        PaddedConvolution(3, 5, 3, precision="highest", compute=compute, rngs=nnx.Rngs(0))
 
 
 def test_only_a_cpu_gets_products():
