@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
+from deperceiver_jax.models.layers.compute import EXACT
 from deperceiver_jax.models.layers.linear import dropout
 
 
@@ -51,7 +52,8 @@ def _softmax_backward(probabilities, gradient):
     training step."""
 
     def by_product(probabilities, gradient):
-        return jnp.einsum("bhqk,bhqk->bhq", probabilities, gradient)[..., None]
+        exact = EXACT["precision"]
+        return jnp.einsum("bhqk,bhqk->bhq", probabilities, gradient, precision=exact)[..., None]
 
     def by_sum(probabilities, gradient):
         return jnp.sum(probabilities * gradient, axis=-1, keepdims=True)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from deperceiver_jax.errors import check_choice
 from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.sampling_kernel import sample_level
+from deperceiver_jax.models.layers.compute import EXACT
 
 SAMPLINGS = ("auto", "gather")
 PORTABLE = "portable"
@@ -238,7 +239,7 @@ def _weigh(found: Float[Array, "B q H n D"], shares: Float[Array, "B q H n"]) ->
 
 def _weigh_by_product(found, shares):
     """XLA's CPU takes five times as long for the sum of what is multiplied one by one."""
-    return jnp.einsum("bqhnd,bqhn->bqhd", found, shares)
+    return jnp.einsum("bqhnd,bqhn->bqhd", found, shares, precision=EXACT["precision"])
 
 
 def _weigh_by_sum(found, shares):
@@ -247,7 +248,7 @@ def _weigh_by_sum(found, shares):
 
 def _gradient_of_shares(found: Float[Array, "B q H n D"], gradient: Float[Array, "B q H D"]):
     def by_product(found, gradient):
-        return jnp.einsum("bqhnd,bqhd->bqhn", found, gradient)
+        return jnp.einsum("bqhnd,bqhd->bqhn", found, gradient, precision=EXACT["precision"])
 
     def by_sum(found, gradient):
         return jnp.sum(found * gradient[:, :, :, None], axis=-1)
