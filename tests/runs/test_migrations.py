@@ -12,6 +12,7 @@ from configs import deformable_detr, demo, deperceiver, deperceiver_plus, detr, 
 from deperceiver_jax import UserError, __version__, load_detector
 from deperceiver_jax import train as train_program
 from deperceiver_jax.images import normalize_images
+from deperceiver_jax.models.layers import linear
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.migrations import MIGRATIONS, migrate, renamed_paths
 from deperceiver_jax.runs.workdir import config_text, flat_fields, read_config
@@ -41,8 +42,9 @@ def test_a_config_of_the_version_before_is_todays(name):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_version_before_loads_and_goes_on(rectangles, tmp_path, capsys):
+def test_a_run_of_the_version_before_loads_and_goes_on(rectangles, tmp_path, capsys, monkeypatch):
     """Weights, average and moments of a parameter that is called otherwise now, to the same numbers."""
+    monkeypatch.setattr(linear, "_draw_in_twos", linear._draw)  # CPUs draw other dropout since 0.2.6
     workdir = tmp_path / "run"
     with zipfile.ZipFile(STORED / "run.zip") as archive:
         archive.extractall(workdir)

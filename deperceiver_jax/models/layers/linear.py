@@ -1,5 +1,7 @@
 """Linear layers with the defaults of the published models, which are PyTorch's, not Flax's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -56,21 +58,25 @@ def draw_kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax
     """Which elements `dropout` leaves; None where it leaves all."""
     if key is None or rate == 0.0:
         return None
-
-    def draw(key):
-        return jax.random.bernoulli(key, 1.0 - rate, shape)
-
-    def draw_on_cpu(key):
-        """Two elements of the last axis share 32 bits, whose drawing takes up to a tenth of a step; the rate counts in
-        65,536ths."""
-        *before, last = shape
-        bits = jax.random.bits(key, (*before, -(-last // 2)), jnp.uint32)
-        least = round(rate * 2**16)
-        return jnp.concatenate([bits & 0xFFFF >= least, bits >> 16 >= least], axis=-1)[..., :last]
-
+    cpu, default = (functools.partial(how, tuple(shape), rate) for how in (_draw_in_twos, _draw))
     # Without the barrier a TPU's compiler draws the numbers inside of the matrix products that use them, and takes 2.5
     # times as long to compile an attention with dropout (DETR's, v5e).
-    return jax.lax.optimization_barrier(jax.lax.platform_dependent(key, cpu=draw_on_cpu, default=draw))
+    return jax.lax.optimization_barrier(jax.lax.platform_dependent(key, cpu=cpu, default=default))
+
+
+def _draw(shape, rate, key):
+    return jax.random.bernoulli(key, 1.0 - rate, shape)
+
+
+def _draw_in_twos(shape, rate, key):
+    """Two elements of the last axis share 32 bits, whose drawing takes a CPU up to a tenth of a step.
+
+    The rate counts in 65,536ths.
+    """
+    *before, last = shape
+    bits = jax.random.bits(key, (*before, -(-last // 2)), jnp.uint32)
+    least = round(rate * 2**16)
+    return jnp.concatenate([bits & 0xFFFF >= least, bits >> 16 >= least], axis=-1)[..., :last]
 
 
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:
