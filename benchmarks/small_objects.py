@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("fields", nargs="*", help="further fields for all runs: --config.optimizer.learning_rate=5e-4")
     arguments, further = parser.parse_known_args()
     if arguments.draw:
+        if not arguments.draw.is_file():
+            parser.error(f"--draw: there is no file {arguments.draw}.")
         draw_curves(arguments.draw)
         return
     fields = [*arguments.fields, *further]

@@ -57,6 +57,11 @@ def test_curves_are_kept_and_drawn_again(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"Drew {tmp_path}/curves.png.\n"
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
+    monkeypatch.setattr("sys.argv", ["small_objects.py", f"--draw={tmp_path}/none.csv"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"error: --draw: there is no file {tmp_path}/none.csv." in capsys.readouterr().err
+
 
 def test_rates_are_compared_by_their_mean(tmp_path):
     ends = {"lr1e-3": {"0": 0.4, "1": 0.6}, "lr3e-3": {"0": 0.7}}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian, bias_map
-from deperceiver_jax.models.layers.compute import EXACT
 from deperceiver_jax.models.layers.linear import dropout
+from deperceiver_jax.models.layers.sum_of_products import sum_of_products
 
 
 def dense_attention(
@@ -48,17 +48,8 @@ def _softmax_forward(logits):
 
 
 def _softmax_backward(probabilities, gradient):
-    """As JAX's own, but that a CPU gets what is summed as a product: XLA's code for the sum takes up to a fifth of a
-    training step."""
-
-    def by_product(probabilities, gradient):
-        exact = EXACT["precision"]
-        return jnp.einsum("bhqk,bhqk->bhq", probabilities, gradient, precision=exact)[..., None]
-
-    def by_sum(probabilities, gradient):
-        return jnp.sum(probabilities * gradient, axis=-1, keepdims=True)
-
-    mean = jax.lax.platform_dependent(probabilities, gradient, cpu=by_product, default=by_sum)
+    """As JAX's own, whose sum takes a CPU up to a fifth of a training step."""
+    mean = sum_of_products(probabilities, gradient, axis=-1)[..., None]
     return (probabilities * (gradient - mean),)
 
 

@@ -57,20 +57,15 @@ class PaddedConvolution(nnx.Conv):
         """`start`: kernel_init and bias_init."""
         if unknown := start.keys() - {"kernel_init", "bias_init"}:
             raise TypeError(f"PaddedConvolution takes no {', '.join(sorted(unknown))}.")
-        convolve = _convolve_plainly if compute.portable else _convolve
-        how: dict = dict(strides=stride, padding=size // 2, dtype=compute.dtype, conv_general_dilated=convolve)
+        how: dict = dict(strides=stride, padding=size // 2, dtype=compute.dtype)
         super().__init__(in_dim, out_dim, (size, size), **how, rngs=rngs, **start)
+        self.stride = stride
+        self.portable = compute.portable
 
-
-def _convolve(x, kernel, strides, padding, **_):
-    """In the arguments' order of lax.conv_general_dilated."""
-    del padding
-    return convolution(x, kernel, strides[0], 1)
-
-
-def _convolve_plainly(x, kernel, strides, padding, **_):
-    del padding
-    return plain_convolution(x, kernel, strides[0], 1)
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        convolve = plain_convolution if self.portable else convolution
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, self.kernel[...], self.bias[...]))
+        return convolve(x, kernel, self.stride, 1) + bias[None, None, None]
 
 
 def _plain(stride: int, dilation: int):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from deperceiver_jax.errors import check_choice
 from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.sampling_kernel import sample_level
-from deperceiver_jax.models.layers.compute import EXACT
+from deperceiver_jax.models.layers.sum_of_products import sum_of_products
 
 SAMPLINGS = ("auto", "gather")
 PORTABLE = "portable"
@@ -148,24 +148,23 @@ def _gather_at_once(level_sizes, value, place, weight):
     total = 0.0
     for level, (size, cells) in enumerate(zip(level_sizes, _split_levels(value, level_sizes), strict=True)):
         of_level = (x[:, :, :, level : level + 1] for x in (place, weight))
-        rows, shares = _corners([size], *of_level)
-        table = _table(cells.reshape(value.shape[0], -1, *value.shape[2:]))
-        total += _weigh_by_sum(_read(table, rows), shares)
+        shares, rows = _corners([size], *of_level)
+        total += jnp.sum(_read(_table(cells), rows) * shares[..., None], axis=3)
     return total.astype(value.dtype)
 
 
-def _table(value: Float[Array, "B S H D"]) -> Float[Array, "B S*H D"]:
+def _table(value: Float[Array, "B *cells H D"]) -> Float[Array, "B cells*H D"]:
     """What is read: a row a cell and head."""
     return value.astype(jnp.float32).reshape(value.shape[0], -1, value.shape[-1])
 
 
 def _gather_block(level_sizes, table, place, weight):
-    rows, shares = _corners(level_sizes, place, weight)
-    return _weigh(_read(table, rows), shares)
+    shares, rows = _corners(level_sizes, place, weight)
+    return sum_of_products(_read(table, rows), shares[..., None], axis=3)
 
 
 def _corners(level_sizes, place: Float[Array, "B q H L K 2"], weight: Float[Array, "B q H L K"]):
-    """(rows, shares): where in the table the four cells around each point are, and what they weigh.
+    """(shares, rows): what the four cells around each point weigh, and where in the table they are.
 
     Both are (B, q, H, 4*L*K). A cell outside of its map weighs nothing, and its row is that of the nearest one inside.
     """
@@ -183,7 +182,7 @@ def _corners(level_sizes, place: Float[Array, "B q H L K 2"], weight: Float[Arra
             down, right = (at.astype(jnp.int32) for at in inner)
             rows.append((first + down * row_length + right) * place.shape[2] + heads)
             shares.append(jnp.where(outside, 0.0, of_line * of_column * weight))
-    return tuple(jnp.stack(of, axis=3).reshape(*weight.shape[:3], -1) for of in (rows, shares))
+    return tuple(jnp.stack(of, axis=3).reshape(*weight.shape[:3], -1) for of in (shares, rows))
 
 
 def _block_size(table: Float[Array, "B rows D"], weight: Float[Array, "B Q H L K"]) -> int:
@@ -215,15 +214,11 @@ def _gather_cells_backward(level_sizes, saved, gradient):
 
     def one_block(of_table, arguments):
         place, weight, gradient = arguments
-
-        def shares_and_rows(place, weight):
-            rows, shares = _corners(level_sizes, place, weight)
-            return shares, rows
-
-        shares, backward, rows = jax.vjp(shares_and_rows, place, weight, has_aux=True)
-        of_shares = _gradient_of_shares(_read(table, rows), gradient)
-        of_table = _add(of_table, rows, shares[..., None] * gradient[:, :, :, None])
-        return of_table, backward(of_shares)
+        corners = functools.partial(_corners, level_sizes)
+        shares, backward, rows = jax.vjp(corners, place, weight, has_aux=True)
+        gradient = gradient[:, :, :, None]
+        of_shares = sum_of_products(_read(table, rows), gradient, axis=-1)
+        return _add(of_table, rows, shares[..., None] * gradient), backward(of_shares)
 
     blocks = [_in_blocks(array, _block_size(table, weight)) for array in (place, weight, gradient)]
     of_table, of_points = jax.lax.scan(one_block, jnp.zeros_like(table), blocks)
@@ -231,29 +226,6 @@ def _gather_cells_backward(level_sizes, saved, gradient):
 
 
 _gather_cells.defvjp(_gather_cells_forward, _gather_cells_backward)
-
-
-def _weigh(found: Float[Array, "B q H n D"], shares: Float[Array, "B q H n"]) -> Float[Array, "B q H D"]:
-    return jax.lax.platform_dependent(found, shares, cpu=_weigh_by_product, default=_weigh_by_sum)
-
-
-def _weigh_by_product(found, shares):
-    """XLA's CPU takes five times as long for the sum of what is multiplied one by one."""
-    return jnp.einsum("bqhnd,bqhn->bqhd", found, shares, precision=EXACT["precision"])
-
-
-def _weigh_by_sum(found, shares):
-    return jnp.sum(found * shares[..., None], axis=3)
-
-
-def _gradient_of_shares(found: Float[Array, "B q H n D"], gradient: Float[Array, "B q H D"]):
-    def by_product(found, gradient):
-        return jnp.einsum("bqhnd,bqhd->bqhn", found, gradient, precision=EXACT["precision"])
-
-    def by_sum(found, gradient):
-        return jnp.sum(found * gradient[:, :, :, None], axis=-1)
-
-    return jax.lax.platform_dependent(found, gradient, cpu=by_product, default=by_sum)
 
 
 @jax.vmap
