@@ -10,6 +10,7 @@ Every mistake a person can make here becomes a `UserError`; `run` prints its sen
 import contextlib
 import copy
 import difflib
+import gc
 import importlib.machinery
 import importlib.util
 import math
@@ -31,6 +32,7 @@ from deperceiver_jax.files import bucket_error, check_address
 _CONFIG_FILE = re.compile(r"^--?config(=.*)?$")
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
 LARGEST_WHOLE = 2**31 - 1  # of any field: what 32 bits hold
+COLLECT_AFTER = 10_000  # new objects, not Python's 700: tracing makes them by the million, and hardly any garbage
 IN_BUCKETS = (  # flags and fields that may be paths in a bucket
     "--workdir",
     "--weights",
@@ -55,6 +57,8 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
 
     One of several processes that an error ends leaves from here at once, so that the others end too.
     """
+    if gc.get_threshold()[0] < COLLECT_AFTER:
+        gc.set_threshold(COLLECT_AFTER)
     try:
         find_home()
         main(list(sys.argv if argv is None else argv))
