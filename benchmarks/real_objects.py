@@ -1,14 +1,15 @@
 """Trains every family from scratch on the same photographs, a folder in COCO's layout, and compares them.
 
-    python benchmarks/real_objects.py --coco=/data/deeppcb --rates=1e-3,3e-3 --steps=375  # each row's learning rate
+    python benchmarks/real_objects.py --coco=/data/deeppcb --rates=1e-3,3e-3 --pictures=1500  # each row's rate
     python benchmarks/real_objects.py --coco=/data/deeppcb --seeds=0,1,2 --rate detr=3e-3
 
 Rows are configs/demo.py's detectors, DePerceiver+ as in configs/small.py, and the published DePerceiver, one backbone
-for all. All see the same pictures, STEPS batches of 4 at one size, and learn with Muon. With --rates the validation
-split is not touched: the training split is divided, 80 % to train on and 20 % to evaluate, and --output gets a table of
-what came of each rate. Every row and seed is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished
-is not run again and what was interrupted goes on. Writes OUTPUT/table.md, OUTPUT/curves.csv and, with matplotlib (pip
-install '.[plots]'), OUTPUT/curves.png, which `small_objects.py --draw=OUTPUT/curves.csv` draws again.
+for all. All see equally many pictures of one size, and learn with Muon, in batches of the size that was best for the
+row. With --rates the validation split is not touched: the training split is divided, 80 % to train on and 20 % to
+evaluate, and --output gets a table of what came of each rate; --batch_size compares batches alike. Every row and seed
+is a run of train.py and one of eval.py in OUTPUT/ROW/SEED: what is finished is not run again and what was interrupted
+goes on. Writes OUTPUT/table.md, OUTPUT/curves.csv and, with matplotlib (pip install '.[plots]'), OUTPUT/curves.png,
+which `small_objects.py --draw=OUTPUT/curves.csv` draws again.
 
 mAP and F at IoU 0.33 are counted as DeepPCB's authors do (github.com/tangsanli5201/DeepPCB): a detection is right if it
 overlaps a defect of its class by more than 0.33 that no surer detection has; AP is the mean precision at the right
@@ -22,7 +23,9 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,16 +39,22 @@ from deperceiver_jax.data.datasets.source import existing_directory  # noqa: E40
 from deperceiver_jax.errors import UserError  # noqa: E402
 from deperceiver_jax.runs.stored_evaluation import newest_evaluation, read_json  # noqa: E402
 
+
+class Row(NamedTuple):
+    config: str  # FILE:VARIANT in configs/
+    fields: Sequence[str] = ()
+    batch_size: int = 4
+
+
 TWO_STAGE = ["--config.model.refine=True", "--config.model.two_stage=True", "--config.model.places=pixels"]
-ROWS = {  # row -> config, fields
-    "deperceiver_plus": ("small.py:deperceiver_plus_narrow", []),
-    "deformable_detr_two_stage": ("demo.py:deformable_detr", TWO_STAGE),
-    "smca": ("demo.py:smca", []),
-    "detr": ("demo.py:detr", []),
-    "deperceiver": ("demo.py:deperceiver", []),
-    "deperceiver_published": ("ladder.py:published", []),
+ROWS = {
+    "deperceiver_plus": Row("small.py:deperceiver_plus_narrow", batch_size=2),
+    "deformable_detr_two_stage": Row("demo.py:deformable_detr", TWO_STAGE),
+    "smca": Row("demo.py:smca"),
+    "detr": Row("demo.py:detr"),
+    "deperceiver": Row("demo.py:deperceiver"),
+    "deperceiver_published": Row("ladder.py:published"),
 }
-BATCH = 4
 IOU = 0.33
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
@@ -55,7 +64,8 @@ def main() -> None:
     parser.add_argument("--coco", type=Path, required=True, help="a folder in COCO's layout")
     parser.add_argument("--rows", type=_names, default=list(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0])
-    parser.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} pictures each")
+    parser.add_argument("--pictures", type=int, default=6000, help="that every run sees, those seen again included")
+    parser.add_argument("--batch_size", type=int, default=0, help="of all rows; 0: each row's")
     parser.add_argument("--pixels", type=int, default=320, help="of the short side")
     parser.add_argument("--rates", type=lambda s: s.split(","), default=[], help="compare rates on the training split")
     parser.add_argument("--rate", nargs="*", default=[], metavar="ROW=RATE", help="learning rates that are not 2e-3")
@@ -76,7 +86,7 @@ def main() -> None:
     except UserError as error:
         parser.error(f"--coco: {error}")
 
-    fields = [*fields_of_all(arguments.steps, arguments.pixels), *arguments.fields, *further]
+    fields = [*fields_of_all(arguments.pixels), *arguments.fields, *further]
     if arguments.rates:
         folder = divide_training_split(arguments.coco, arguments.output / "training_split")
         fields += ["--config.data.layout=one_file", f"--config.data.directory={folder.absolute()}"]
@@ -85,13 +95,15 @@ def main() -> None:
     tried = {f"lr{rate}": rate for rate in arguments.rates} or {"": ""}
     if not arguments.table_only:
         for seed, row, (name, rate) in itertools.product(arguments.seeds, arguments.rows, tried.items()):
-            run(row, seed, arguments.output / name, fields, rate or rates.get(row, "2e-3"))
+            size, rate = arguments.batch_size or ROWS[row].batch_size, rate or rates.get(row, "2e-3")
+            own = fields_of_row(ROWS[row], size, arguments.pictures, rate)
+            run(row, seed, arguments.output / name, [*own, *fields])
     runs = {name: small_objects.read_rows(arguments.output / name, arguments.rows) for name in tried}
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.rates:
         table = small_objects.compare_rates(runs)
     else:
-        table = make_table(runs[""], arguments.output, arguments.steps)
+        table = make_table(runs[""], arguments.output, arguments.pictures)
         small_objects.draw_curves(small_objects.write_curves(runs[""], arguments.output / "curves.csv"))
     (arguments.output / ("rates.md" if arguments.rates else "table.md")).write_text(table)
     print(table)
@@ -107,21 +119,26 @@ def _names(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def fields_of_all(steps: int, pixels: int) -> list[str]:
+def fields_of_all(pixels: int) -> list[str]:
     """What makes all rows see the same pictures, and learn from them with the same optimizer."""
-    size, most, every = pixels, 2 * pixels, max(steps // 3, 1)
-    data = dict(name="coco_directory", batch_size=BATCH, scales=f"({size},)", max_size=most, crop_probability=0.0)
-    data |= dict(buckets=1, eval_scale=size, eval_max_size=most, eval_buckets=1, num_workers=0)
+    size, most = pixels, 2 * pixels
+    data = dict(name="coco_directory", scales=f"({size},)", max_size=most, crop_probability=0.0, buckets=1)
+    data |= dict(eval_scale=size, eval_max_size=most, eval_buckets=1, num_workers=0)
+    return ["--config.optimizer.name=muon", *(f"--config.data.{name}={value}" for name, value in data.items())]
+
+
+def fields_of_row(row: Row, batch_size: int, pictures: int, rate: str) -> list[str]:
+    """How a row sees so many pictures, with three evaluations on the way."""
+    steps = pictures // batch_size
+    every = max(steps // 3, 1)
     train = dict(num_steps=steps, eval_every=every, checkpoint_every=every, log_every=50)
-    fields = {f"data.{name}": value for name, value in data.items()} | {f"train.{n}": v for n, v in train.items()}
-    return ["--config.optimizer.name=muon", *(f"--config.{name}={value}" for name, value in fields.items())]
+    fields = [f"--config.data.batch_size={batch_size}", f"--config.optimizer.learning_rate={rate}", *row.fields]
+    return [*fields, *(f"--config.train.{name}={value}" for name, value in train.items())]
 
 
-def run(row: str, seed: int, output: Path, fields: list[str], rate: str) -> None:
+def run(row: str, seed: int, output: Path, fields: list[str]) -> None:
     """Trains and evaluates one row with one seed, unless that is done."""
-    config, own = ROWS[row]
-    fields = [*fields, *own, f"--config.optimizer.learning_rate={rate}"]
-    workdir = small_objects.train(row, seed, output, fields, config)
+    workdir = small_objects.train(row, seed, output, fields, ROWS[row].config)
     if not list((workdir / "eval").glob("*/detections.json")):
         with open(workdir.parent / "log", "a") as log:
             command = [sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}", "--checkpoint=latest"]
@@ -141,10 +158,10 @@ def divide_training_split(coco: Path, folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def make_table(runs: dict[str, list[small_objects.Run]], output: Path, steps: int) -> str:
+def make_table(runs: dict[str, list[small_objects.Run]], output: Path, pictures: int) -> str:
     """Markdown: a line a row, means over the seeds with the lowest and highest in brackets where there are several."""
     columns = [*METRICS, f"mAP at IoU {IOU}", f"F at IoU {IOU}", "images/s", "GiB"]
-    lines = [f"{BATCH * steps} pictures seen.", "", "| row | seeds | " + " | ".join(columns) + " |"]
+    lines = [f"{pictures} pictures seen.", "", "| row | seeds | " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
     for row, found in runs.items():
         stored = [newest_evaluation(run.parent / "run") for run in sorted((output / row).glob("*/run.json"))]
@@ -152,7 +169,7 @@ def make_table(runs: dict[str, list[small_objects.Run]], output: Path, steps: in
         at_iou = [mean_ap_and_f(_truth(path), read_json(path / "detections.json")) for path in stored]
         cells = [small_objects.spread([m[name] for m in metrics]) for name in METRICS]
         cells += [small_objects.spread(list(column)) for column in zip(*at_iou, strict=True)]
-        cells += [f"{BATCH / statistics.mean(run.step_seconds for run in found):.1f}"]
+        cells += [f"{statistics.mean(run.batch_size / run.step_seconds for run in found):.1f}"]
         cells += [f"{statistics.mean(run.peak_gib for run in found):.1f}"]
         lines.append(f"| {row} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -58,13 +58,14 @@ COCO_OVERFIT = (
 )
 
 
-Curve = list[tuple[int, dict[str, float]]]  # (step, metrics) of every evaluation
+Curve = list[tuple[int, dict[str, float]]]  # (pictures seen, metrics) of every evaluation
 
 
 class Run(NamedTuple):
     """One row, one seed."""
 
     seed: str
+    batch_size: int
     curve: Curve
     step_seconds: float  # median over the logged intervals
     peak_gib: float  # largest resident memory of the process: its host memory; a GPU's own is not in it
@@ -163,10 +164,11 @@ def read_run(directory: Path) -> Run:
     """What a run's metrics.jsonl says."""
     lines = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
     config = json.loads((directory / "run/config.json").read_text())
-    curve = [(line["step"], {name: line[name] for name in METRICS}) for line in lines if "AP50" in line]
+    size = config["data"]["batch_size"]
+    curve = [(size * line["step"], {name: line[name] for name in METRICS}) for line in lines if "AP50" in line]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]  # the first one compiled
-    seconds = config["data"]["batch_size"] / statistics.median(rates) if rates else float("nan")
-    return Run(directory.name, curve, seconds, json.loads((directory / "run.json").read_text())["peak_gib"])
+    seconds = size / statistics.median(rates) if rates else float("nan")
+    return Run(directory.name, size, curve, seconds, json.loads((directory / "run.json").read_text())["peak_gib"])
 
 
 def machine() -> str:
@@ -219,7 +221,7 @@ def spread(values: list[float]) -> str:
 
 def steps_to(run: Run, goal: float) -> int | None:
     """The first evaluated step with AP50 of at least `goal`."""
-    return next((step for step, metrics in run.curve if metrics["AP50"] >= goal), None)
+    return next((seen // run.batch_size for seen, metrics in run.curve if metrics["AP50"] >= goal), None)
 
 
 def reached(steps: list[int | None]) -> str:
@@ -234,10 +236,10 @@ def write_curves(runs: dict[str, list[Run]], path: Path) -> Path:
     """A line for every evaluation of every run; `path`."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["row", "seed", "step", *METRICS])
+        table.writerow(["row", "seed", "pictures", *METRICS])
         for row, found in runs.items():
             for run in found:
-                table.writerows([row, run.seed, step, *(f"{at[m]:.4f}" for m in METRICS)] for step, at in run.curve)
+                table.writerows([row, run.seed, seen, *(f"{at[m]:.4f}" for m in METRICS)] for seen, at in run.curve)
     return path
 
 
@@ -247,12 +249,12 @@ def read_curves(path: Path) -> dict[str, list[Curve]]:
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
             metrics = {name: float(line[name]) for name in METRICS if line[name]}
-            curves.setdefault(line["row"], {}).setdefault(line["seed"], []).append((int(line["step"]), metrics))
+            curves.setdefault(line["row"], {}).setdefault(line["seed"], []).append((int(line["pictures"]), metrics))
     return {row: list(seeds.values()) for row, seeds in curves.items()}
 
 
 def draw_curves(path: Path) -> None:
-    """AP50 and APs by steps, and the last AP by size of objects: a line a row, the range of its seeds as a band.
+    """AP50 and APs by pictures seen, and the last AP by size: a line a row, the range of its seeds as a band.
 
     Of `write_curves`' file, beside it.
     """
@@ -276,15 +278,16 @@ def draw_curves(path: Path) -> None:
             ax.plot(places, means, marker=marker, label=row.replace("_", " "), **style)
             ax.fill_between(places, [min(at) for at in values], [max(at) for at in values], **style, alpha=0.15)
 
-        steps = [step for step, _ in found[0]]
-        equal = [curve for curve in found if [step for step, _ in curve] == steps]
+        seen = [pictures for pictures, _ in found[0]]
+        equal = [curve for curve in found if [pictures for pictures, _ in curve] == seen]
         for ax, name in zip(axes, ("AP50", "APs"), strict=False):
-            line(ax, steps, [[metrics[name] for _, metrics in curve] for curve in equal])
+            line(ax, seen, [[metrics[name] for _, metrics in curve] for curve in equal])
         ends = [curve[-1][1] for curve in found if set(curve[-1][1]) == set(METRICS)]
         sizes = [name for name in SIZES if all(end[name] >= 0 for end in ends)]  # -1: the data has none
         if ends:
             line(axes[2], sizes, [[end[name] for name in sizes] for end in ends], marker="o")
-    for ax, title in zip(axes, ("AP50 by steps", "APs by steps", "AP by size of objects, at the end"), strict=True):
+    titles = ("AP50 by pictures seen", "APs by pictures seen", "AP by size of objects, at the end")
+    for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(curves), 7))

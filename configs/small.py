@@ -77,7 +77,7 @@ def narrow() -> ConfigDict:
     config.model.decoder.least_width = 0.01  # half of most boxes is less than the demo's 0.03
 
     config.data.name = "coco_directory"
-    config.data.batch_size = 4
+    config.data.batch_size = 2
     config.data.scales = (320,)
     config.data.max_size = 640
     config.data.eval_scale = 320
@@ -87,9 +87,9 @@ def narrow() -> ConfigDict:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 2e-3
 
-    config.train.num_steps = 7000
-    config.train.eval_every = 1000
-    config.train.checkpoint_every = 500
+    config.train.num_steps = 14_000
+    config.train.eval_every = 2000
+    config.train.checkpoint_every = 1000
     return config
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.real_objects import ROWS, divide_training_split, fields_of_all, main, mean_ap_and_f
+from benchmarks.real_objects import ROWS, divide_training_split, fields_of_all, fields_of_row, main, mean_ap_and_f
 from configs.base import base
 from deperceiver_jax.data.datasets.layouts.recognise import find_split
 from deperceiver_jax.models import field_needs
@@ -55,8 +55,8 @@ def test_a_folder_that_is_not_there_is_told_before_any_run(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_takes_the_fields_of_all(row):
-    config, own = ROWS[row]
-    arguments = ["train.py", f"--config=configs/{config}", *fields_of_all(30, 64), *own]
-    made = parse_config([*arguments, "--config.data.directory=/data"], needs=field_needs)
-    assert made.data.scales == (64,) and made.train.num_steps == 30
+    arguments = ["train.py", f"--config=configs/{ROWS[row].config}", *fields_of_row(ROWS[row], 4, 120, "1e-3")]
+    made = parse_config([*arguments, *fields_of_all(64), "--config.data.directory=/data"], needs=field_needs)
+    assert made.data.scales == (64,) and (made.train.num_steps, made.data.batch_size) == (30, 4)
+    assert made.optimizer.name == "muon" and made.optimizer.learning_rate == 1e-3
     assert made.model.backbone.width == 16 and made.model.backbone.depth == 18
