@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from ml_collections import ConfigDict
 
 from deperceiver_jax import models
@@ -32,15 +31,12 @@ from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.matcher import hungarian_assignment, matching_cost
 from deperceiver_jax.models.layers.compute import EXACT
-from deperceiver_jax.models.layers.layer_stack import LayerStack
-from deperceiver_jax.models.smca import convolution_encoder as smca_convolution
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.structures import Batch
 from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.train_state import TrainState
 from deperceiver_jax.weights.name_rules import from_torch, to_torch
 from deperceiver_jax.weights.tables import FAMILIES
-from tests.depthwise_convolution import convolution
 from tests.golden import cases
 from tests.seeded import seeded_array
 
@@ -69,9 +65,6 @@ def double_precision():
         patch.setattr(jnp, "float32", jnp.float64)
         patch.setitem(models._COMPUTE_TYPES, "float32", jnp.float64)
         patch.setitem(EXACT, "dtype", jnp.float64)
-        patch.setitem(nnx.Conv.__init__.__kwdefaults__, "conv_general_dilated", convolution)
-        # What stands in for depthwise convolutions is as fast inside a loop, which is compiled once.
-        patch.setattr(smca_convolution, "LayerStack", lambda *args, unroll_on_cpu, **rest: LayerStack(*args, **rest))
         yield
 
 

@@ -83,7 +83,7 @@ class DeformableDETR(Detector):
         self.neck = _make_neck(neck, self.backbone.channels, dim, **how)
         channels = [dim if self.neck else self.backbone.channels[stride] for stride in self.strides]
         self.levels = ProjectedLevels(
-            channels, dim, extra_levels=extra_levels, group_norm=True, dtype=compute.dtype, rngs=rngs
+            channels, dim, extra_levels=extra_levels, group_norm=True, compute=compute, rngs=rngs
         )
         num_levels = len(self.token_strides)
         normal = nnx.initializers.normal(1.0)

@@ -75,7 +75,7 @@ class DePerceiver(Detector):
             width=dim,
             level_dim=level_dim,
             position=position,
-            dtype=compute.dtype,
+            compute=compute,
             rngs=rngs,
         )
         self.encoder = PerceiverEncoder(dim, encoder, dropout=fields.dropout, compute=compute, rngs=rngs)

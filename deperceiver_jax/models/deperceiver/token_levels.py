@@ -10,6 +10,7 @@ from deperceiver_jax.models.features.position_encoding import PositionEncoding
 from deperceiver_jax.models.features.projected_levels import ProjectedLevels
 from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens
 from deperceiver_jax.models.features.tokens import concatenate_levels, feature_valid, flatten_map, size_in_cells
+from deperceiver_jax.models.layers.compute import Compute
 
 
 class TokenLevels(ProjectedLevels):
@@ -27,7 +28,7 @@ class TokenLevels(ProjectedLevels):
         width: int,
         level_dim: int,
         position: dict,
-        dtype,
+        compute: Compute,
         rngs: nnx.Rngs,
     ):
         """`width` is that of the tokens, `level_dim` the level's part of it where there are several."""
@@ -43,8 +44,10 @@ class TokenLevels(ProjectedLevels):
         self.strides = strides
         self.adds_position = use == "add"
         dim = width - self.level_dim
-        super().__init__([channels[stride] for stride in strides], dim, dtype=dtype, rngs=rngs)
-        self.position = build_part(PositionEncoding, "config.model.position", position, dim, dtype=dtype, rngs=rngs)
+        super().__init__([channels[stride] for stride in strides], dim, compute=compute, rngs=rngs)
+        self.position = build_part(
+            PositionEncoding, "config.model.position", position, dim, dtype=compute.dtype, rngs=rngs
+        )
         tags = (len(strides), self.level_dim)
         self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), tags)) if several else None
 

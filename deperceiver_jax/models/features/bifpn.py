@@ -16,6 +16,7 @@ from deperceiver_jax.errors import check_at_least
 from deperceiver_jax.models.features.feature_pyramid import blank, enlarge, sources
 from deperceiver_jax.models.features.tokens import feature_valid
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import PaddedConvolution
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import linear
@@ -29,9 +30,8 @@ class Fusion(nnx.Module):
     """
 
     def __init__(self, num_maps: int, dim: int, *, compute: Compute, rngs: nnx.Rngs):
-        how: dict = dict(use_bias=False, dtype=compute.dtype, rngs=rngs)
         self.weight = nnx.Param(jnp.ones(num_maps))
-        self.depthwise = nnx.Conv(dim, dim, (3, 3), padding=1, feature_group_count=dim, **how)
+        self.depthwise = PaddedConvolution(dim, dim, 3, groups=dim, use_bias=False, compute=compute, rngs=rngs)
         self.pointwise = linear(dim, dim, dtype=compute.dtype, rngs=rngs)
         self.norm = LayerNorm(dim, dtype=compute.dtype)
 
@@ -88,7 +88,7 @@ class BiFPN(nnx.Module):
         how: dict = dict(compute=compute, rngs=rngs)
         self.projections = nnx.List([linear(channels[s], dim, dtype=compute.dtype, rngs=rngs) for s in self.sources])
         self.norms = nnx.List([LayerNorm(dim, dtype=compute.dtype) for _ in self.sources])
-        self.layers = LayerStack(BiFPNLayer, num_layers, len(self.sources), dim, unroll_on_cpu=True, **how)
+        self.layers = LayerStack(BiFPNLayer, num_layers, len(self.sources), dim, **how)
 
     def __call__(
         self, features: dict[int, Float[Array, "B h w C"]], pixel_valid: Bool[Array, "B H W"]

@@ -6,6 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deperceiver_jax.errors import UserError, check_at_least
+from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.convolution import PaddedConvolution
 from deperceiver_jax.models.layers.linear import linear, torch_start, xavier_start
 
 
@@ -17,17 +19,23 @@ class ProjectedLevels(nnx.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], dim: int, *, extra_levels: int = 0, group_norm: bool = False, dtype, rngs
+        self,
+        channels: Sequence[int],
+        dim: int,
+        *,
+        extra_levels: int = 0,
+        group_norm: bool = False,
+        compute: Compute,
+        rngs: nnx.Rngs,
     ):
         check_at_least("config.model.extra_levels", extra_levels, 0)
         if group_norm and dim % 32:
             raise UserError(f"config.model.embed_dim is {dim}; its 32 norm groups must be of equal width.")
 
-        start = xavier_start if group_norm else torch_start
+        start, dtype = (xavier_start if group_norm else torch_start), compute.dtype
 
         def halving(width):
-            init = start(9 * width, 9 * dim)
-            return nnx.Conv(width, dim, (3, 3), strides=2, padding=1, **init, dtype=dtype, rngs=rngs)
+            return PaddedConvolution(width, dim, 3, stride=2, **start(9 * width, 9 * dim), compute=compute, rngs=rngs)
 
         self.num_strides = len(channels)
         self.projections = nnx.List([linear(c, dim, **start(c, dim), dtype=dtype, rngs=rngs) for c in channels])

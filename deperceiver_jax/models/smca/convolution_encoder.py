@@ -68,24 +68,14 @@ class ConvolutionLayer(TransformerLayer):
         self, dim: int, fields: ConvolutionFields, *, num_levels: int, dropout: float, compute: Compute, rngs: nnx.Rngs
     ):
         super().__init__(dim, mlp_dim=fields.mlp_dim, dropout=dropout, compute=compute, rngs=rngs)
-        dtype, kernel_size = compute.dtype, fields.kernel_size
+        size = fields.kernel_size
+        start = dict(kernel_init=xavier_uniform_init(size**2, dim * size**2), bias_init=torch_bias_init(size**2))
 
         def depthwise(stride):
-            return nnx.Conv(
-                dim,
-                dim,
-                (kernel_size, kernel_size),
-                strides=stride,
-                padding=kernel_size // 2,
-                feature_group_count=dim,
-                kernel_init=xavier_uniform_init(kernel_size**2, dim * kernel_size**2),
-                bias_init=torch_bias_init(kernel_size**2),
-                dtype=dtype,
-                rngs=rngs,
-            )
+            return PaddedConvolution(dim, dim, size, stride=stride, groups=dim, **start, compute=compute, rngs=rngs)
 
         def mixture():
-            return linear(dim, dim, kernel_init=xavier_uniform_init(dim, dim), dtype=dtype, rngs=rngs)
+            return linear(dim, dim, kernel_init=xavier_uniform_init(dim, dim), dtype=compute.dtype, rngs=rngs)
 
         crossings = 1 if fields.share_crossings else num_levels - 1
         self.before = mixture() if fields.pointwise else None
@@ -93,7 +83,7 @@ class ConvolutionLayer(TransformerLayer):
         self.down = nnx.List([depthwise(2) for _ in range(crossings)])
         self.up = nnx.List([depthwise(1) for _ in range(crossings)])
         self.after = mixture() if fields.pointwise else None
-        self.convolution_norm = LayerNorm(dim, dtype=dtype)
+        self.convolution_norm = LayerNorm(dim, dtype=compute.dtype)
 
     def __call__(self, x: Float[Array, "B S D"], image: LevelTokens, *, dropout_key=None) -> Float[Array, "B S D"]:
         """`x` are the tokens as the layers before have changed them; the rest of `image` stays as it is."""
@@ -136,7 +126,7 @@ class ConvolutionEncoder(nnx.Module):
                 f"before; config.model.strides and extra_levels make the strides {tuple(strides)}."
             )
         layer: dict = dict(num_levels=len(strides), dropout=dropout, compute=compute, rngs=rngs)
-        self.layers = LayerStack(ConvolutionLayer, fields.num_layers, dim, fields, unroll_on_cpu=True, **layer)
+        self.layers = LayerStack(ConvolutionLayer, fields.num_layers, dim, fields, **layer)
         start_alike(self.layers.layers, kernels=False)
         self.reduce = PaddedConvolution(dim, dim, 3, stride=2, **torch_start(9 * dim), compute=compute, rngs=rngs)
 

@@ -77,7 +77,7 @@ class SMCA(Detector):
         super().__init__(fields, compute=compute, rngs=rngs)
         self.embed_dim = dim
         channels = [self.backbone.channels[stride] for stride in self.strides]
-        self.levels = ProjectedLevels(channels, dim, extra_levels=extra_levels, dtype=compute.dtype, rngs=rngs)
+        self.levels = ProjectedLevels(channels, dim, extra_levels=extra_levels, compute=compute, rngs=rngs)
         extra = (self.strides[-1] * 2 ** (i + 1) for i in range(extra_levels))
         self.level_strides = (*self.strides, *extra)
         normal, shape = nnx.initializers.normal(1.0), (len(self.level_strides), dim)

@@ -34,6 +34,9 @@ def plain(x, kernel, stride, dilation):
         ((9, 8), (3, 4), 7, 2, 1, 1),
         ((8, 9), (2, 6), 3, 1, 2, 3),
         ((8, 9), (2, 6), 3, 2, 1, 3),
+        ((8, 9), (1, 4), 3, 1, 2, 4),  # depthwise
+        ((8, 9), (1, 4), 5, 2, 1, 4),
+        ((7, 10), (1, 4), 3, 2, 1, 4),
     ],
 )
 def test_values_and_gradients_are_those_of_a_convolution(
