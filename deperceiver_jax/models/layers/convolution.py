@@ -208,14 +208,22 @@ def _is_depthwise(x, kernel):
 
 
 def _depthwise(stride, dilation, x, kernel):
-    """A sum over shifted maps, which XLA makes in one pass; its own convolution takes ten times as long and more."""
+    """A sum over shifted maps, row by row of the kernel: XLA's own convolution takes many times as long, and a sum over
+    all taps at once becomes part of whatever takes its result, cell by cell."""
     size, edge = len(kernel), len(kernel) // 2 * dilation
+    height, width = x.shape[1:3]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     padded = jnp.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)]).astype(wide)
-    seen = [slice(i * dilation, i * dilation + length, stride) for length in x.shape[1:3] for i in range(size)]
-    taps = [(i, j) for i in range(size) for j in range(size)]
-    kernel = kernel.astype(wide)[:, :, None]  # [k, k, 1, 1, C]
-    return sum(padded[:, seen[i], seen[size + j]] * kernel[i, j][None] for i, j in taps).astype(x.dtype)
+    seen = [slice(j * dilation, j * dilation + width, stride) for j in range(size)]
+
+    def add_row(total, row_and_taps):
+        row, taps = row_and_taps  # taps: [k, 1, C]
+        below = jax.lax.dynamic_slice_in_dim(padded, row, height, axis=1)[:, ::stride]
+        return total + sum(below[:, :, seen[j]] * taps[j][None, None] for j in range(size)), None
+
+    start = jnp.zeros((len(x), *(-(-length // stride) for length in (height, width)), x.shape[3]), wide)
+    rows = jnp.arange(size) * dilation
+    return jax.lax.scan(add_row, start, (rows, kernel.astype(wide)))[0].astype(x.dtype)
 
 
 def _backward_of_depthwise(stride, dilation, x, kernel, gradient):
