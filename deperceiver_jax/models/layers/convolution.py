@@ -189,7 +189,7 @@ def _gradient_of_groups(stride, dilation, x, kernel, gradient):
     size, _, channels, _ = kernel.shape
     batch, height, width, _ = gradient.shape
     groups, edge = x.shape[3] // channels, size // 2 * dilation
-    x = jnp.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)])
+    x = _padded(x, edge)
     gradient = gradient.reshape(batch, height, width, groups, -1)
 
     def of_tap(i, j):
@@ -203,6 +203,10 @@ def _gradient_of_groups(stride, dilation, x, kernel, gradient):
     return jnp.stack([of_tap(i, j) for i in range(size) for j in range(size)]).reshape(kernel.shape)
 
 
+def _padded(x, edge):
+    return jnp.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)])
+
+
 def _is_depthwise(x, kernel):
     return kernel.shape[2] == 1 and x.shape[3] == kernel.shape[3] > 1
 
@@ -213,7 +217,7 @@ def _depthwise(stride, dilation, x, kernel):
     size, edge = len(kernel), len(kernel) // 2 * dilation
     height, width = x.shape[1:3]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    padded = jnp.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)]).astype(wide)
+    padded = _padded(x, edge).astype(wide)
     seen = [slice(j * dilation, j * dilation + width, stride) for j in range(size)]
 
     def add_row(total, row_and_taps):
@@ -236,7 +240,7 @@ def _backward_of_depthwise(stride, dilation, x, kernel, gradient):
     ]
     spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *holes, (0, 0, 0)])
     of_x = _depthwise(1, dilation, spread, kernel[::-1, ::-1])
-    padded = jnp.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)])
+    padded = _padded(x, edge)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def of_tap(tap):
