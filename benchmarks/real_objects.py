@@ -75,6 +75,9 @@ def main() -> None:
     arguments, further = parser.parse_known_args()
     if wrong := [field for field in further if not field.startswith("--config.")]:
         parser.error(f"{wrong[0]} is neither a flag of this program nor a field of the config.")
+    sizes = {row: arguments.batch_size or ROWS[row].batch_size for row in arguments.rows}
+    if not 1 <= min(sizes.values()) <= max(sizes.values()) <= arguments.pictures:
+        parser.error(f"--pictures={arguments.pictures} makes no batch of {max(sizes.values())}.")
     rates = dict(pair.split("=", 1) for pair in arguments.rate if "=" in pair)
     if wrong := [pair for pair in arguments.rate if pair.split("=")[0] not in ROWS or "=" not in pair]:
         parser.error(f"--rate {wrong[0]} is not ROW=RATE with a row of {', '.join(ROWS)}.")
@@ -95,8 +98,7 @@ def main() -> None:
     tried = {f"lr{rate}": rate for rate in arguments.rates} or {"": ""}
     if not arguments.table_only:
         for seed, row, (name, rate) in itertools.product(arguments.seeds, arguments.rows, tried.items()):
-            size, rate = arguments.batch_size or ROWS[row].batch_size, rate or rates.get(row, "2e-3")
-            own = fields_of_row(ROWS[row], size, arguments.pictures, rate)
+            own = fields_of_row(ROWS[row], sizes[row], arguments.pictures, rate or rates.get(row, "2e-3"))
             run(row, seed, arguments.output / name, [*own, *fields])
     runs = {name: small_objects.read_rows(arguments.output / name, arguments.rows) for name in tried}
     arguments.output.mkdir(parents=True, exist_ok=True)
