@@ -11,8 +11,8 @@ images have. The PyTorch peers are Hugging Face's DETR and Deformable DETR. --co
 
 matching: what the step takes longer than with the assignment held fixed, as a share of it. MFU: the operations of the
 matrix products and convolutions (preflight/arithmetic.py) on pixels that are image, over the time and the speed of
-a large matrix product in that precision, measured first. memory: the most that the device's allocator held, or where it
-does not say, what the compiler reserved.
+a large matrix product in that precision, measured first. memory: the most that the device's allocator held; on a CPU
+the most that the whole process has had, libraries and compiling included.
 """
 
 import itertools
@@ -234,7 +234,6 @@ def cells(row: dict, alike: Sequence[dict], batch_size: int, peak: float) -> lis
     done = [other for other in alike if "failed" not in other]
     ours = next((other for other in done if "model_flops" in other), None)
     best_peer = min((other["seconds"] for other in done if other is not ours), default=None)
-    held = row["peak_bytes"] or (row["compiled_bytes"] if row is ours else None)
     matching = 1 - row["unmatched_seconds"] / row["seconds"] if "unmatched_seconds" in row else None
     return [
         *name,
@@ -242,7 +241,7 @@ def cells(row: dict, alike: Sequence[dict], batch_size: int, peak: float) -> lis
         f"{batch_size / row['seconds']:.2f}",
         f"{1e3 * row['seconds']:.1f} ({1e3 * row['fastest']:.1f})",
         "-" if matching is None else f"{matching:.1%}",
-        "-" if held is None else f"{held / 2**30:.2f}",
+        f"{row['peak_bytes'] / 2**30:.2f}",
         f"{ours['useful_flops'] / row['seconds'] / peak:.1%}" if ours else "-",
         f"{row['compile_seconds']:.0f}",
         f"{best_peer / row['seconds']:.2f}" if row is ours and best_peer else "-",

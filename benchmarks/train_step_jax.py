@@ -34,6 +34,7 @@ from deperceiver_jax.program.command_line import parse_config, parse_flags, run 
 from deperceiver_jax.sharding import make_mesh, shard_batch  # noqa: E402
 from deperceiver_jax.structures import Assignment, Batch  # noqa: E402
 from deperceiver_jax.training.build import Training, build_training  # noqa: E402
+from deperceiver_jax.training.memory import peak_resident_bytes, return_freed_memory  # noqa: E402
 from deperceiver_jax.training.train_state import TrainState  # noqa: E402
 from deperceiver_jax.training.train_step import non_finite_term  # noqa: E402
 
@@ -94,6 +95,7 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
     state, loss = warm_up(compiled, training.plan.initialize(), on_device)
     state, _ = time_rounds([compiled], state, on_device, steps, 1)  # two steps under way, and no other program's memory
     allocator = jax.devices()[0].memory_stats()
+    held = allocator["peak_bytes_in_use"] if allocator else peak_resident_bytes()
     steps_to_time = [compiled]
     if with_matching:
         with mock.patch("deperceiver_jax.losses.set_loss.match", fixed_assignment):
@@ -111,8 +113,7 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
         "model_flops": statistics.mean(flops),
         "useful_flops": statistics.mean(f * useful_share([b]) for f, b in zip(flops, batches, strict=True)),
         "xla_flops": statistics.mean(compiled[batch.image.shape].cost_analysis()["flops"] for batch in batches),
-        "compiled_bytes": max(map(program_bytes, compiled.values())),
-        "peak_bytes": allocator["peak_bytes_in_use"] if allocator else None,
+        "peak_bytes": held,
     }
     if unmatched:
         result |= {"unmatched_seconds": statistics.median(unmatched[0])}
@@ -122,7 +123,9 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
 def compile_step(training: Training, batches: list[Batch]) -> dict[tuple[int, ...], jax.stages.Compiled]:
     """The step for every shape of image, by that shape."""
     shapes = {batch.image.shape: batch for batch in batches}
-    return {shape: training.step.lower(training.plan.abstract, batch).compile() for shape, batch in shapes.items()}
+    programs = {shape: training.step.lower(training.plan.abstract, batch).compile() for shape, batch in shapes.items()}
+    return_freed_memory()  # as a run does
+    return programs
 
 
 def warm_up(compiled, state: TrainState, batches: list[Batch]) -> tuple[TrainState, float]:
@@ -186,13 +189,6 @@ def model_flops(config: ConfigDict, batches: list[Batch]) -> list[int]:
             traced = trace_step(config, jax.devices()[:1], frame, batch.box_valid.shape[1])
             counts[frame] = count_flops(traced.jaxpr, "cpu")
     return [counts[batch.image.shape[1:3]] for batch in batches]
-
-
-def program_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the program holds at its peak: arguments, results that do not take their place, temporaries."""
-    memory = compiled.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":

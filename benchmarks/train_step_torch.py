@@ -11,9 +11,12 @@ import argparse
 import json
 import math
 import os
+import re
+import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -94,8 +97,16 @@ def measure(arguments: argparse.Namespace) -> dict:
         "fastest": min(times),
         "loss": losses[0],
         "compile_seconds": compile_seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes(),
     }
+
+
+def peak_resident_bytes() -> int:
+    """Of this process; what getrusage tells on Linux may be of the one that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def build_model(name: str, depth: int, classes: int, **fields) -> torch.nn.Module:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.sharding import batch_sharding
 from deperceiver_jax.structures import Batch
+from deperceiver_jax.training.memory import return_freed_memory
 from deperceiver_jax.training.train_state import TrainState
 
 PATIENCE = 3600  # seconds that one process waits for another to compile
@@ -56,6 +57,7 @@ def compile_sizes(
                 print(f"compiled the step for {len(programs)}/{sizes} ({name}), {seconds:.0f} s", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+    return_freed_memory()  # the compiler's
     if jax.process_count() > 1:  # a faster one would give up: the first collective of CPUs waits for 30 s alone
         everybody = set(range(jax.process_count()))
         ocp.multihost.sync_global_processes("the step is compiled", timeout=PATIENCE, processes=everybody)

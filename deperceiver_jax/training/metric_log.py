@@ -7,7 +7,7 @@ In a bucket files are copies of those on this machine (runs/mirror.py). A line o
     {"step": 500, "split": "validation", "epoch": 2.5, "AP": .., "AP50": ..}
 
 Training lines are means over the steps since the line before; `lr` is the last step's, memory the most until then
-(peak_memory.py). `step` counts finished steps.
+(memory.py). `step` counts finished steps.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from deperceiver_jax.files import reason, write_whole
 from deperceiver_jax.runs.metrics_file import read_metrics
 from deperceiver_jax.runs.mirror import Mirror
 from deperceiver_jax.runs.workdir import METRICS
-from deperceiver_jax.training.peak_memory import peak_memory
+from deperceiver_jax.training.memory import peak_memory
 from deperceiver_jax.training.trackers import Images, Trackers
 
 TRAIN = "train"  # the split of a training line

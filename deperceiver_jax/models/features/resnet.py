@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_at_least, check_choice
-from deperceiver_jax.models.layers.activations import relu
+from deperceiver_jax.models.layers.activations import masked_relu, relu
 from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
 from deperceiver_jax.models.layers.deformable_convolution import deformable_convolution
@@ -203,8 +203,7 @@ class Block(nnx.Module):
         else:
             y = relu(self.norm1(self.conv1(x), valid_out))
             y = self.norm2(self.conv2(y), valid_out)
-        # JAX's own, with a mask: the result is what the stack carries, of which ours would keep a second copy.
-        return jax.nn.relu(y + shortcut)
+        return masked_relu(y + shortcut)
 
 
 class Stage(nnx.Module):

@@ -40,3 +40,24 @@ def _backward(rate, result, gradient):
 
 
 _relu.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def masked_relu(x: Array) -> Array:
+    """max(x, 0), whose backward pass keeps a mask: for what a loop over layers carries, which would be kept twice.
+
+    The mask is the result's. JAX's own is of x, which a CPU's compiler then keeps or computes again.
+    """
+    return jnp.maximum(x, 0)
+
+
+def _masked_forward(x):
+    result = masked_relu(x)
+    return result, result > 0
+
+
+def _masked_backward(positive, gradient):
+    return (jnp.where(positive, gradient, 0),)
+
+
+masked_relu.defvjp(_masked_forward, _masked_backward)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deperceiver_jax.models.layers.activations import relu
+from deperceiver_jax.models.layers.activations import masked_relu, relu
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import dropout
@@ -32,6 +32,8 @@ def test_numbers_are_those_of_jax(rate, dtype):
         return value_and_gradient(x)
 
     found, expected = run(lambda x: relu(x, rate, keys[2])), run(lambda x: dropout(jax.nn.relu(x), rate, keys[2]))
+    if not rate:
+        found, expected = (*found, *run(masked_relu)), (*expected, *expected)
     for array, other in zip(found, expected, strict=True):
         assert array.dtype == other.dtype == dtype
         # XLA multiplies by a rounded reciprocal here, and divides there.
@@ -55,3 +57,8 @@ def test_hidden_rows_are_kept_once_and_no_mask_of_them(rate):
     kept = jax.tree.leaves(jax.eval_shape(lambda *inputs: jax.vjp(apply, *inputs)[1], arrays, jnp.ones((2, 5, 8))))
     hidden = [array for array in kept if array.shape == (3, 2, 5, 32)]
     assert [array.dtype for array in hidden] == [jnp.float32]
+
+
+def test_a_carried_result_is_kept_as_a_mask():
+    kept = jax.eval_shape(lambda x: jax.vjp(masked_relu, x)[1], jnp.ones((2, 5, 8)))
+    assert [(array.shape, array.dtype) for array in jax.tree.leaves(kept)] == [((2, 5, 8), bool)]
