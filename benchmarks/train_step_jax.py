@@ -34,6 +34,7 @@ from deperceiver_jax.program.command_line import parse_config, parse_flags, run 
 from deperceiver_jax.sharding import make_mesh, shard_batch  # noqa: E402
 from deperceiver_jax.structures import Assignment, Batch  # noqa: E402
 from deperceiver_jax.training.build import Training, build_training  # noqa: E402
+from deperceiver_jax.training.compile_ahead import order_for  # noqa: E402
 from deperceiver_jax.training.memory import peak_resident_bytes, return_freed_memory  # noqa: E402
 from deperceiver_jax.training.train_state import TrainState  # noqa: E402
 from deperceiver_jax.training.train_step import non_finite_term  # noqa: E402
@@ -123,7 +124,10 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
 def compile_step(training: Training, batches: list[Batch]) -> dict[tuple[int, ...], jax.stages.Compiled]:
     """The step for every shape of image, by that shape."""
     shapes = {batch.image.shape: batch for batch in batches}
-    programs = {shape: training.step.lower(training.plan.abstract, batch).compile() for shape, batch in shapes.items()}
+    programs = {}
+    for shape, batch in shapes.items():
+        lowered = training.step.lower(training.plan.abstract, batch)
+        programs[shape] = lowered.compile(**order_for(shape[1:3], jax.devices()[0].platform))
     return_freed_memory()  # as a run does
     return programs
 

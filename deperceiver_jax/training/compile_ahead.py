@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from deperceiver_jax.training.memory import return_freed_memory
 from deperceiver_jax.training.train_state import TrainState
 
 PATIENCE = 3600  # seconds that one process waits for another to compile
+LARGE = 512 * 512  # pixels of an image from which on a CPU's program is ordered for memory
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict]]
 
@@ -47,7 +49,7 @@ def compile_sizes(
         running = {}
         for size in batches.buckets:
             lowered = train_step.lower(state, abstract_batch(batch_size, size, batches.box_slots, batch_sharding(mesh)))
-            running[pool.submit(lowered.compile)] = size
+            running[pool.submit(lowered.compile, **order_for(size, mesh.devices.flat[0].platform))] = size
             _raise_errors(running)  # before tracing in vain
         for done in as_completed(running):
             _raise_errors({done: running[done]})
@@ -62,6 +64,18 @@ def compile_sizes(
         everybody = set(range(jax.process_count()))
         ocp.multihost.sync_global_processes("the step is compiled", timeout=PATIENCE, processes=everybody)
     return lambda state, batch: programs[batch.image.shape[1:3]](state, batch)
+
+
+def order_for(size: Sequence[int], platform: str) -> dict[str, Any]:
+    """How to compile the step for images of `size` (height, width): what to give jax.stages.Lowered.compile.
+
+    By itself XLA orders a CPU's program so that operations can run at once, which small images gain from. Then what is
+    needed late is made early: at 800 x 1066 DETR's step has 1.68 GiB of temporaries so, and 1.19 ordered for memory,
+    and takes as long, since every operation has work for all cores.
+    """
+    if platform != "cpu" or size[0] * size[1] < LARGE:
+        return {}
+    return {"compiler_options": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 
 def abstract_batch(size: int, bucket: tuple[int, int], num_boxes: int, sharding) -> Batch:

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.training.compile_ahead import compile_sizes
+from deperceiver_jax.training.compile_ahead import compile_sizes, order_for
 
 BATCHES = SimpleNamespace(buckets=[(6, 4), (4, 6)], box_slots=2)
 SIZE = 8  # images
@@ -73,3 +73,15 @@ def test_any_other_error_names_the_size_and_stops_the_rest(tiny):
     assert caught.value.__notes__ == ["While the training step was compiled for images of 4x6."]
     assert len(broken.traced) < 500
     assert not any(thread.name.startswith("compile") for thread in threading.enumerate())
+
+
+def test_large_images_on_a_cpu_are_ordered_for_memory():
+    """The option is one that XLA knows, and takes nothing from the result."""
+    assert order_for((800, 1088), "tpu") == order_for((128, 128), "cpu") == {}
+    options = order_for((800, 1088), "cpu")
+    doubled = jax.jit(lambda x: 2 * x).lower(3.0).compile(**options)
+    assert doubled(3.0) == 6.0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="CPU_SCHEDULER_TYPE_NONE"):
+        jax.jit(lambda x: 3 * x).lower(3.0).compile(
+            {name: "CPU_SCHEDULER_TYPE_NONE" for name in options["compiler_options"]}
+        )
