@@ -35,7 +35,7 @@ from deperceiver_jax.sharding import make_mesh, shard_batch  # noqa: E402
 from deperceiver_jax.structures import Assignment, Batch  # noqa: E402
 from deperceiver_jax.training.build import Training, build_training  # noqa: E402
 from deperceiver_jax.training.compile_ahead import order_for  # noqa: E402
-from deperceiver_jax.training.memory import peak_resident_bytes, return_freed_memory  # noqa: E402
+from deperceiver_jax.training.memory import GIB, peak_memory, return_freed_memory  # noqa: E402
 from deperceiver_jax.training.train_state import TrainState  # noqa: E402
 from deperceiver_jax.training.train_step import non_finite_term  # noqa: E402
 
@@ -95,8 +95,7 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
     compile_seconds = time.perf_counter() - start
     state, loss = warm_up(compiled, training.plan.initialize(), on_device)
     state, _ = time_rounds([compiled], state, on_device, steps, 1)  # two steps under way, and no other program's memory
-    allocator = jax.devices()[0].memory_stats()
-    held = allocator["peak_bytes_in_use"] if allocator else peak_resident_bytes()
+    (held,) = peak_memory().values()
     steps_to_time = [compiled]
     if with_matching:
         with mock.patch("deperceiver_jax.losses.set_loss.match", fixed_assignment):
@@ -114,7 +113,7 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
         "model_flops": statistics.mean(flops),
         "useful_flops": statistics.mean(f * useful_share([b]) for f, b in zip(flops, batches, strict=True)),
         "xla_flops": statistics.mean(compiled[batch.image.shape].cost_analysis()["flops"] for batch in batches),
-        "peak_bytes": held,
+        "peak_bytes": held * GIB,
     }
     if unmatched:
         result |= {"unmatched_seconds": statistics.median(unmatched[0])}

@@ -14,7 +14,7 @@ from deperceiver_jax.preflight.hlo_traffic import program_traffic
 from deperceiver_jax.preflight.parts import Part, memory_by_part
 from deperceiver_jax.sharding import batch_sharding, count_slices, make_mesh
 from deperceiver_jax.training.build import build_training
-from deperceiver_jax.training.compile_ahead import abstract_batch
+from deperceiver_jax.training.compile_ahead import abstract_batch, order_for
 
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds available HBM")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -50,7 +50,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], bucket: tupl
     traced = trace_step(config, devices, bucket, num_boxes)
     flops = count_flops(traced.jaxpr, devices[0].platform) / len(devices)
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(**order_for(bucket, devices[0].platform))
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
