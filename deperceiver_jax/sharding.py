@@ -81,6 +81,12 @@ def gather(arrays, mesh: Mesh):
     return jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
+def place(array, sharding: NamedSharding) -> jax.Array:
+    """An array that every host has whole (NumPy's or JAX's) -> one on the devices of `sharding`."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, *, field: str) -> None:
     """Raises UserError unless a global batch of this size divides over the devices. `field` is what a person set."""
     shards = mesh.size

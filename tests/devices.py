@@ -113,7 +113,7 @@ def one_step(name: str, backend: str, mesh: Mesh) -> Step:
     config = small_config(name, backend)
     backbone = None if name == FAMILIES[0] else Patches
     plan, _, _, step = build_training(
-        config, mesh, steps_per_epoch=10, num_steps=100, detector=lambda: new_detector(config, backbone)
+        config, mesh, steps_per_epoch=10, num_steps=100, detector=lambda rngs: new_detector(config, backbone, rngs)
     )
     arrays = draw_arrays({**plan.abstract.params, **plan.abstract.frozen})
 

@@ -12,7 +12,8 @@ from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.features.pyramid import make_level_tokens
 from deperceiver_jax.models.features.tokens import size_in_whole_cells
 from deperceiver_jax.models.layers.compute import Compute
-from deperceiver_jax.models.skeleton import take_apart
+from deperceiver_jax.models.layers.initializers import Undrawn
+from deperceiver_jax.models.skeleton import take_apart, without_arrays
 
 FLOAT32 = Compute(jnp.float32, attention="auto", rematerialize=False)
 
@@ -75,7 +76,7 @@ def new_detector(config, backbone=Patches, rngs=None):
 
 def abstract_detector(config, backbone=None):
     """The detector of `config` without arrays: enough for its shapes, and for what is wrong with a config."""
-    return nnx.eval_shape(lambda: new_detector(config, backbone))
+    return without_arrays(new_detector(config, backbone, Undrawn()))
 
 
 def drawn_detector(config, backbone=Patches):

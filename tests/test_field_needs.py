@@ -192,8 +192,8 @@ def test_a_field_of_loss_or_optimizer_has_an_effect_or_is_refused(changes):
         return made
 
     def step(config: ConfigDict) -> str:
-        def detector():
-            return TinyDetector(rngs=nnx.Rngs(0), width=4, dropout=0.0, queries=3)
+        def detector(rngs):
+            return TinyDetector(rngs=rngs, width=4, dropout=0.0, queries=3)
 
         mesh = make_mesh(devices=jax.devices()[:1])
         training = build_training(config, mesh, steps_per_epoch=2, num_steps=8, detector=detector)

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import demo, smca
@@ -96,8 +95,8 @@ def run_before_compiling(config: ConfigDict, workdir) -> None:
     for field in ("eval_every", "checkpoint_every"):
         due(config.train, field, batches.steps_per_epoch, num_steps)
 
-    def detector():
-        return TinyDetector(rngs=nnx.Rngs(config.seed), width=2, dropout=0.0, queries=3)
+    def detector(rngs):
+        return TinyDetector(rngs=rngs, width=2, dropout=0.0, queries=3)
 
     training = build_training(
         config, mesh, steps_per_epoch=batches.steps_per_epoch, num_steps=num_steps, detector=detector

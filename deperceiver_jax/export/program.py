@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
 from ml_collections import ConfigDict
 
 from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
-from deperceiver_jax.models import build_detector
+from deperceiver_jax.models import abstract_detector
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.runs.load_detector import LoadedDetector
 from deperceiver_jax.structures import Predictions
@@ -56,7 +55,7 @@ class Sizes(NamedTuple):
 
 def sizes_of(loaded: LoadedDetector, batch: int | None, frame: tuple[int, int] | None) -> Sizes:
     """Sizes with what a detector asks of free frames."""
-    detector = nnx.eval_shape(lambda: build_detector(loaded.config, rngs=nnx.Rngs(0)))
+    detector = abstract_detector(loaded.config)
     multiple = max(COARSEST, *detector.token_strides)
     cells = sum((multiple // stride) ** 2 for stride in detector.token_strides)
     return Sizes(batch, frame, multiple, least=math.isqrt(-(-detector.fewest_tokens // cells) - 1) + 1)
@@ -72,7 +71,7 @@ def file_program(loaded: LoadedDetector, precision: str) -> Callable[..., Answer
     """
     config = loaded.config.copy_and_resolve_references()
     config.precision = precision
-    skeleton, _, _ = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0), portable=True)))
+    skeleton, _, _ = take_apart(abstract_detector(config, portable=True))
     answer = _answer_of(loaded.config)
 
     def program(image: UInt8[Array, "B H W 3"], size: Int32[Array, "B 2"], original_size: Int32[Array, "B 2"]):

@@ -16,6 +16,8 @@ from deperceiver_jax.models.deperceiver_plus.deperceiver_plus import DePerceiver
 from deperceiver_jax.models.detector import Detector, DetectorFields
 from deperceiver_jax.models.detr.detr import DETR
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import Undrawn
+from deperceiver_jax.models.skeleton import without_arrays
 from deperceiver_jax.models.smca.smca import SMCA
 
 DETECTORS: dict[str, type[Detector]] = {
@@ -45,7 +47,7 @@ def _check_sizes(section: ConfigDict, prefix: str = "config.model.") -> None:
             check_between(f"{prefix}{name}", value, -LARGEST_SIZE, LARGEST_SIZE)
 
 
-def build_detector(config: ConfigDict, *, rngs: nnx.Rngs, portable: bool = False) -> Detector:
+def build_detector(config: ConfigDict, *, rngs: nnx.Rngs | Undrawn, portable: bool = False) -> Detector:
     """The detector that `config.model` describes, with new parameters (`backbone.weights` is not read here).
 
     Called as `detector(image, pixel_valid) -> Predictions`; see Detector. portable: see layers/compute.py. Raises
@@ -67,3 +69,8 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs, portable: bool = False
     shared = {f.name: model.pop(f.name) for f in dataclasses.fields(DetectorFields) if f.name in model}
     fields = build_part(DetectorFields, "config.model", shared)
     return build_part(DETECTORS[name], "config.model", model, fields, compute=compute, rngs=rngs)
+
+
+def abstract_detector(config: ConfigDict, *, portable: bool = False) -> Detector:
+    """`build_detector` without numbers: each array is a jax.ShapeDtypeStruct, and nothing is traced or compiled."""
+    return without_arrays(build_detector(config, rngs=Undrawn(), portable=portable))

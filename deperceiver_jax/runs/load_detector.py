@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models import build_detector, field_needs
+from deperceiver_jax.models import abstract_detector, field_needs
 from deperceiver_jax.models.skeleton import Skeleton, take_apart
 from deperceiver_jax.program.command_line import has_config_file, parse_config
 from deperceiver_jax.runs.checkpoint_files import require_same_arrays
@@ -44,7 +44,7 @@ def load_stored(stored: StoredDetector, config: ConfigDict) -> LoadedDetector:
     """The detector that `config` describes, with the parameters that `stored` points at. Raises UserError."""
     classes = stored.read_classes()
     config.model.num_classes = classes.num_slots
-    skeleton, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+    skeleton, params, others = take_apart(abstract_detector(config))
     arrays = load_params(stored.items)
     require_same_arrays({**params, **others}, {path: array.shape for path, array in arrays.items()}, stored.items)
     return LoadedDetector(skeleton, arrays, config, classes)

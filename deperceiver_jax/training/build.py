@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.set_loss import check_loss, set_loss
 from deperceiver_jax.models import build_detector
+from deperceiver_jax.models.layers.initializers import Undrawn
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.train_state import Plan, plan_train_state
 from deperceiver_jax.training.train_step import Loss, TrainStep, make_train_step
@@ -32,7 +33,7 @@ def build_training(
     *,
     steps_per_epoch: int,
     num_steps: int,
-    detector: Callable[[], nnx.Module] | None = None,
+    detector: Callable[[nnx.Rngs | Undrawn], nnx.Module] | None = None,
     loss: Loss | None = None,
 ) -> Training:
     """From the whole config. The schedule depends on the two numbers; `num_steps` is the last step's.
@@ -41,8 +42,8 @@ def build_training(
     config that cannot be trained.
     """
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    detector = detector or (lambda: build_detector(config, rngs=nnx.Rngs(config.seed)))
-    plan = plan_train_state(detector, config.optimizer, schedule, mesh)
+    detector = detector or (lambda rngs: build_detector(config, rngs=rngs))
+    plan = plan_train_state(detector, config.seed, config.optimizer, schedule, mesh)
     check_loss(config)
     classification = build_classification(config.loss)
     loss = loss or functools.partial(set_loss, classification=classification, config=config, mesh=mesh)

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models.skeleton import Skeleton, take_apart
-from deperceiver_jax.sharding import state_sharding
+from deperceiver_jax.models.layers.initializers import Undrawn
+from deperceiver_jax.models.skeleton import Skeleton, take_apart, without_arrays
+from deperceiver_jax.sharding import place, state_sharding
 from deperceiver_jax.training.optimizer import group_multipliers, make_optimizer
 
 
@@ -38,36 +39,49 @@ class Plan(NamedTuple):
     skeleton: Skeleton
     optimizer: optax.GradientTransformation
     abstract: TrainState  # of ShapeDtypeStruct with shardings
-    initialize: Callable[[], TrainState]  # makes the same arrays, on their devices
+    initialize: Callable[[], TrainState]  # makes a new run's arrays, on their devices
 
 
-def plan_train_state(build: Callable[[], nnx.Module], config: ConfigDict, schedule: optax.Schedule, mesh: Mesh) -> Plan:
-    """Prepares a TrainState for the detector that `build` makes. `config` is `config.optimizer`.
+def plan_train_state(
+    build: Callable[[nnx.Rngs | Undrawn], nnx.Module],
+    seed: int,
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+) -> Plan:
+    """Prepares a TrainState for the detector that `build` makes of random numbers. `config` is `config.optimizer`.
 
-    The abstract and the real state come from the same function, so a restored state, a new one and one that is only
+    The abstract and the real state come from the same functions, so a restored state, a new one and one that is only
     compiled for have the same arrays. Raises UserError for a parameter that fits no group.
     """
-    skeleton, params, _ = take_apart(nnx.eval_shape(build))
+    detector = without_arrays(build(Undrawn()))
+    skeleton, params, _ = take_apart(detector)
     multipliers = group_multipliers(params, config.groups)
     optimizer = make_optimizer(config, schedule, multipliers)
 
-    def new_state() -> TrainState:
-        # astype makes the types strong, as a step's results are: a weak one (jnp.full's) would have it compiled twice.
-        params, frozen = jax.tree.map(lambda x: x.astype(x.dtype), take_apart(build())[1:])
-        trained = {path: x for path, x in params.items() if multipliers[path]}
-        frozen |= {path: x for path, x in params.items() if not multipliers[path]}
+    def first_state(trained: dict[str, Array], frozen: dict[str, Array]) -> TrainState:
         ema = {path: jnp.copy(x) for path, x in trained.items()} if config.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), ema)
 
-    abstract = jax.eval_shape(new_state)
+    def arrays_of(detector: nnx.Module) -> tuple[dict[str, Array], dict[str, Array]]:
+        _, params, others = take_apart(detector)
+        trained = {path: x for path, x in params.items() if multipliers[path]}
+        return trained, others | {path: x for path, x in params.items() if not multipliers[path]}
+
+    def placed(x, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract = jax.eval_shape(first_state, *arrays_of(detector))
     shardings = state_sharding(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
-    )
-    # This program runs once, so on CPUs it is not worth optimising: that would more than double the time to compile it.
-    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    initialize = jax.jit(new_state, out_shardings=shardings, compiler_options=quick)
-    return Plan(skeleton, optimizer, abstract, initialize)
+
+    def initialize() -> TrainState:
+        """The detector's arrays are drawn by every host, see initializers.py; the rest is made where it stays."""
+        arrays = jax.tree.map(place, arrays_of(build(nnx.Rngs(seed))), (shardings.params, shardings.frozen))
+        # This program runs once, so on CPUs it is not worth optimising.
+        quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+        return jax.jit(first_state, out_shardings=shardings, compiler_options=quick)(*arrays)
+
+    return Plan(skeleton, optimizer, jax.tree.map(placed, abstract, shardings), initialize)
 
 
 def inference_arrays(state: TrainState) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
-from deperceiver_jax.models import build_detector
+from deperceiver_jax.models import abstract_detector, build_detector
 from deperceiver_jax.models.heads.heads import CLASS_HEAD
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.weights.backbone import backbone_from_torch
@@ -171,26 +171,21 @@ def follow_file(config: ConfigDict, state, names: Mapping[str, list[str]], given
 
 def abstract_arrays(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and type} of all arrays of the detector that `config` describes."""
-    _, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+    _, params, others = take_apart(abstract_detector(config))
     return {**params, **others}
 
 
 def official_shapes(config: ConfigDict, rules: NameRules) -> dict[str, tuple[int, ...]]:
     """{official name: shape} that the detector of `config` needs."""
-    return torch_shapes(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))), rules)
+    return torch_shapes(abstract_detector(config), rules)
 
 
 def new_arrays(config: ConfigDict, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """New values of these arrays, as training would start them from config.seed."""
     if not paths:
         return {}
-
-    @jax.jit
-    def initialize():
-        _, params, others = take_apart(build_detector(config, rngs=nnx.Rngs(config.seed)))
-        return {path: {**params, **others}[path] for path in paths}  # the compiler leaves out the rest
-
-    return {path: np.array(x) for path, x in initialize().items()}
+    _, params, others = take_apart(build_detector(config, rngs=nnx.Rngs(config.seed)))
+    return {path: np.asarray({**params, **others}[path]) for path in paths}
 
 
 def typed(arrays: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:

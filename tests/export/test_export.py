@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from flax import nnx
 
 from configs import deformable_detr, deperceiver, deperceiver_plus, detr, smca
 from deperceiver_jax.data import open_source
@@ -20,7 +19,7 @@ from deperceiver_jax.export import __main__ as program
 from deperceiver_jax.export import export_detector as steps
 from deperceiver_jax.export.stablehlo_file import METADATA, PROGRAM, open_stablehlo
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.models import build_detector
+from deperceiver_jax.models import abstract_detector
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.load_detector import load_detector
@@ -62,7 +61,7 @@ def trained(tmp_path, rectangles, random_arrays):
         config.model.backbone.update(width=4)
         if config.model.backbone.depth == 50 and not config.model.backbone.dilation:
             config.model.backbone.depth = 18
-        _, params, others = take_apart(nnx.eval_shape(lambda: build_detector(config, rngs=nnx.Rngs(0))))
+        _, params, others = take_apart(abstract_detector(config))
         save_params(tmp_path / "trained", random_arrays({**params, **others}), config_text(config), classes.to_json())
         return tmp_path / "trained"
 

@@ -8,6 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs.base import base
+from deperceiver_jax.models.layers.initializers import lecun_normal, zeros
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.build import build_training
@@ -21,8 +22,9 @@ class TinyDetector(nnx.Module):
     """Mean colour -> a hidden layer with dropout -> two logits and a box for each query."""
 
     def __init__(self, *, rngs: nnx.Rngs, width: int, dropout: float, queries: int):
-        self.backbone = nnx.Linear(3, width, rngs=rngs)
-        self.head = nnx.Linear(width, 6 * queries, rngs=rngs)
+        start = dict(kernel_init=lecun_normal(), bias_init=zeros)
+        self.backbone = nnx.Linear(3, width, **start, rngs=rngs)
+        self.head = nnx.Linear(width, 6 * queries, **start, rngs=rngs)
         self.gain = nnx.Param(jnp.full((width,), 1.0))  # weakly typed
         self.scale = Fixed(jnp.full((3,), 2.0))
         self.dropout = dropout
@@ -85,9 +87,7 @@ class Tiny:
             self.mesh,
             steps_per_epoch=10,
             num_steps=100,
-            detector=lambda: TinyDetector(
-                rngs=nnx.Rngs(self.config.seed), width=width, dropout=dropout, queries=queries
-            ),
+            detector=lambda rngs: TinyDetector(rngs=rngs, width=width, dropout=dropout, queries=queries),
             loss=None if backend else tiny_loss,
         )
 

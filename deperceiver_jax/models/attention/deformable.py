@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_choice
 from deperceiver_jax.models.layers.compute import EXACT, Compute
+from deperceiver_jax.models.layers.initializers import zeros
 from deperceiver_jax.models.layers.level_sampling import PORTABLE, SAMPLINGS, sample_levels
 from deperceiver_jax.models.layers.linear import linear, xavier_start
 from deperceiver_jax.models.layers.recorder import record_points
@@ -44,7 +45,6 @@ class MultiScaleDeformableAttention(nnx.Module):
         check_choice("sampling", sampling, SAMPLINGS)
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.sampling = PORTABLE if compute.portable else sampling
-        zeros = nnx.initializers.zeros
         points = num_heads * num_levels * num_points
         self.value, self.out = (
             linear(dim, dim, **xavier_start(dim, dim), dtype=compute.dtype, rngs=rngs) for _ in range(2)

@@ -24,6 +24,7 @@ from deperceiver_jax.models.features.projected_levels import ProjectedLevels
 from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens, sine_positions
 from deperceiver_jax.models.features.tokens import feature_valid, size_in_cells, size_in_whole_cells
 from deperceiver_jax.models.layers.compute import EXACT, Compute
+from deperceiver_jax.models.layers.initializers import normal
 from deperceiver_jax.models.layers.linear import linear, split_key, xavier_start
 from deperceiver_jax.structures import Predictions
 
@@ -86,8 +87,7 @@ class DeformableDETR(Detector):
             channels, dim, extra_levels=extra_levels, group_norm=True, compute=compute, rngs=rngs
         )
         num_levels = len(self.token_strides)
-        normal = nnx.initializers.normal(1.0)
-        self.level_embedding = nnx.Param(normal(rngs.params(), (num_levels, dim)))
+        self.level_embedding = nnx.Param(normal(1.0)(rngs.params(), (num_levels, dim)))
         shared: dict = dict(num_levels=num_levels, dropout=fields.dropout, compute=compute, rngs=rngs)
         encoder = build_part(EncoderFields, "config.model.encoder", encoder)
         self.encoder = DeformableEncoder(dim, encoder, **shared)
@@ -96,7 +96,7 @@ class DeformableDETR(Detector):
             self.proposals = Proposals(dim, fields.num_logits, **proposals)
         else:
             self.proposals = None
-            self.queries = nnx.Param(normal(rngs.params(), (fields.num_queries, 2 * dim)))  # position, then content
+            self.queries = nnx.Param(normal(1.0)(rngs.params(), (fields.num_queries, 2 * dim)))  # position and content
             self.reference_points = linear(dim, 2, **xavier_start(dim, 2), **EXACT, rngs=rngs)
         decoder = build_part(HalfFields, "config.model.decoder", decoder)
         size_bias = 0.0 if two_stage else -2.0

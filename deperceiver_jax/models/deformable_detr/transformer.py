@@ -191,7 +191,7 @@ class DeformableDecoder(nnx.Module):
             self.heads = None
             start_alike(self.layers.layers.heads, kernels=True)
             bias = self.layers.layers.heads.box_head.mlp.layers[-1].bias
-            bias[...] = bias[...].at[0, 2:].set(size_bias)
+            bias[0, 2:] = size_bias
         else:
             self.heads = RelativeHeads(dim, num_logits, size_bias=size_bias, rngs=rngs)
 

@@ -19,13 +19,14 @@ from deperceiver_jax.models.deperceiver.anchors import Anchors, GaussianBias
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.layers.activations import exact_gelu
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import normal, truncated_normal
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
 from deperceiver_jax.models.layers.linear import dropout, split_key
 from deperceiver_jax.models.layers.mlp import MLP
 from deperceiver_jax.models.layers.recorder import is_recording
 
-LATENT_INITS = {"normal": nnx.initializers.normal, "truncated_normal": nnx.initializers.truncated_normal}
+LATENT_INITS = {"normal": normal, "truncated_normal": truncated_normal}
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class PerceiverDecoder(nnx.Module):
             return
         gaussian_width = fields.anchor_width if fields.anchors and latents_have_places else None
         self.anchors = Anchors(num_queries) if fields.anchors else None
-        self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
+        self.query_position = nnx.Param(normal(1.0)(rngs.params(), (num_queries, dim)))
         layer: dict = dict(gaussian_width=gaussian_width, compute=compute, rngs=rngs)
         self.layers = LayerStack(PerceiverDecoderLayer, fields.num_layers, dim, latent_dim, fields, **layer)
 

@@ -11,6 +11,7 @@ from deperceiver_jax.models.features.projected_levels import ProjectedLevels
 from deperceiver_jax.models.features.pyramid import LevelTokens, make_level_tokens
 from deperceiver_jax.models.features.tokens import concatenate_levels, feature_valid, flatten_map, size_in_cells
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import normal
 
 
 class TokenLevels(ProjectedLevels):
@@ -49,7 +50,7 @@ class TokenLevels(ProjectedLevels):
             PositionEncoding, "config.model.position", position, dim, dtype=compute.dtype, rngs=rngs
         )
         tags = (len(strides), self.level_dim)
-        self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), tags)) if several else None
+        self.level_embedding = nnx.Param(normal(1.0)(rngs.params(), tags)) if several else None
 
     def __call__(self, features: dict[int, Array], pixel_valid: Bool[Array, "B H W"]) -> LevelTokens:
         maps, map_valid, positions = [], [], []

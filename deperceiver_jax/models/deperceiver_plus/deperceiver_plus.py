@@ -21,6 +21,7 @@ from deperceiver_jax.models.features.resnet import STRIDES
 from deperceiver_jax.models.features.tokens import size_in_cells
 from deperceiver_jax.models.heads.heads import BOX_DELTAS
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import normal
 from deperceiver_jax.models.layers.layer_stack import apply_rematerialized
 from deperceiver_jax.structures import Predictions
 
@@ -74,7 +75,7 @@ class DePerceiverPlus(Detector):
         self.rematerialize = compute.rematerialize
         neck: dict = dict(strides=self.strides, top_down=top_down, neck_blocks=neck_blocks)
         self.levels = FeaturePyramid(self.backbone.channels, dim, **neck, compute=compute, rngs=rngs)
-        self.level_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_levels, dim)))
+        self.level_embedding = nnx.Param(normal(0.02)(rngs.params(), (num_levels, dim)))
         if start == "learned":
             self.start: LearnedStart | ProposedStart = LearnedStart(dim, fields.num_queries, rngs=rngs)
         else:

@@ -24,6 +24,7 @@ from deperceiver_jax.models.heads.heads import RelativeHeads, no_predictions
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
 from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import EXACT, Compute
+from deperceiver_jax.models.layers.initializers import zeros
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import linear, split_key
 from deperceiver_jax.models.layers.mlp import MLP
@@ -72,11 +73,10 @@ class BoxGaussian(nnx.Module):
         angle = 2 * np.pi * np.arange(num_heads - 1) / max(num_heads - 1, 1)
         ring = np.zeros((num_heads, 2))
         ring[1:] = 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-        zeros = nnx.initializers.zeros
         self.offset = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, **EXACT, rngs=rngs)
         self.width = linear(dim, 2 * num_heads, kernel_init=zeros, bias_init=zeros, **EXACT, rngs=rngs)
-        self.offset.bias[...] = jnp.asarray(ring.reshape(-1), jnp.float32)
-        self.width.bias[...] = jnp.full(2 * num_heads, np.log(0.5), jnp.float32)
+        self.offset.bias[...] = ring.reshape(-1)
+        self.width.bias[...] = np.log(0.5)
 
     def __call__(
         self, content: Float[Array, "B Q D"], reference: Float[Array, "B Q 4"], place: Float[Array, "B M 2"]

@@ -12,6 +12,7 @@ from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.features.tokens import grid_points
 from deperceiver_jax.models.heads.heads import inverse_sigmoid
 from deperceiver_jax.models.heads.proposals import TokenProposals, tokens_of_boxes
+from deperceiver_jax.models.layers.initializers import normal
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear
 from deperceiver_jax.structures import Predictions
@@ -26,7 +27,7 @@ class LearnedStart(nnx.Module):
         points = grid_points(num_latents)
         boxes = np.concatenate([points, np.full_like(points, 0.1)], axis=-1)
         self.boxes = nnx.Param(inverse_sigmoid(jnp.asarray(boxes)))  # logits of cxcywh
-        self.content = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_latents, dim)))
+        self.content = nnx.Param(normal(0.02)(rngs.params(), (num_latents, dim)))
 
     def __call__(self, image: LevelTokens, denoising: DenoisingQueries | None) -> Start:
         """(no proposals, content, boxes)."""

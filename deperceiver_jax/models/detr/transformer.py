@@ -13,6 +13,7 @@ from deperceiver_jax.errors import check_at_least, check_choice
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.attention.query_layer import QueryLayer
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import normal
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, start_alike
 from deperceiver_jax.models.layers.linear import split_key
@@ -152,7 +153,7 @@ class TransformerDecoder(nnx.Module):
         check_at_least("config.model.decoder.mlp_dim", mlp_dim, 0)
         check_choice("config.model.decoder.query_position", query_position, ("attention", "input"))
         layer: dict = dict(mlp_dim=mlp_dim, pre_norm=pre_norm, dropout=dropout, compute=compute, rngs=rngs)
-        self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
+        self.query_position = nnx.Param(normal(1.0)(rngs.params(), (num_queries, dim)))
         self.position_at_attention = query_position == "attention"
         self.layers = _stack(DecoderLayer, num_layers, dim, num_heads, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype)

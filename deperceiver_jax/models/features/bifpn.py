@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -30,7 +31,7 @@ class Fusion(nnx.Module):
     """
 
     def __init__(self, num_maps: int, dim: int, *, compute: Compute, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jnp.ones(num_maps))
+        self.weight = nnx.Param(np.ones(num_maps, np.float32))
         self.depthwise = PaddedConvolution(dim, dim, 3, groups=dim, use_bias=False, compute=compute, rngs=rngs)
         self.pointwise = linear(dim, dim, dtype=compute.dtype, rngs=rngs)
         self.norm = LayerNorm(dim, dtype=compute.dtype)

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.errors import UserError, check_at_least, check_choice
+from deperceiver_jax.models.layers.initializers import uniform
 from deperceiver_jax.models.layers.linear import linear
 
 
@@ -72,7 +73,7 @@ class PositionEncoding(nnx.Module):
         self.fourier_bands = fourier_bands
         self.learned_size = learned_size
         if encoding == "learned":
-            table = nnx.initializers.uniform(1.0)
+            table = uniform(0.0, 1.0)
             self.column = nnx.Param(table(rngs.params(), (learned_size, dim // 2)))
             self.row = nnx.Param(table(rngs.params(), (learned_size, dim // 2)))
         if encoding == "fourier":

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import PaddedConvolution
+from deperceiver_jax.models.layers.initializers import ones, zeros
 from deperceiver_jax.models.layers.linear import linear, torch_start, xavier_start
 
 
@@ -41,8 +42,10 @@ class ProjectedLevels(nnx.Module):
         self.projections = nnx.List([linear(c, dim, **start(c, dim), dtype=dtype, rngs=rngs) for c in channels])
         for width in [channels[-1], *[dim] * extra_levels][:extra_levels]:
             self.projections.append(halving(width))
-        norm = dict(num_groups=32, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
-        self.norms = nnx.List([nnx.GroupNorm(dim, **norm) for _ in self.projections if group_norm])
+        norm: dict = dict(num_groups=32, epsilon=1e-5, use_fast_variance=False, scale_init=ones, bias_init=zeros)
+        self.norms = nnx.List(
+            [nnx.GroupNorm(dim, **norm, dtype=dtype, rngs=rngs) for _ in self.projections if group_norm]
+        )
 
     def __call__(self, features: Sequence[Float[Array, "B h w C"]]) -> list[Float[Array, "B h w D"]]:
         """As in the published models, norms count padding too. Refuses a level below a map of a single cell."""

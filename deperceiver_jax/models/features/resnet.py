@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -19,6 +20,7 @@ from deperceiver_jax.models.layers.activations import masked_relu, relu
 from deperceiver_jax.models.layers.compute import EXACT, Compute
 from deperceiver_jax.models.layers.convolution import convolution, plain_convolution
 from deperceiver_jax.models.layers.deformable_convolution import deformable_convolution
+from deperceiver_jax.models.layers.initializers import scaled_normal, zeros
 from deperceiver_jax.models.layers.layer_stack import LayerStack, apply_rematerialized
 from deperceiver_jax.models.layers.level_sampling import PORTABLE
 from deperceiver_jax.models.layers.max_pool import max_pool
@@ -32,7 +34,7 @@ DEPTHS = {
 }
 STRIDES = (4, 8, 16, 32)  # of the four stages
 
-kaiming_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+kaiming_normal_fan_out = scaled_normal(2.0)
 
 
 class Frozen(nnx.Variable):
@@ -67,7 +69,6 @@ class DeformableConv(Conv):
     def __init__(self, in_dim, out_dim, size, *, stride, dilation, groups, frozen, compute: Compute, rngs):
         how = dict(stride=stride, dilation=dilation, groups=groups)
         super().__init__(in_dim, out_dim, size, **how, frozen=frozen, compute=compute, rngs=rngs)
-        zeros = nnx.initializers.zeros
         reach: dict = dict(strides=stride, padding=size // 2 * dilation, kernel_dilation=dilation)
         reach |= dict(kernel_init=zeros, bias_init=zeros, **EXACT)  # bfloat16 would be coarser than a cell
         self.offsets = nnx.Conv(in_dim, 3 * size**2, (size, size), **reach, rngs=rngs)
@@ -88,10 +89,10 @@ class FrozenBatchNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, *, dtype):
-        self.scale = Frozen(jnp.ones(dim))
-        self.bias = Frozen(jnp.zeros(dim))
-        self.mean = Frozen(jnp.zeros(dim))
-        self.var = Frozen(jnp.ones(dim))
+        self.scale = Frozen(np.ones(dim, np.float32))
+        self.bias = Frozen(np.zeros(dim, np.float32))
+        self.mean = Frozen(np.zeros(dim, np.float32))
+        self.var = Frozen(np.ones(dim, np.float32))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B H W C"], valid: Bool[Array, "B H W"] | None) -> Float[Array, "B H W C"]:
@@ -107,8 +108,8 @@ class GroupNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, *, initial_scale: float = 1.0, dtype):
-        self.scale = nnx.Param(jnp.full(dim, initial_scale))
-        self.bias = nnx.Param(jnp.zeros(dim))
+        self.scale = nnx.Param(np.full(dim, initial_scale, np.float32))
+        self.bias = nnx.Param(np.zeros(dim, np.float32))
         self.num_groups = math.gcd(32, dim // 2)
         self.dtype = dtype
 

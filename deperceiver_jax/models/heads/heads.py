@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -36,7 +37,7 @@ class ClassHead(nnx.Module):
     def __init__(self, dim: int, num_logits: int, *, rare: bool = False, rngs: nnx.Rngs):
         self.linear = linear(dim, num_logits, **EXACT, dot_general=_with_barrier, rngs=rngs)
         if rare:
-            self.linear.bias[...] = jnp.full(num_logits, RARE)
+            self.linear.bias[...] = RARE
 
     def __call__(self, decoded: Float[Array, "... D"]) -> Float[Array, "... C"]:
         return self.linear(decoded)
@@ -85,8 +86,8 @@ class RelativeHeads(nnx.Module):
         self.class_head = ClassHead(dim, num_logits, rare=True, rngs=rngs)
         self.box_head = BoxHead(dim, rngs=rngs)
         last = self.box_head.mlp.layers[-1]
-        last.kernel[...] = jnp.zeros_like(last.kernel[...])
-        last.bias[...] = jnp.asarray([0.0, 0.0, size_bias, size_bias], last.bias.dtype)
+        last.kernel[...] = 0.0
+        last.bias[...] = np.array([0.0, 0.0, size_bias, size_bias], np.float32)
 
     def __call__(self, decoded: Float[Array, "*L B Q D"], reference: Float[Array, "*L B Q 4"]) -> Predictions:
         return Predictions(logits=self.class_head(decoded), boxes=self.move(reference, self.box_head.mlp(decoded)))

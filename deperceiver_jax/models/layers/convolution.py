@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import lecun_normal, zeros
 
 LARGE = 800  # cells of a map from which on a CPU takes the gradients of kernels of size 1 in loops
 HEAVY = 2**17  # numbers of a map from which on it takes those of larger kernels so,
@@ -61,6 +62,7 @@ class PaddedConvolution(nnx.Conv):
         if unknown := start.keys() - {"kernel_init", "bias_init", "use_bias"}:
             raise TypeError(f"PaddedConvolution takes no {', '.join(sorted(unknown))}.")
         how: dict = dict(strides=stride, padding=size // 2, feature_group_count=groups, dtype=compute.dtype)
+        start = {"kernel_init": lecun_normal(), "bias_init": zeros, **start}
         super().__init__(in_dim, out_dim, (size, size), **how, rngs=rngs, **start)
         self.stride = stride
         self.portable = compute.portable

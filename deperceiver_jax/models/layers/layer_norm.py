@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -20,8 +21,8 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, *, epsilon: float = 1e-5, dtype):
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
+        self.scale = nnx.Param(np.ones(dim, np.float32))
+        self.bias = nnx.Param(np.zeros(dim, np.float32))
         self.epsilon = epsilon
         self.dtype = dtype
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import Undrawn
 from deperceiver_jax.models.layers.recorder import is_recording, name_layer
 
 
@@ -41,12 +43,18 @@ class LayerStack(nnx.Module):
         self.portable = compute.portable
         self.rematerialize = compute.rematerialize or (keep_inputs and not compute.portable)
 
-        @nnx.split_rngs(splits=num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make_layers(rngs):
+        def make(rngs):
             return make_layer(*arguments, compute=compute, rngs=rngs, **options)
 
-        self.layers = make_layers(rngs)
+        if isinstance(rngs, Undrawn):
+            self.layers = _over_arrays(lambda x: np.zeros((num_layers, *x.shape), x.dtype), make(rngs))
+            return
+        keys = jax.random.split(rngs.params(), num_layers)
+        if isinstance(keys, jax.core.Tracer):
+            self.layers = nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+        else:
+            each = [nnx.Rngs(jax.random.wrap_key_data(x)) for x in np.asarray(jax.random.key_data(keys))]
+            self.layers = _over_arrays(lambda *layers: np.stack(layers), *map(make, each))
 
     def layer(self, index: int) -> Any:
         """One layer alone, with its own arrays."""
@@ -110,9 +118,14 @@ def apply_rematerialized(layer: nnx.Module, *args, **kwargs):
     return apply(arrays, args, kwargs)
 
 
+def _over_arrays(function: Callable, *layers: nnx.Module) -> Any:
+    """A layer like the first, each of whose arrays is `function` of those of `layers`."""
+    return nnx.merge(nnx.graphdef(layers[0]), jax.tree.map(function, *map(nnx.state, layers)))
+
+
 def start_alike(part: nnx.Module, *, kernels: bool) -> None:
     """Gives stacked layers the first one's biases and norms, or all its parameters: published layers start as copies,
     of which only the transformer's matrices are drawn anew."""
     for path, variable in nnx.iter_graph(part):
         if isinstance(variable, nnx.Variable) and (kernels or path[-1] != "kernel"):
-            variable[...] = jnp.broadcast_to(variable[...][:1], variable[...].shape)
+            variable[...] = variable[...][:1]

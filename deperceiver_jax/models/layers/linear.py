@@ -6,26 +6,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deperceiver_jax.models.layers.initializers import scaled_uniform, uniform, zeros
+
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch.nn.Linear and Conv2d start here (kaiming_uniform with a = sqrt 5).
-torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+torch_kernel_init = scaled_uniform(1 / 3)
 
 
 def torch_bias_init(fan_in: int):
     """The bias that goes with `torch_kernel_init`: the same uniform range."""
-    return _uniform(fan_in**-0.5)
+    return uniform(-(fan_in**-0.5), fan_in**-0.5)
 
 
 def xavier_uniform_init(fan_in: int, fan_out: int):
     """U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), for matrices that are parts of a larger one of these fans."""
-    return _uniform((6 / (fan_in + fan_out)) ** 0.5)
-
-
-def _uniform(bound: float):
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    return uniform(-bound, bound)
 
 
 def torch_start(fan_in: int, fan_out: int = 0) -> dict:
@@ -36,7 +31,7 @@ def torch_start(fan_in: int, fan_out: int = 0) -> dict:
 
 def xavier_start(fan_in: int, fan_out: int) -> dict:
     """Kernel and bias of a layer that starts Xavier-uniformly, with a bias of zero."""
-    return dict(kernel_init=xavier_uniform_init(fan_in, fan_out), bias_init=nnx.initializers.zeros)
+    return dict(kernel_init=xavier_uniform_init(fan_in, fan_out), bias_init=zeros)
 
 
 def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs, **start) -> nnx.Linear:

@@ -21,6 +21,7 @@ from deperceiver_jax.models.features.tokens import (
 )
 from deperceiver_jax.models.heads.heads import PredictionHeads
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.models.layers.initializers import normal
 from deperceiver_jax.models.layers.linear import split_key
 from deperceiver_jax.models.smca.convolution_encoder import ConvolutionEncoder, ConvolutionFields
 from deperceiver_jax.models.smca.spatial_modulation import ModulationFields
@@ -80,8 +81,8 @@ class SMCA(Detector):
         self.levels = ProjectedLevels(channels, dim, extra_levels=extra_levels, compute=compute, rngs=rngs)
         extra = (self.strides[-1] * 2 ** (i + 1) for i in range(extra_levels))
         self.level_strides = (*self.strides, *extra)
-        normal, shape = nnx.initializers.normal(1.0), (len(self.level_strides), dim)
-        self.level_embedding = nnx.Param(normal(rngs.params(), shape)) if level_embedding else None
+        shape = len(self.level_strides), dim
+        self.level_embedding = nnx.Param(normal(1.0)(rngs.params(), shape)) if level_embedding else None
         shared: dict = dict(dropout=fields.dropout, compute=compute, rngs=rngs)
         self.encoder = _build_encoder(encoder, dim, self.level_strides, shared)
         decoder = build_part(ModulationFields, "config.model.decoder", decoder)

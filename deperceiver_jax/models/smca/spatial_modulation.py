@@ -17,6 +17,7 @@ from deperceiver_jax.models.attention.choice import LARGE
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.kernels.log_gaussian import Bias, LogGaussian
 from deperceiver_jax.models.layers.compute import EXACT
+from deperceiver_jax.models.layers.initializers import ones, zeros
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.linear import linear, xavier_uniform_init
 
@@ -73,7 +74,7 @@ class SpatialModulation(nnx.Module):
         self.modulates = fields.modulation != "none"
         select = fields.scale_selection and num_levels > 1
         count = num_levels * self.num_heads
-        ones = dict(kernel_init=nnx.initializers.zeros, bias_init=nnx.initializers.ones)
+        constant = dict(kernel_init=zeros, bias_init=ones)
 
         def layer(width, **init):
             init = init or dict(kernel_init=xavier_uniform_init(dim, width))
@@ -81,7 +82,7 @@ class SpatialModulation(nnx.Module):
 
         self.norm = LayerNorm(dim, dtype=jnp.float32) if self.modulates or select else None
         self.offset = layer(2 * count) if fields.modulation == "multi_head" else None
-        self.scale = layer(self.num_scales * count, **ones) if self.modulates and self.num_scales else None
+        self.scale = layer(self.num_scales * count, **constant) if self.modulates and self.num_scales else None
         self.selection = layer(num_levels) if select else None
 
     def __call__(

@@ -19,6 +19,7 @@ from deperceiver_jax.models.detr.transformer import DecoderLayer
 from deperceiver_jax.models.features.pyramid import LevelTokens
 from deperceiver_jax.models.layers.activations import relu
 from deperceiver_jax.models.layers.compute import EXACT, Compute
+from deperceiver_jax.models.layers.initializers import normal
 from deperceiver_jax.models.layers.layer_norm import LayerNorm
 from deperceiver_jax.models.layers.layer_stack import LayerStack, start_alike
 from deperceiver_jax.models.layers.linear import split_key
@@ -185,7 +186,7 @@ class ModulatedDecoder(nnx.Module):
     ):
         """`strides`: pixels between the cells of each level of the memory."""
         layer: dict = dict(strides=strides, dropout=dropout, compute=compute, rngs=rngs)
-        self.query_position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, dim)))
+        self.query_position = nnx.Param(normal(1.0)(rngs.params(), (num_queries, dim)))
         self.layers = LayerStack(ModulatedDecoderLayer, fields.num_layers, dim, fields, **layer)
         self.norm = LayerNorm(dim, dtype=compute.dtype)
         center = dict(activation=relu, xavier=True, **EXACT, rngs=rngs)

@@ -1,0 +1,106 @@
+"""Numbers of known keys are those of jax.nn.initializers, and nothing of a detector begins any other way."""
+
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deperceiver_jax.models import abstract_detector, build_detector
+from deperceiver_jax.models.layers import initializers
+from deperceiver_jax.models.layers.layer_stack import LayerStack
+from deperceiver_jax.models.layers.linear import linear
+from deperceiver_jax.models.skeleton import take_apart
+from tests.drawn_arrays import FLOAT32
+
+INITIALIZERS = {
+    "uniform": initializers.uniform(-0.3, 0.3),
+    "uniform above 0": initializers.uniform(0.0, 1.0),
+    "scaled_uniform": initializers.scaled_uniform(1 / 3),
+    "normal": initializers.normal(0.02),
+    "scaled_normal": initializers.scaled_normal(2.0),
+    "truncated_normal": initializers.truncated_normal(0.02),
+    "lecun_normal": initializers.lecun_normal(),
+}
+DETECTORS = [
+    "deperceiver:r50_16",
+    "deperceiver_plus:r50_multiscale",
+    "deformable_detr:r50",
+    "deformable_detr:r50_two_stage",
+    "detr:r50",
+    "smca:r50_multiscale",
+    "smca:r50_multiscale_conv",
+]
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_the_numbers_are_jaxs(name):
+    """One by one, also where an array takes several chunks; but for what compilers round together."""
+    initializer = INITIALIZERS[name]
+    longer = (3, 3, 1, initializers.CHUNK // 4 + 1)
+    for seed, shape in [(0, (5, 7)), (1, (1, 1)), (2, (3, 3, 4, 9)), (3, longer)]:
+        key = jax.random.key(seed)
+        drawn = initializer(key, shape)
+        assert isinstance(drawn, np.ndarray) and drawn.dtype == np.float32 and drawn.shape == shape
+        np.testing.assert_allclose(drawn, initializer.standard(key, shape, jnp.float32), rtol=3e-7, atol=3e-8)
+
+
+def test_a_traced_key_gives_the_same_numbers():
+    for name, initializer in INITIALIZERS.items():
+        traced = jax.jit(lambda key, initializer=initializer: initializer(key, (40, 30)))(jax.random.key(3))
+        np.testing.assert_allclose(traced, initializer(jax.random.key(3), (40, 30)), rtol=3e-7, atol=3e-8, err_msg=name)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match="float32 on one device, not as bfloat16"):
+        initializers.normal(1.0)(jax.random.key(0), (2, 2), "bfloat16")
+
+
+def test_stacked_layers_begin_alike_with_known_and_with_traced_keys():
+    def stack(rngs):
+        return LayerStack(_Layer, 3, 8, compute=FLOAT32, rngs=rngs)
+
+    known = nnx.state(stack(nnx.Rngs(0)))
+    traced = jax.jit(lambda: nnx.state(stack(nnx.Rngs(0))))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-8), known, traced)
+    kernel = known["layers"]["linear"]["kernel"].get_value()
+    assert kernel.shape == (3, 8, 8) and len(np.unique(kernel)) == kernel.size
+
+
+class _Layer(nnx.Module):
+    def __init__(self, dim: int, *, compute, rngs):
+        self.linear = linear(dim, dim, dtype=compute.dtype, rngs=rngs)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_draws_nothing_with_a_program_of_its_own(name, monkeypatch):
+    """Whatever is drawn comes from an initializer of ours: JAX's would compile one program for each shape.
+
+    Arrays of a few hundred numbers may be computed (places of latents); they are not drawn. The abstract detector has
+    the same arrays.
+    """
+    module, variant = name.split(":")
+    config = importlib.import_module(f"configs.{module}").get_config(variant)
+    config.model.num_classes = 3
+    config.model.backbone.update(depth=18, width=8)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("drawn by jax.random")
+
+    for function in ("uniform", "normal", "truncated_normal", "bits"):
+        monkeypatch.setattr(jax.random, function, refuse)
+    skeleton, params, others = take_apart(build_detector(config, rngs=nnx.Rngs(0)))
+    abstract = take_apart(abstract_detector(config))
+    assert skeleton == abstract[0]
+    for real, without in ((params, abstract[1]), (others, abstract[2])):
+        assert {path: (x.shape, x.dtype) for path, x in real.items()} == {
+            path: (x.shape, x.dtype) for path, x in without.items()
+        }
+        assert all(isinstance(x, jax.ShapeDtypeStruct) for x in without.values())
+    computed = {path: x.size for path, x in params.items() if not isinstance(x, np.ndarray)}
+    assert all(size <= 2048 for size in computed.values()), computed
+    spread = [np.std(x) for path, x in params.items() if path.endswith("kernel") and math.prod(x.shape) > 1000]
+    assert np.median(spread) > 0
