@@ -11,9 +11,10 @@ from flax import nnx
 from deperceiver_jax.models import build_detector
 from deperceiver_jax.models.features.pyramid import make_level_tokens
 from deperceiver_jax.models.features.tokens import size_in_whole_cells
+from deperceiver_jax.models.layers.arrays import over_arrays, shape_of
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.initializers import Undrawn
-from deperceiver_jax.models.skeleton import take_apart, without_arrays
+from deperceiver_jax.models.skeleton import take_apart
 
 FLOAT32 = Compute(jnp.float32, attention="auto", rematerialize=False)
 
@@ -76,7 +77,7 @@ def new_detector(config, backbone=Patches, rngs=None):
 
 def abstract_detector(config, backbone=None):
     """The detector of `config` without arrays: enough for its shapes, and for what is wrong with a config."""
-    return without_arrays(new_detector(config, backbone, Undrawn()))
+    return over_arrays(shape_of, new_detector(config, backbone, Undrawn()))
 
 
 def drawn_detector(config, backbone=Patches):

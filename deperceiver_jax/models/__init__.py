@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
@@ -15,9 +16,9 @@ from deperceiver_jax.models.deperceiver.deperceiver import DePerceiver
 from deperceiver_jax.models.deperceiver_plus.deperceiver_plus import DePerceiverPlus
 from deperceiver_jax.models.detector import Detector, DetectorFields
 from deperceiver_jax.models.detr.detr import DETR
+from deperceiver_jax.models.layers.arrays import over_arrays, shape_of
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.initializers import Undrawn
-from deperceiver_jax.models.skeleton import without_arrays
 from deperceiver_jax.models.smca.smca import SMCA
 
 DETECTORS: dict[str, type[Detector]] = {
@@ -68,9 +69,10 @@ def build_detector(config: ConfigDict, *, rngs: nnx.Rngs | Undrawn, portable: bo
     compute = Compute(types[config.precision], config.attention, rematerialize, portable)
     shared = {f.name: model.pop(f.name) for f in dataclasses.fields(DetectorFields) if f.name in model}
     fields = build_part(DetectorFields, "config.model", shared)
-    return build_part(DETECTORS[name], "config.model", model, fields, compute=compute, rngs=rngs)
+    detector = build_part(DETECTORS[name], "config.model", model, fields, compute=compute, rngs=rngs)
+    return detector if isinstance(rngs, Undrawn) else over_arrays(jax.device_put, detector)
 
 
 def abstract_detector(config: ConfigDict, *, portable: bool = False) -> Detector:
     """`build_detector` without numbers: each array is a jax.ShapeDtypeStruct, and nothing is traced or compiled."""
-    return without_arrays(build_detector(config, rngs=Undrawn(), portable=portable))
+    return over_arrays(shape_of, build_detector(config, rngs=Undrawn(), portable=portable))

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from flax.typing import PathParts
 
@@ -21,12 +20,6 @@ class Skeleton:
     def merge(self, arrays: Mapping[str, Array]) -> Any:
         """The detector that computes with `arrays`, which must be all of its arrays and no other."""
         return nnx.merge(self.graphdef, nnx.from_flat_state([(path, arrays[join(path)]) for path in self.paths]))
-
-
-def without_arrays(detector: Any) -> Any:
-    """The same with a jax.ShapeDtypeStruct in the place of each array."""
-    graphdef, state = nnx.split(detector)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
 
 
 def join(path: PathParts) -> str:

@@ -17,8 +17,9 @@ from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError
+from deperceiver_jax.models.layers.arrays import over_arrays, shape_of
 from deperceiver_jax.models.layers.initializers import Undrawn
-from deperceiver_jax.models.skeleton import Skeleton, take_apart, without_arrays
+from deperceiver_jax.models.skeleton import Skeleton, take_apart
 from deperceiver_jax.sharding import place, state_sharding
 from deperceiver_jax.training.optimizer import group_multipliers, make_optimizer
 
@@ -54,7 +55,7 @@ def plan_train_state(
     The abstract and the real state come from the same functions, so a restored state, a new one and one that is only
     compiled for have the same arrays. Raises UserError for a parameter that fits no group.
     """
-    detector = without_arrays(build(Undrawn()))
+    detector = over_arrays(shape_of, build(Undrawn()))
     skeleton, params, _ = take_apart(detector)
     multipliers = group_multipliers(params, config.groups)
     optimizer = make_optimizer(config, schedule, multipliers)

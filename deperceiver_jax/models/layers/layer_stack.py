@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deperceiver_jax.models.layers.arrays import over_arrays
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.initializers import Undrawn
 from deperceiver_jax.models.layers.recorder import is_recording, name_layer
@@ -47,14 +48,14 @@ class LayerStack(nnx.Module):
             return make_layer(*arguments, compute=compute, rngs=rngs, **options)
 
         if isinstance(rngs, Undrawn):
-            self.layers = _over_arrays(lambda x: np.zeros((num_layers, *x.shape), x.dtype), make(rngs))
+            self.layers = over_arrays(lambda x: np.zeros((num_layers, *x.shape), x.dtype), make(rngs))
             return
         keys = jax.random.split(rngs.params(), num_layers)
         if isinstance(keys, jax.core.Tracer):
             self.layers = nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
         else:
             each = [nnx.Rngs(jax.random.wrap_key_data(x)) for x in np.asarray(jax.random.key_data(keys))]
-            self.layers = _over_arrays(lambda *layers: np.stack(layers), *map(make, each))
+            self.layers = over_arrays(lambda *layers: np.stack(layers), *map(make, each))
 
     def layer(self, index: int) -> Any:
         """One layer alone, with its own arrays."""
@@ -116,11 +117,6 @@ def apply_rematerialized(layer: nnx.Module, *args, **kwargs):
         return nnx.merge(graphdef, arrays)(*args, **kwargs)
 
     return apply(arrays, args, kwargs)
-
-
-def _over_arrays(function: Callable, *layers: nnx.Module) -> Any:
-    """A layer like the first, each of whose arrays is `function` of those of `layers`."""
-    return nnx.merge(nnx.graphdef(layers[0]), jax.tree.map(function, *map(nnx.state, layers)))
 
 
 def start_alike(part: nnx.Module, *, kernels: bool) -> None:
