@@ -48,7 +48,7 @@ def _check_sizes(section: ConfigDict, prefix: str = "config.model.") -> None:
             check_between(f"{prefix}{name}", value, -LARGEST_SIZE, LARGEST_SIZE)
 
 
-def build_detector(config: ConfigDict, *, rngs: nnx.Rngs | Undrawn, portable: bool = False) -> Detector:
+def build_detector(config: ConfigDict, *, rngs: nnx.Rngs, portable: bool = False) -> Detector:
     """The detector that `config.model` describes, with new parameters (`backbone.weights` is not read here).
 
     Called as `detector(image, pixel_valid) -> Predictions`; see Detector. portable: see layers/compute.py. Raises

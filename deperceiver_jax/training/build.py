@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.set_loss import check_loss, set_loss
 from deperceiver_jax.models import build_detector
-from deperceiver_jax.models.layers.initializers import Undrawn
 from deperceiver_jax.training.optimizer import learning_rate_schedule
 from deperceiver_jax.training.train_state import Plan, plan_train_state
 from deperceiver_jax.training.train_step import Loss, TrainStep, make_train_step
@@ -33,7 +32,7 @@ def build_training(
     *,
     steps_per_epoch: int,
     num_steps: int,
-    detector: Callable[[nnx.Rngs | Undrawn], nnx.Module] | None = None,
+    detector: Callable[[nnx.Rngs], nnx.Module] | None = None,
     loss: Loss | None = None,
 ) -> Training:
     """From the whole config. The schedule depends on the two numbers; `num_steps` is the last step's.

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def plan_train_state(
-    build: Callable[[nnx.Rngs | Undrawn], nnx.Module],
+    build: Callable[[nnx.Rngs], nnx.Module],
     seed: int,
     config: ConfigDict,
     schedule: optax.Schedule,

@@ -6,6 +6,7 @@ of any of them: threefry, JAX's generator, makes every number from the key and t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 CHUNK = 2**15  # numbers
 SQRT_2 = np.float32(math.sqrt(2))
@@ -27,16 +29,28 @@ TRUNCATED_DEVIATION = np.float32(0.87962566103423978)
 Shape = tuple[int, ...]
 
 
-class Undrawn:
-    """In the place of nnx.Rngs and of its keys, where shapes matter and no numbers: whatever is drawn is zeros."""
+class Undrawn(nnx.Rngs):
+    """nnx.Rngs for a detector whose shapes matter and whose numbers do not: what is drawn here is zeros.
 
-    def params(self) -> "Undrawn":
-        return self
+    Its key is one, for modules that draw with initializers of others.
+    """
+
+    def __init__(self):
+        super().__init__(_undrawn())
+
+    def params(self) -> jax.Array:
+        return _undrawn()
+
+
+@functools.cache
+def _undrawn() -> jax.Array:
+    with jax.ensure_compile_time_eval():  # also where the first detector is made inside a trace
+        return jax.random.key(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """(key, shape) -> float32: a NumPy array if the key is known; from a traced one what `standard` makes of it.
+    """(key, shape) -> float32: a NumPy array if the key is known; else, or of another type, what `standard` makes.
 
     A number is scale(shape) * x, where x is uniform in [low, high), or, if it is `gaussian`, what the uniform number is
     the error function of, times the root of 2, and not beyond `limit`.
@@ -50,12 +64,10 @@ class Initializer:
     limit: float = math.inf
 
     def __call__(self, key: jax.Array, shape: Shape, dtype=jnp.float32, out_sharding=None) -> Any:
-        if dtype != jnp.float32 or out_sharding is not None:
-            raise ValueError(f"Parameters begin as float32 on one device, not as {dtype} with sharding {out_sharding}.")
-        if isinstance(key, Undrawn):
+        if key is _undrawn():
             return np.zeros(shape, dtype)
-        if isinstance(key, jax.core.Tracer):
-            return self.standard(key, shape, dtype)
+        if isinstance(key, jax.core.Tracer) or dtype != jnp.float32 or out_sharding is not None:
+            return self.standard(key, shape, dtype, out_sharding)
         size, key_data = math.prod(shape), np.asarray(jax.random.key_data(key))
         how = key_data, self.low, self.high, np.float32(self.scale(shape)), self.gaussian, np.float32(self.limit)
         chunks = [_draw_chunk(np.uint32(first), *how) for first in range(0, size, CHUNK)]
@@ -83,8 +95,8 @@ def ones(key, shape: Shape, dtype=jnp.float32, out_sharding=None) -> np.ndarray:
 
 
 def uniform(low: float, high: float) -> Initializer:
-    def standard(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, low, high)
+    def standard(key, shape, dtype, out_sharding=None):
+        return jax.random.uniform(key, shape, dtype, low, high, out_sharding=out_sharding)
 
     return Initializer(standard, np.float32(low), np.float32(high), lambda shape: 1.0)
 

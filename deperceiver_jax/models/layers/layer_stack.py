@@ -52,7 +52,7 @@ class LayerStack(nnx.Module):
             return
         keys = jax.random.split(rngs.params(), num_layers)
         if isinstance(keys, jax.core.Tracer):
-            self.layers = nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+            self.layers = nnx.vmap(lambda key: make(type(rngs)(key)))(keys)
         else:
             each = [nnx.Rngs(jax.random.wrap_key_data(x)) for x in np.asarray(jax.random.key_data(keys))]
             self.layers = over_arrays(lambda *layers: np.stack(layers), *map(make, each))

@@ -54,9 +54,20 @@ def test_a_traced_key_gives_the_same_numbers():
         np.testing.assert_allclose(traced, initializer(jax.random.key(3), (40, 30)), rtol=3e-7, atol=3e-8, err_msg=name)
 
 
-def test_other_types_are_refused():
-    with pytest.raises(ValueError, match="float32 on one device, not as bfloat16"):
-        initializers.normal(1.0)(jax.random.key(0), (2, 2), "bfloat16")
+def test_other_types_are_drawn_as_jax_draws_them():
+    for name, initializer in INITIALIZERS.items():
+        drawn = initializer(jax.random.key(1), (3, 5), jnp.bfloat16)
+        assert drawn.dtype == jnp.bfloat16, name
+        np.testing.assert_array_equal(drawn, initializer.standard(jax.random.key(1), (3, 5), jnp.bfloat16))
+
+
+def test_a_module_with_other_initializers_has_an_abstract_form():
+    undrawn = initializers.Undrawn()
+    other = nnx.Linear(2, 3, rngs=undrawn)
+    assert np.std(other.kernel[...]) > 0 and not np.any(linear(2, 3, dtype=jnp.float32, rngs=undrawn).kernel[...])
+    nnx.Dropout(0.5, rngs=undrawn)(jnp.ones(3))
+    graphdef, _ = nnx.split(other)
+    assert graphdef == nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
 
 def test_stacked_layers_begin_alike_with_known_and_with_traced_keys():
