@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
 
 def random_detector(config) -> LoadedDetector:
     config.model.num_classes = CLASSES.num_slots
-    skeleton, params, others = take_apart(nnx.jit(lambda: build_detector(config, rngs=nnx.Rngs(0)))())
+    skeleton, params, others = take_apart(build_detector(config, rngs=nnx.Rngs(0)))
     arrays = {path: np.asarray(array) for path, array in {**params, **others}.items()}
     return LoadedDetector(skeleton, arrays, config, CLASSES)
 

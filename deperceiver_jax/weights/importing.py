@@ -185,7 +185,7 @@ def new_arrays(config: ConfigDict, paths: Sequence[str]) -> dict[str, np.ndarray
     if not paths:
         return {}
     _, params, others = take_apart(build_detector(config, rngs=nnx.Rngs(config.seed)))
-    return {path: np.asarray({**params, **others}[path]) for path in paths}
+    return {path: np.array({**params, **others}[path]) for path in paths}
 
 
 def typed(arrays: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:

@@ -66,7 +66,7 @@ class Initializer:
     def __call__(self, key: jax.Array, shape: Shape, dtype=jnp.float32, out_sharding=None) -> Any:
         if key is _undrawn():
             return np.zeros(shape, dtype)
-        if isinstance(key, jax.core.Tracer) or dtype != jnp.float32 or out_sharding is not None:
+        if isinstance(key, jax.core.Tracer) or np.dtype(dtype) != np.float32 or out_sharding is not None:
             return self.standard(key, shape, dtype, out_sharding)
         size, key_data = math.prod(shape), np.asarray(jax.random.key_data(key))
         how = key_data, self.low, self.high, np.float32(self.scale(shape)), self.gaussian, np.float32(self.limit)
