@@ -41,7 +41,7 @@ def test_the_numbers_are_jaxs(name):
     """One by one, also where an array takes several chunks; but for what compilers round together."""
     initializer = INITIALIZERS[name]
     longer = (3, 3, 1, initializers.CHUNK // 4 + 1)
-    for seed, shape in [(0, (5, 7)), (1, (1, 1)), (2, (3, 3, 4, 9)), (3, longer)]:
+    for seed, shape in [(0, (3, 3, 4, 9)), (1, longer)]:
         key = jax.random.key(seed)
         drawn = initializer(key, shape)
         assert isinstance(drawn, np.ndarray) and drawn.dtype == np.float32 and drawn.shape == shape
