@@ -40,6 +40,7 @@ from benchmarks.synthetic_batches import (  # noqa: E402
 from configs.base import resnet  # noqa: E402
 from deperceiver_jax.errors import UserError  # noqa: E402
 from deperceiver_jax.program.command_line import parse_config, parse_flags, run  # noqa: E402
+from deperceiver_jax.program.huge_pages import use_huge_pages  # noqa: E402
 
 WITH_PEERS = ["configs/detr.py:r50", "configs/deformable_detr.py:r50"]
 OTHERS = ["deperceiver.py:r50_16", "deperceiver_plus.py:r50_multiscale", "smca.py:r50_multiscale"]
@@ -249,4 +250,5 @@ def cells(row: dict, alike: Sequence[dict], batch_size: int, peak: float) -> lis
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as train.py does; the peers get the same
     sys.exit(run(main))

@@ -17,6 +17,7 @@ from pathlib import Path
 from deperceiver_jax import __version__
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.program.command_line import is_help, nearest, run
+from deperceiver_jax.program.huge_pages import use_huge_pages
 
 FIRST = ("predict", "train", "eval")  # of the list; the others follow by name
 PROGRAM = "\ndef main(argv: list[str])"  # what a file has that is one
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
 
 def command() -> int:
     """What the installed `deperceiver` calls."""
+    use_huge_pages()
     return run(main)
 
 

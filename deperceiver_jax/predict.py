@@ -17,6 +17,7 @@ from absl import flags
 
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.program.flags import define_detector_flags
+from deperceiver_jax.program.huge_pages import use_huge_pages
 
 IMAGES = "Files, folders (their pictures, without folders below), patterns or videos; - for a list on standard input."
 
@@ -50,4 +51,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(run(main))

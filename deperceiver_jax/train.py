@@ -13,6 +13,7 @@ from absl import flags
 
 from deperceiver_jax.program.command_line import parse_flags, run
 from deperceiver_jax.program.flags import define_process_flags
+from deperceiver_jax.program.huge_pages import use_huge_pages
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,4 +38,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(run(main))
