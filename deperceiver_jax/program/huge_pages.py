@@ -2,9 +2,9 @@
 
 A training step on a CPU takes its temporaries from the C library and gives them back, hundreds of MiB a step, and the
 system hands out every 4 KiB of them with a fault of its own, filled with zeros: a tenth to a fifth of the demo's time,
-a tenth of DETR's at 800 x 1066. In pages of 2 MiB hardly any of that is left. Where Linux gives such pages to programs that ask
-for them (transparent_hugepage is `madvise`, as distributions have it), glibc asks from version 2.35 on if its tunable
-says so when a program starts.
+a tenth of DETR's at 800 x 1066. In pages of 2 MiB hardly any of that is left. Where Linux gives such pages to programs
+that ask for them (transparent_hugepage is `madvise`, as distributions have it), glibc asks from version 2.35 on if its
+tunable says so when a program starts.
 """
 
 import glob
