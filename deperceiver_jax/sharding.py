@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from deperceiver_jax.errors import UserError
 
@@ -81,7 +81,7 @@ def gather(arrays, mesh: Mesh):
     return jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
-def place(array, sharding: NamedSharding) -> jax.Array:
+def place(array, sharding: Sharding) -> jax.Array:
     """An array that every host has whole (NumPy's or JAX's) -> one on the devices of `sharding`."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -105,8 +105,7 @@ def replace_arrays(state: TrainState, arrays: Mapping[str, np.ndarray], *, origi
     def replace(old: dict[str, Array]) -> dict[str, Array]:
         # The copy is this state's own: steps donate their state, and `params` and `ema` must not share a buffer.
         return {
-            path: jax.device_put(np.array(arrays[path], x.dtype), x.sharding) if path in arrays else x
-            for path, x in old.items()
+            path: place(np.array(arrays[path], x.dtype), x.sharding) if path in arrays else x for path, x in old.items()
         }
 
     return state._replace(params=replace(state.params), frozen=replace(state.frozen), ema=replace(state.ema))

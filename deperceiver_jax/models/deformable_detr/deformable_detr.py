@@ -96,7 +96,8 @@ class DeformableDETR(Detector):
             self.proposals = Proposals(dim, fields.num_logits, **proposals)
         else:
             self.proposals = None
-            self.queries = nnx.Param(normal(1.0)(rngs.params(), (fields.num_queries, 2 * dim)))  # position and content
+            queries = fields.num_queries, 2 * dim  # position, then content
+            self.queries = nnx.Param(normal(1.0)(rngs.params(), queries))
             self.reference_points = linear(dim, 2, **xavier_start(dim, 2), **EXACT, rngs=rngs)
         decoder = build_part(HalfFields, "config.model.decoder", decoder)
         size_bias = 0.0 if two_stage else -2.0

@@ -54,8 +54,9 @@ class LayerStack(nnx.Module):
         if isinstance(keys, jax.core.Tracer):
             self.layers = nnx.vmap(lambda key: make(type(rngs)(key)))(keys)
         else:
-            each = [nnx.Rngs(jax.random.wrap_key_data(x)) for x in np.asarray(jax.random.key_data(keys))]
-            self.layers = over_arrays(lambda *layers: np.stack(layers), *map(make, each))
+            impl = jax.random.key_impl(keys)
+            each = [jax.random.wrap_key_data(x, impl=impl) for x in np.asarray(jax.random.key_data(keys))]
+            self.layers = over_arrays(lambda *layers: np.stack(layers), *(make(type(rngs)(key)) for key in each))
 
     def layer(self, index: int) -> Any:
         """One layer alone, with its own arrays."""

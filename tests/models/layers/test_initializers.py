@@ -81,6 +81,12 @@ def test_stacked_layers_begin_alike_with_known_and_with_traced_keys():
     assert kernel.shape == (3, 8, 8) and len(np.unique(kernel)) == kernel.size
 
 
+def test_layers_of_another_generator():
+    rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
+    kernel = nnx.state(LayerStack(_Layer, 2, 8, compute=FLOAT32, rngs=rngs))["layers"]["linear"]["kernel"].get_value()
+    assert len(np.unique(kernel)) == kernel.size
+
+
 class _Layer(nnx.Module):
     def __init__(self, dim: int, *, compute, rngs):
         self.linear = linear(dim, dim, dtype=compute.dtype, rngs=rngs)
