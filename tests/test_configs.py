@@ -12,10 +12,12 @@ from flax import nnx
 
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.models import field_needs
+from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.training.optimizer import group_multipliers
 from tests.drawn_arrays import abstract_detector
+from tests.meshes import mesh_on
 
 FILES = ("deperceiver", "deperceiver_plus", "detr", "deformable_detr", "smca", "demo", "ladder", "small")
 
@@ -30,13 +32,19 @@ def models():
     return found.values()
 
 
+def answers(detector, image, valid):
+    """Their shapes. On TPUs rows of layers are loops, and quick to trace."""
+    with traced_for(mesh_on("tpu")):
+        return nnx.eval_shape(lambda detector: detector(image, valid), detector)
+
+
 @pytest.mark.parametrize("name, variant", models(), ids=lambda value: value)
 def test_variant_builds(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     detector = abstract_detector(config)
     group_multipliers(take_apart(detector)[1], config.optimizer.groups)
     image = jnp.zeros((1, 256, 320, 3))
-    predictions = nnx.eval_shape(lambda detector: detector(image, jnp.ones((1, 256, 320), bool)), detector)
+    predictions = answers(detector, image, jnp.ones((1, 256, 320), bool))
     layers, batch, queries, width = predictions.logits.shape
     assert (batch, queries) == (1, config.model.num_queries)
     build_classification(config.loss).check_width(width, config.model.num_classes)
@@ -100,7 +108,7 @@ def test_every_row_of_the_detr_table_is_a_command(row):
     assert parameters == f"{trained / 1e6:.1f}"
     assert float(ap) == pytest.approx(40.6 + float(change or 0))
     image, valid = jnp.zeros((1, 64, 96, 3)), jnp.ones((1, 64, 96), bool)
-    assert nnx.eval_shape(lambda detector: detector(image, valid), detector).logits.shape == (6, 1, 100, 92)
+    assert answers(detector, image, valid).logits.shape == (6, 1, 100, 92)
 
 
 def test_rows_of_the_detr_table_differ():

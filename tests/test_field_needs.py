@@ -17,12 +17,14 @@ from deperceiver_jax.field_needs import GENERAL, check_needs
 from deperceiver_jax.losses.classification import build_classification
 from deperceiver_jax.losses.set_loss import set_loss
 from deperceiver_jax.models import field_needs
+from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.program.command_line import parse_config
 from deperceiver_jax.runs.workdir import flat_fields
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.training.build import build_training
 from deperceiver_jax.training.compile_ahead import abstract_batch
 from tests.drawn_arrays import Patches, new_detector
+from tests.meshes import mesh_on
 from tests.training.conftest import TinyDetector
 
 pytestmark = pytest.mark.slow
@@ -128,6 +130,7 @@ def program(config: ConfigDict, *, resnet: bool) -> str:
         classification=build_classification(config.loss), config=config, mesh=make_mesh(devices=jax.devices()[:1])
     )
 
+    @traced_for(mesh_on("tpu"))  # where rows of layers are loops, and quick to trace
     def compute(key, image, batch):
         detector = new_detector(config, backbone, rngs=Keys(key))
         valid = jnp.ones(image.shape[:3], bool)

@@ -82,7 +82,7 @@ class CheckedPatches(Patches):
 def model_before_compiling(config: ConfigDict) -> None:
     """The detector as train.py makes it, and what it says to an image."""
     skeleton, params, others = take_apart(abstract_detector(config, CheckedPatches))
-    check_sizes(skeleton.merge, {**params, **others}, [(64, 96)])
+    check_sizes(skeleton.merge, {**params, **others}, [(64, 96)], make_mesh())
 
 
 def run_before_compiling(config: ConfigDict, workdir) -> None:

@@ -24,6 +24,7 @@ from deperceiver_jax.evaluation.postprocess import postprocess
 from deperceiver_jax.files import make_folder, reason, write_whole
 from deperceiver_jax.images import normalize_images
 from deperceiver_jax.losses.classification import build_classification
+from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.runs.workdir import DATA
 from deperceiver_jax.sharding import gather, replicated, shard_batch, whole_batch
 from deperceiver_jax.structures import Batch, Detections, Predictions
@@ -48,10 +49,10 @@ def make_detect_step(merge: Callable, config: ConfigDict, mesh: Mesh, answer: An
         postprocess, classification=classification, max_detections=config.eval.max_detections
     )
 
+    @traced_for(mesh)
     def detect_step(arrays, batch):
         image, pixel_valid = normalize_images(batch.image, batch.size)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
-            predictions = merge(gather(arrays, mesh))(image, pixel_valid)
+        predictions = merge(gather(arrays, mesh))(image, pixel_valid)
         classification.check_width(predictions.logits.shape[-1], config.model.num_classes)
         return batch.example, answer(predictions, batch.original_size)
 

@@ -109,7 +109,7 @@ def _train(values: flags.FlagValues, config_arguments: Sequence[str], until_end:
     detect_step = make_detect_step(plan.skeleton.merge, config, mesh)
     eval_batches = evaluation_batches(eval_source, config, mesh, evaluation_views(eval_source, config))
     sizes = [*batches.buckets, *eval_batches.buckets]
-    check_sizes(plan.skeleton.merge, inference_arrays(plan.abstract), sizes)
+    check_sizes(plan.skeleton.merge, inference_arrays(plan.abstract), sizes, mesh)
 
     # Chapter 5: the state: the newest checkpoint's, or a first one.
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)

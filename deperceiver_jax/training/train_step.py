@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from deperceiver_jax.errors import UserError, check_at_least
 from deperceiver_jax.images import normalize_images
+from deperceiver_jax.models.layers.by_platform import target_platform, traced_for
 from deperceiver_jax.sharding import ALL_DEVICES, batch_sharding, check_batch_size, gather, replicated
 from deperceiver_jax.structures import Batch, Predictions
 from deperceiver_jax.training.train_state import Plan, TrainState
@@ -38,6 +39,7 @@ def make_train_step(plan: Plan, config: ConfigDict, *, loss: Loss, schedule: opt
     parts = config.optimizer.accumulate_steps
     check_parts(config.data.batch_size, parts, mesh)
 
+    @traced_for(mesh)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
@@ -45,8 +47,7 @@ def make_train_step(plan: Plan, config: ConfigDict, *, loss: Loss, schedule: opt
             detector = plan.skeleton.merge(gather({**state.frozen, **params}, mesh))
             image, pixel_valid = normalize_images(part.image, part.size)
             dropout_key = jax.random.fold_in(step_key, part_index)
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which run on each device's images
-                predictions = detector(image, pixel_valid, targets=part.targets, dropout_key=dropout_key)
+            predictions = detector(image, pixel_valid, targets=part.targets, dropout_key=dropout_key)
             return loss(predictions, part, whole=batch)
 
         gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)
@@ -112,7 +113,7 @@ def accumulate(gradient_of_part: Callable, params: dict[str, Array], parts: Batc
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     # XLA compiles convolutions inside a loop to slow code for CPUs, so there the loop is written out.
-    unroll = jax.default_backend() == "cpu"
+    unroll = (target_platform() or jax.default_backend()) == "cpu"
     (total, gradients), terms = jax.lax.scan(add_part, start, (parts, jnp.arange(count)), unroll=unroll)
     added = ("loss", "surplus")
     terms = {name: x.sum() if name.startswith(added) else x.mean() for name, x in terms.items()}

@@ -14,6 +14,7 @@ from deperceiver_jax.models.attention.dense import dense_attention
 from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.flash_attention import flash_attention
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
+from deperceiver_jax.models.layers.by_platform import by_platform, target_platform
 from deperceiver_jax.models.layers.linear import split_key
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "flash")
@@ -66,8 +67,13 @@ def attention(
     def in_blocks(*arrays):
         return chunked_attention(*arrays[:5], **drops)
 
-    # A switch between platforms keeps for the backward pass what each of them would; the checkpoint keeps the inputs.
-    return jax.checkpoint(lambda *arrays: jax.lax.platform_dependent(*arrays, default=in_blocks, **kernels))(*arrays)
+    def choose(*arrays):
+        return by_platform(*arrays, default=in_blocks, **kernels)
+
+    if target_platform() is None:
+        # A switch between platforms keeps for the backward pass what each of them would; this keeps the inputs alone.
+        choose = jax.checkpoint(choose)
+    return choose(*arrays)
 
 
 def chunked_attention(

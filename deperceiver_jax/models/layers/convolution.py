@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from deperceiver_jax.models.layers.by_platform import by_platform
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.initializers import lecun_normal, zeros
 
@@ -28,7 +29,8 @@ def convolution(
     XLA's CPU code for a convolution of size 1 takes several times as long as for the same matrix product, above all for
     the kernel's gradient. Other platforms get the convolution.
     """
-    return _by_platform(functools.partial(_forward_on_cpu, stride, dilation), _plain(stride, dilation), x, kernel)
+    on_cpu = functools.partial(_forward_on_cpu, stride, dilation)
+    return by_platform(x, kernel, cpu=on_cpu, default=_plain(stride, dilation))
 
 
 def _forward(x, kernel, stride, dilation):
@@ -37,14 +39,10 @@ def _forward(x, kernel, stride, dilation):
 
 def _backward(stride, dilation, kept, gradient):
     on_cpu, default = (functools.partial(how, stride, dilation) for how in (_backward_on_cpu, _transposed))
-    return _by_platform(on_cpu, default, *kept, gradient)
+    return by_platform(*kept, gradient, cpu=on_cpu, default=default)
 
 
 convolution.defvjp(_forward, _backward)
-
-
-def _by_platform(on_cpu, default, *arrays):
-    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=default)
 
 
 def plain_convolution(x, kernel, stride: int, dilation: int):

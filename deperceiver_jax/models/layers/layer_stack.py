@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from deperceiver_jax.models.layers.arrays import over_arrays
+from deperceiver_jax.models.layers.by_platform import by_platform
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.initializers import Undrawn
 from deperceiver_jax.models.layers.recorder import is_recording, name_layer
@@ -103,7 +104,7 @@ class LayerStack(nnx.Module):
         if is_recording() or self.portable:
             last, outputs = loop_layers(x, stacked, keys)
         elif self.unroll_on_cpu:
-            last, outputs = jax.lax.platform_dependent(x, stacked, keys, cpu=loop_layers, default=scan_layers)
+            last, outputs = by_platform(x, stacked, keys, cpu=loop_layers, default=scan_layers)
         else:
             last, outputs = scan_layers(x, stacked, keys)
         return outputs if collect else last

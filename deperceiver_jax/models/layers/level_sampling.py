@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from deperceiver_jax.errors import check_choice
 from deperceiver_jax.models.kernels.each_device import on_each_device
 from deperceiver_jax.models.kernels.sampling_kernel import sample_level
+from deperceiver_jax.models.layers.by_platform import by_platform
 from deperceiver_jax.models.layers.sum_of_products import sum_of_products
 
 SAMPLINGS = ("auto", "gather")
@@ -79,7 +80,7 @@ def sample_cells(
     if sampling == "gather":
         return gather(*arguments)
     # A switch between platforms keeps for the backward pass what each would; the checkpoint keeps the arguments.
-    choose = functools.partial(jax.lax.platform_dependent, tpu=kernel, default=gather)
+    choose = functools.partial(by_platform, tpu=kernel, default=gather)
     return jax.checkpoint(choose)(*arguments)
 
 

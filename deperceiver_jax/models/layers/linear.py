@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deperceiver_jax.models.layers.by_platform import by_platform
 from deperceiver_jax.models.layers.initializers import scaled_uniform, uniform, zeros
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch.nn.Linear and Conv2d start here (kaiming_uniform with a = sqrt 5).
@@ -56,7 +57,7 @@ def draw_kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax
     cpu, default = (functools.partial(how, tuple(shape), rate) for how in (_draw_in_twos, _draw))
     # Without the barrier a TPU's compiler draws the numbers inside of the matrix products that use them, and takes 2.5
     # times as long to compile an attention with dropout (DETR's, v5e).
-    return jax.lax.optimization_barrier(jax.lax.platform_dependent(key, cpu=cpu, default=default))
+    return jax.lax.optimization_barrier(by_platform(key, cpu=cpu, default=default))
 
 
 def _draw(shape, rate, key):

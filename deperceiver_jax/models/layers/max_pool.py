@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deperceiver_jax.models.layers.by_platform import by_platform
+
 TAPS = [(row, column) for row in range(3) for column in range(3)]
 
 
@@ -31,7 +33,7 @@ def _forward(x):
 
 def _backward(saved, gradient):
     # XLA's CPU code for a window's largest cell takes three times as long as nine comparisons.
-    return (jax.lax.platform_dependent(*saved, gradient, cpu=_backward_on_cpu, default=_backward_of_windows),)
+    return (by_platform(*saved, gradient, cpu=_backward_on_cpu, default=_backward_of_windows),)
 
 
 def _backward_of_windows(x, pooled, gradient):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from deperceiver_jax.models.layers.by_platform import by_platform
 from deperceiver_jax.models.layers.compute import EXACT
 
 
@@ -18,4 +19,4 @@ def sum_of_products(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     def by_sum(x, y):
         return jnp.sum(x * y, axis)
 
-    return jax.lax.platform_dependent(x, y, cpu=by_product, default=by_sum)
+    return by_platform(x, y, cpu=by_product, default=by_sum)

@@ -13,6 +13,7 @@ from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.deformable_detr.transformer import DeformableEncoder, EncoderFields
 from deperceiver_jax.models.features.resnet import Frozen
 from deperceiver_jax.models.skeleton import take_apart
+from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.training.check_sizes import check_sizes
 from deperceiver_jax.training.optimizer import group_multipliers
 from deperceiver_jax.weights.name_rules import torch_shapes, with_copies
@@ -362,6 +363,6 @@ def test_bad_fields_are_named(changes, sentence):
 def test_too_small_images_are_refused_before_the_first_step(changes, sentence):
     """The size that is too small is one of several, and named."""
     skeleton, params, others = take_apart(abstract_detector(small(**changes), Patches))
-    check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (96, 64), (64, 96), (128, 128)])
+    check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (96, 64), (64, 96), (128, 128)], make_mesh())
     with pytest.raises(UserError, match=f"Images of 32 x 32 pixels, padding included, will come, but: {sentence}"):
-        check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (32, 32), (96, 96)])
+        check_sizes(skeleton.merge, {**params, **others}, [(64, 64), (32, 32), (96, 96)], make_mesh())
