@@ -16,8 +16,9 @@ NOWHERE = "of the compiler's own"
 _ROW = re.compile(r'(\d+) (".*"|\{.*\})$')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
+_STEP = "make_train_step"  # what called it does not matter
 # What calls the parts of a detector, and is none itself.
-_CALLERS = ("make_train_step", "Detector", "LayerStack", "apply_rematerialized", "on_each_device")
+_CALLERS = ("Detector", "LayerStack", "apply_rematerialized", "on_each_device", "by_platform")
 
 
 class Part(NamedTuple):
@@ -64,7 +65,7 @@ def _takers(instruction: Instruction, siblings: dict[str, Instruction]) -> list[
 
 
 def _names_of_frames(text: str) -> dict[str, str]:
-    """By the number of a frame: the classes and functions of the package that called it, and its own."""
+    """By the number of a frame: the classes and functions of the step that called it, and its own."""
     tables: dict[str, dict[str, str]] = {}
     table: dict[str, str] = {}
     for line in text.splitlines():
@@ -90,6 +91,8 @@ def _names_of_frames(text: str) -> dict[str, str]:
             location = tables["FileLocations"][str(number(frames[above], "file_location_id"))]
             owner = tables["FunctionNames"][str(number(location, "function_name_id"))].strip('"').split(".")[0]
             inside = PACKAGE in tables["FileNames"][str(number(location, "file_name_id"))]
+            if inside and owner == _STEP:
+                break
             if inside and owner not in _CALLERS:
                 owners.append(owner)
             above = number(frames[above], "parent_frame_id") - none

@@ -153,31 +153,35 @@ SOURCES = """FileNames
 1 "/somewhere/deperceiver_jax/training/train_step.py"
 2 "/somewhere/deperceiver_jax/models/detr/transformer.py"
 3 "/somewhere/site-packages/flax/nnx/linear.py"
+4 "/somewhere/deperceiver_jax/preflight/program.py"
 
 FunctionNames
 1 "make_train_step.<locals>.train_step"
 2 "Encoder.__call__"
 3 "Linear.__call__"
 4 "Layer.__call__.<locals>.attend"
+5 "compile_step"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=42 end_line=42 column=19 end_column=78}
 2 {file_name_id=2 function_name_id=2 line=5 end_line=5 column=1 end_column=2}
 3 {file_name_id=2 function_name_id=4 line=9 end_line=9 column=1 end_column=2}
 4 {file_name_id=3 function_name_id=3 line=7 end_line=7 column=1 end_column=2}
+5 {file_name_id=4 function_name_id=5 line=40 end_line=40 column=1 end_column=2}
 
 StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=2}
-3 {file_location_id=3 parent_frame_id=3}
-4 {file_location_id=4 parent_frame_id=4}
+1 {file_location_id=5 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=2}
+3 {file_location_id=2 parent_frame_id=3}
+4 {file_location_id=3 parent_frame_id=4}
+5 {file_location_id=4 parent_frame_id=5}
 """
 
 
 def test_bytes_belong_to_the_parts_whose_lines_made_them():
-    name = 'metadata={op_name="jit(f)/transpose(jvp())/while/body/mul" stack_frame_id=4}'
+    name = 'metadata={op_name="jit(f)/transpose(jvp())/while/body/mul" stack_frame_id=5}'
     named = TPU_LOOP.replace('%x), custom_call_target="tpu_custom_call"', f'%x), custom_call_target="f", {name}')
-    named = named.replace("direction=LT", 'direction=LT, metadata={op_name="jit(f)/while/cond/lt" stack_frame_id=1}')
+    named = named.replace("direction=LT", 'direction=LT, metadata={op_name="jit(f)/while/cond/lt" stack_frame_id=2}')
     entry, computations = named.split("\n", 1)
     layer = "Encoder > Layer"
     compare, array = 4 + 4 + 1, 4096
