@@ -85,25 +85,34 @@ def model_before_compiling(config: ConfigDict) -> None:
     check_sizes(skeleton.merge, {**params, **others}, [(64, 96)], make_mesh())
 
 
+STEPS: dict[str, int] = {}  # by the fields that they come from
+
+
+def check_data(config: ConfigDict) -> int:
+    """Steps of an epoch. Whoever reads `config.data` looks at it, once at the same values."""
+    values = repr((flat_fields(config.data), config.seed, config.eval.batch_size))
+    if values not in STEPS:
+        source, eval_source = (open_source(config.data, getattr(config.data, f"{s}_split")) for s in ("train", "eval"))
+        EvaluationBatches(eval_source, config.data, batch_size=config.eval.batch_size)
+        STEPS[values] = TrainBatches(source, config.data, seed=config.seed).steps_per_epoch
+    return STEPS[values]
+
+
 def run_before_compiling(config: ConfigDict, workdir) -> None:
     """What train.py does before its first compilation, with a detector of two layers in the place of the config's."""
     mesh = make_mesh(config.mesh.model, jax.devices()[:1])
-    source, eval_source = (open_source(config.data, getattr(config.data, f"{s}_split")) for s in ("train", "eval"))
-    batches = TrainBatches(source, config.data, seed=config.seed)
-    num_steps = last_step(config.train, batches.steps_per_epoch)
+    steps_per_epoch = check_data(config)
+    num_steps = last_step(config.train, steps_per_epoch)
     check_trackers(config.train.trackers, Path("run"))
     for field in ("eval_every", "checkpoint_every"):
-        due(config.train, field, batches.steps_per_epoch, num_steps)
+        due(config.train, field, steps_per_epoch, num_steps)
 
     def detector(rngs):
         return TinyDetector(rngs=rngs, width=2, dropout=0.0, queries=3)
 
-    training = build_training(
-        config, mesh, steps_per_epoch=batches.steps_per_epoch, num_steps=num_steps, detector=detector
-    )
+    training = build_training(config, mesh, steps_per_epoch=steps_per_epoch, num_steps=num_steps, detector=detector)
     jax.eval_shape(training.schedule, jax.ShapeDtypeStruct((), jnp.int32))
     make_detect_step(training.plan.skeleton.merge, config, mesh)
-    EvaluationBatches(eval_source, config.data, batch_size=config.eval.batch_size)
     Checkpoints(workdir, keep=config.train.keep_checkpoints)
 
 

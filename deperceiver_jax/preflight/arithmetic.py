@@ -37,9 +37,13 @@ def _count(
     """given: of each input the branch that it says is taken on this platform, where it is known to say one."""
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     chosen = dict(zip(jaxpr.invars, given, strict=True)) if given else {}
+    used = {operand for equation in jaxpr.eqns for operand in equation.invars if isinstance(operand, core.Var)}
+    used.update(result for result in jaxpr.outvars if isinstance(result, core.Var))
     total = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
+        if name == "pallas_call" and used.isdisjoint(equation.outvars):  # compilers leave it out, JAX does not
+            continue
         if name == "platform_index":
             chosen[equation.outvars[0]] = _branch(parameters["platforms"], platform)
         elif name in ("dot_general", "conv_general_dilated", "pallas_call"):

@@ -16,6 +16,7 @@ from deperceiver_jax.images import normalize_images
 from deperceiver_jax.models.layers.by_platform import target_platform, traced_for
 from deperceiver_jax.sharding import ALL_DEVICES, batch_sharding, check_batch_size, gather, replicated
 from deperceiver_jax.structures import Batch, Predictions
+from deperceiver_jax.training.optimizer import global_norm
 from deperceiver_jax.training.train_state import Plan, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -60,7 +61,7 @@ def make_train_step(plan: Plan, config: ConfigDict, *, loss: Loss, schedule: opt
         updates = jax.tree.map(jax.lax.optimization_barrier, updates)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, config.optimizer.ema_decay)
-        norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
+        norms = {"grad_norm": global_norm(gradients), "update_norm": global_norm(updates)}
         metrics = {"loss": total, **terms, **norms, "lr": schedule(state.step)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics

@@ -12,6 +12,7 @@ from configs.base import base
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.training.optimizer import (
     clip_by_global_norm,
+    global_norm,
     group_multipliers,
     learning_rate_schedule,
     make_optimizer,
@@ -125,6 +126,22 @@ def test_clip_has_pytorchs_epsilon():
     assert clipped["a"][0] < 0.06
     small, _ = clip.update({"a": jnp.array([0.03])}, clip.init({}))
     assert small["a"][0] == jnp.float32(0.03)
+
+
+def test_the_norm_is_of_all_numbers_of_all_arrays():
+    """Small ones, which are summed together, and large ones, which may be split over devices."""
+    shapes = {"a": (3,), "b": (), "c": (64, 64), "d": (2, 40, 60), "e": (5, 7)}
+    arrays = {path: np.random.default_rng(0).normal(size=shape) for path, shape in shapes.items()}
+    expected = np.sqrt(sum(np.square(x).sum() for x in arrays.values()))
+    given = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
+    assert global_norm(given) == pytest.approx(expected, rel=1e-6)
+    assert global_norm({path: given[path] for path in ("c", "d")}) == pytest.approx(
+        np.sqrt(sum(np.square(arrays[path]).sum() for path in ("c", "d"))), rel=1e-6
+    )
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    split = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), given)
+    split["c"] = jax.device_put(given["c"], NamedSharding(mesh, PartitionSpec("model")))
+    assert jax.jit(global_norm)(split) == pytest.approx(expected, rel=1e-6)
 
 
 def test_every_parameter_needs_one_group():

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from deperceiver_jax.models.attention.dense import dense_attention
 from deperceiver_jax.models.kernels.each_device import on_each_device
-from deperceiver_jax.models.kernels.flash_attention import flash_attention
+from deperceiver_jax.models.kernels.flash_attention import RESULTS, flash_attention
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
-from deperceiver_jax.models.layers.by_platform import by_platform, target_platform
+from deperceiver_jax.models.layers.by_platform import by_platform
 from deperceiver_jax.models.layers.linear import split_key
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "flash")
@@ -70,10 +70,10 @@ def attention(
     def choose(*arrays):
         return by_platform(*arrays, default=in_blocks, **kernels)
 
-    if target_platform() is None:
-        # A switch between platforms keeps for the backward pass what each of them would; this keeps the inputs alone.
-        choose = jax.checkpoint(choose)
-    return choose(*arrays)
+    # For the backward pass the inputs are kept, and what takes a kernel to compute again. A switch between platforms
+    # would keep what each of them does.
+    keep = jax.checkpoint_policies.save_only_these_names(RESULTS)
+    return jax.checkpoint(choose, policy=keep)(*arrays)
 
 
 def chunked_attention(

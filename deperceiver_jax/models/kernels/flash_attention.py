@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from deperceiver_jax.models.kernels.flash_kernels import MASKED, forward_kernel, key_kernel, query_kernel
@@ -17,6 +18,7 @@ from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
 from deperceiver_jax.models.kernels.pallas import LANES, SUBLANES, call_in_blocks
 
 BLOCKS = (512, 256, LANES)  # positions that a kernel takes at a time
+RESULTS = "results of flash attention"  # their name for what jax.checkpoint keeps
 KINDS_OF_BIASES = ("", "b", "qp")  # by their number; see call_in_blocks
 
 
@@ -120,6 +122,7 @@ def _forward(query, key, value, biases, seeds, block_q, block_k, rate):
         flops=2 * 2 * value_dim,
         transcendentals=1,
     )
+    attended, lse = (checkpoint_name(x, RESULTS) for x in (attended, lse))
     return attended, (query, key, value, biases, seeds, attended, lse)
 
 

@@ -20,9 +20,12 @@ from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.kernels import pallas
 from deperceiver_jax.models.kernels.flash_attention import block_size, flash_attention
 from deperceiver_jax.models.kernels.log_gaussian import LogGaussian
+from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.models.layers.compute import Compute
+from deperceiver_jax.preflight.arithmetic import count
 from deperceiver_jax.sharding import batch_sharding, make_mesh
 from tests.drawn_arrays import FLOAT32, abstract_detector
+from tests.meshes import mesh_on
 
 
 def arrays(queries=140, keys=200, heads=2, width=8, value_width=16, dtype=jnp.float32):
@@ -289,6 +292,23 @@ def test_a_bias_of_all_images_goes_to_each_device(images):
     assert "tensor<2x1x1024x1024xf32>" in kernel
     gradient = jax.jit(jax.grad(lambda bias, x: attend(x, bias).sum())).trace(bias, x)
     assert (gradient.lower(lowering_platforms=("tpu",)).as_text().count("all_reduce") > 0) == (images == 1)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_backward_pass_computes_no_kernel_again(devices):
+    """It has two of its own. The rest, as padded and transposed keys, is made again."""
+    mesh = mesh_on("tpu")
+    mesh.abstract_mesh = make_mesh(devices=jax.devices()[:devices]).abstract_mesh
+    x, valid = jnp.zeros((4, 2, 1025, 16)), jnp.ones((4, 1025), bool)
+    drops = dict(dropout_rate=0.1, dropout_key=jax.random.key(0))
+
+    @traced_for(mesh)
+    def gradient(x):
+        return jax.grad(lambda x: attention_choice.attention("auto", x, x, x, valid, None, **drops).sum())(x)
+
+    program = jax.make_jaxpr(gradient)(x)
+    kernels = count(program, "tpu", lambda equation: int(equation.primitive.name == "pallas_call"))
+    assert kernels == 3 * devices
 
 
 def test_the_config_sets_every_attention_of_a_detector():
