@@ -37,7 +37,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m deperceiver_jax.visualize detections --workdir=$(RUN) --output=$(RUN)/detections.png --score_threshold=0.4
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=logical --dist=loadfile --no-loadscope-reorder $(SELECTED)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(SELECTED)
 
 parity: $(VENV)/installed
 	$(BIN)/python -m tests.parity

@@ -36,6 +36,11 @@ gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are processors: workers wait for the processes and servers that they start."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
 recorder = durations.Recorder()
 
 

@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from deperceiver_jax.images import normalize_images
-from deperceiver_jax.training.train_step import non_finite_term
+from deperceiver_jax.models.layers.by_platform import traced_for
+from deperceiver_jax.training.train_step import accumulate, non_finite_term
+from tests.meshes import mesh_on
 
 
 def assert_close(a, b, **tolerance):
@@ -53,6 +55,22 @@ def test_parts_add_up_to_the_whole(tiny, backend):
     """Some parts of these batches have no boxes; all are normalised by the boxes of the whole batch."""
     settings = dict(dropout=0.0, learning_rate=1e-2, queries=3, backend=backend)
     assert_same_training(tiny(1, **settings), tiny(2, accumulate_steps=4, **settings))
+
+
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", False), ("tpu", True)])
+def test_parts_are_a_loop_but_on_cpus(platform, loops, batch_of):
+    """Of the platform that is compiled for: preflight compiles for TPUs on a CPU."""
+
+    def gradient_of_part(params, part, index):
+        return (params["a"], {}), params
+
+    @traced_for(mesh_on(platform))
+    def whole(params, batch):
+        return accumulate(gradient_of_part, params, jax.tree.map(lambda x: x[:, None], batch))
+
+    program = jax.make_jaxpr(whole)({"a": 1.0}, batch_of(0))
+    (scan,) = (equation for equation in program.eqns if equation.primitive.name == "scan")
+    assert (scan.params["length"], scan.params["unroll"]) == (8, 1 if loops else 8)
 
 
 def assert_same_training(one, other):
