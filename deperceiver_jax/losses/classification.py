@@ -110,8 +110,9 @@ class _Sigmoid:
         Always with alpha 0.25 and gamma 2, as Deformable DETR's matcher, so the two loss settings change only the loss.
         The epsilon of 1e-8 is theirs: it bounds the logarithm of a saturated sigmoid.
         """
-        probability = jax.nn.sigmoid(logits.astype(jnp.float32))
-        absent = 1.0 - probability
+        logits = logits.astype(jnp.float32)
+        # Not 1 - probability: in 1 - probability + 1e-8 XLA adds the two constants first, and the 1e-8 is gone.
+        probability, absent = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
         cost_present = 0.25 * absent**2 * -jnp.log(probability + 1e-8)
         cost_absent = 0.75 * probability**2 * -jnp.log(absent + 1e-8)
         return _at_labels(cost_present - cost_absent, labels)
