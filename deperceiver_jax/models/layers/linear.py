@@ -46,7 +46,11 @@ def linear(in_dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs, **start) -> nnx.
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate` and scales the rest by 1/(1 - rate); no key, no dropout."""
-    kept = draw_kept(x.shape, rate, key)
+    return drop(x, draw_kept(x.shape, rate, key), rate)
+
+
+def drop(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
+    """`dropout` that leaves what is `kept`."""
     return x if kept is None else jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 

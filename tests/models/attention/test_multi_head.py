@@ -9,8 +9,10 @@ from flax import nnx
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.attention.dense import dense_attention
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
+from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.models.layers.linear import dropout
 from tests.drawn_arrays import FLOAT32
+from tests.meshes import mesh_on
 
 
 def softmax_attention(query, key, value, valid, bias):
@@ -46,10 +48,10 @@ def test_gradient_is_finite_without_any_valid_key():
     assert not np.any(gradient[2])
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(("rate", "platform"), [(0.0, "cpu"), (0.3, "cpu"), (0.3, "tpu")])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_those_of_the_formula(rate, masked):
-    """As JAX differentiates it; dense_attention's are written out."""
+def test_gradients_are_those_of_the_formula(rate, platform, masked):
+    """As JAX differentiates it; dense_attention's are written out, with dropout on a CPU in another way."""
     (query, key, value), valid, bias = (jax.tree.map(jnp.asarray, x) for x in arrays())
     cotangent = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2, 4, 6)), jnp.float32)
     drops = dict(dropout_rate=rate, dropout_key=jax.random.key(3))
@@ -68,7 +70,11 @@ def test_gradients_are_those_of_the_formula(rate, masked):
         result, backward = jax.vjp(function, query, key, value, bias)
         return result, backward(cotangent)
 
-    found, expected = jax.jit(lambda: (value_and_gradients(ours), value_and_gradients(formula)))()
+    @traced_for(mesh_on(platform))
+    def both():
+        return value_and_gradients(ours), value_and_gradients(formula)
+
+    found, expected = jax.jit(both)()
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     for gradient, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(gradient, other, atol=1e-5)
