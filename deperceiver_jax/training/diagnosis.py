@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from deperceiver_jax.data import Source
 from deperceiver_jax.data.batches.geometry import evaluation_geometry
+from deperceiver_jax.training.optimizer import global_norm
 from deperceiver_jax.training.train_state import Plan, TrainState
 
 # Of the parameters' norm, that a step changes; steps that learn change 0.1 % to 0.5 % of it.
@@ -51,17 +51,11 @@ def circumstances(config: ConfigDict, plan: Plan, state: TrainState, source: Sou
     return Circumstances(
         config,
         untrained=bool(untrained_backbone(plan, config)),
-        params_norm=float(_norm(state.params)),
+        params_norm=float(jax.jit(global_norm)(state.params)),
         stride=min(detector.token_strides),
         fullest=source.max_boxes,
         side=float(np.median(_sides(source, config.data))),
     )
-
-
-@jax.jit
-def _norm(arrays: Mapping[str, Array]) -> Float[Array, ""]:
-    """Of all numbers in a row: XLA compiles a sum for each array in ten times the time, once for each run."""
-    return jnp.linalg.norm(jnp.concatenate([x.ravel() for x in arrays.values()]))
 
 
 def untrained_backbone(plan: Plan, config: ConfigDict) -> list[str]:

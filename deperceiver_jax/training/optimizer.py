@@ -84,10 +84,10 @@ def global_norm(arrays: Mapping[str, Array]) -> Float[Array, ""]:
     Small arrays are summed in a row: XLA takes nearly as long to compile a sum for each as for all the rest of an
     update. Large ones, which a copy would cost something and which may be split, have sums of their own.
     """
-    small = {path for path, x in arrays.items() if x.size < SMALLEST_SPLIT}
-    apart = [x for path, x in arrays.items() if path not in small]
+    small = [x.ravel() for x in arrays.values() if x.size < SMALLEST_SPLIT]
+    apart = [x for x in arrays.values() if x.size >= SMALLEST_SPLIT]
     if small:
-        apart.append(jnp.concatenate([arrays[path].ravel() for path in sorted(small)]))
+        apart.append(jnp.concatenate(small))
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in apart))
 
 

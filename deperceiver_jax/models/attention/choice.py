@@ -67,9 +67,7 @@ def attention(
     def in_blocks(*arrays):
         return chunked_attention(*arrays[:5], **drops)
 
-    def choose(*arrays):
-        return by_platform(*arrays, default=in_blocks, **kernels)
-
+    choose = functools.partial(by_platform, default=in_blocks, **kernels)
     # For the backward pass the inputs are kept, and what takes a kernel to compute again. A switch between platforms
     # would keep what each of them does.
     keep = jax.checkpoint_policies.save_only_these_names(RESULTS)

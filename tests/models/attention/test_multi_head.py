@@ -51,7 +51,7 @@ def test_gradient_is_finite_without_any_valid_key():
 @pytest.mark.parametrize(("rate", "platform"), [(0.0, "cpu"), (0.3, "cpu"), (0.3, "tpu")])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_are_those_of_the_formula(rate, platform, masked):
-    """As JAX differentiates it; dense_attention's are written out, with dropout on a CPU in another way."""
+    """As JAX differentiates it; of ours that of the softmax is written out, and a CPU repeats dropout for it."""
     (query, key, value), valid, bias = (jax.tree.map(jnp.asarray, x) for x in arrays())
     cotangent = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2, 4, 6)), jnp.float32)
     drops = dict(dropout_rate=rate, dropout_key=jax.random.key(3))
