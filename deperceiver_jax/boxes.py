@@ -6,20 +6,30 @@ from jaxtyping import Array, Float
 
 def box_cxcywh_to_xyxy(boxes: Float[Array, "*axes 4"]) -> Float[Array, "*axes 4"]:
     """(centre x, centre y, width, height) -> (left, top, right, bottom), in the same unit and frame."""
-    center, size = boxes[..., :2], boxes[..., 2:]
+    center, size = jnp.split(boxes, 2, axis=-1)
     return jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
 
 
 def box_area(boxes: Float[Array, "*axes 4"]) -> Float[Array, "*axes"]:
     """Area of xyxy boxes."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    low, high = _corners(boxes)
+    return _product(high - low)
+
+
+def _corners(boxes):
+    """[..., 4] -> left and top [..., 2], right and bottom [..., 2]."""
+    return jnp.split(boxes, 2, axis=-1)
+
+
+def _product(sides):
+    """[..., 2] -> [...]"""
+    width, height = jnp.split(sides, 2, axis=-1)
+    return (width * height)[..., 0]
 
 
 def _intersection_and_union(a, b):
-    low = jnp.maximum(a[..., :2], b[..., :2])
-    high = jnp.minimum(a[..., 2:], b[..., 2:])
-    sides = jnp.maximum(high - low, 0.0)
-    intersection = sides[..., 0] * sides[..., 1]
+    (a_low, a_high), (b_low, b_high) = _corners(a), _corners(b)
+    intersection = _product(jnp.maximum(jnp.minimum(a_high, b_high) - jnp.maximum(a_low, b_low), 0.0))
     return intersection, box_area(a) + box_area(b) - intersection
 
 
@@ -36,7 +46,6 @@ def generalized_box_iou(a: Float[Array, "*axes 4"], b: Float[Array, "*axes 4"]) 
     area at one point give NaN (0/0), as in DETR. For all pairs, pass `a[:, None]` and `b[None, :]`.
     """
     intersection, union = _intersection_and_union(a, b)
-    low = jnp.minimum(a[..., :2], b[..., :2])
-    high = jnp.maximum(a[..., 2:], b[..., 2:])
-    enclosing = (high[..., 0] - low[..., 0]) * (high[..., 1] - low[..., 1])
+    (a_low, a_high), (b_low, b_high) = _corners(a), _corners(b)
+    enclosing = _product(jnp.maximum(a_high, b_high) - jnp.minimum(a_low, b_low))
     return intersection / union - (enclosing - union) / enclosing
