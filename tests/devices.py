@@ -16,9 +16,6 @@ import contextlib
 import functools
 import itertools
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +38,7 @@ from deperceiver_jax.structures import Batch
 from deperceiver_jax.training.build import build_training
 from tests.drawn_arrays import Patches, draw_arrays, new_detector
 from tests.parity import double_precision
+from tests.processes import Forked, free_address
 
 LOSS, GRADIENT = 1e-5, 1e-3
 LEAST = 1e-3  # of the largest number in all gradients counts as the largest in one: a key's bias has none but rounding
@@ -161,35 +159,26 @@ def difference(name: str, step: Step) -> Difference:
 
 def steps_of_two_processes(cases: list[tuple[str, str]]) -> dict[tuple[str, str], Step]:
     """{(family, backend): the step} of two processes with two devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"XLA_FLAGS": quick_flags(2), "PYTHONPATH": root}
+    address = free_address()
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "tests.devices", f"--address={address}", f"--output={directory}"]
-        command += ["--cases", *(f"{name}:{backend}" for name, backend in cases)]
-        pair = [
-            subprocess.Popen([*command, f"--process={i}"], env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
-            for i in range(2)
-        ]
-        for process in pair:
-            _, errors = process.communicate()
-            if process.returncode:
+        pair = [Forked(_run_process, address, index, cases, Path(directory), devices=2) for index in range(2)]
+        for status, _, errors in [process.end() for process in pair]:
+            if status:
                 raise RuntimeError(errors)
         return {case: _read(Path(directory) / f"{':'.join(case)}.npz") for case in cases}
 
 
-def _run_process(arguments: argparse.Namespace) -> None:
+def _run_process(address: str, index: int, cases: list[tuple[str, str]], directory: Path) -> int:
     """One of the two, which writes what both have found."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.distributed.initialize(arguments.address, 2, arguments.process)
-    for case in arguments.cases:
-        step = one_step(*case.split(":"), make_mesh())
-        if arguments.process == 0:
+    jax.distributed.initialize(address, 2, index)
+    for case in cases:
+        step = one_step(*case, make_mesh())
+        if index == 0:
             arrays = {f"metrics:{term}": x for term, x in step.metrics.items()}
             arrays |= {f"gradients:{path}": x for path, x in step.gradients.items()}
-            np.savez(Path(arguments.output) / f"{case}.npz", held=step.held, **arrays)
+            np.savez(directory / f"{':'.join(case)}.npz", held=step.held, **arrays)
+    return 0
 
 
 def _read(path: Path) -> Step:
@@ -206,13 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prints how far devices and processes are from one device.")
     parser.add_argument("--only", choices=FAMILIES, nargs="*", default=list(FAMILIES))
     parser.add_argument("--double", action="store_true", help="in float64; without the two processes")
-    for name in ("--address", "--output"):  # of one of two processes, which this program starts
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--cases", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.address:
-        return _run_process(arguments)
     with double_precision() if arguments.double else contextlib.nullcontext():
         for name in arguments.only:
             for backend, (devices, (count, model)) in itertools.product(BACKENDS, MESHES.items()):

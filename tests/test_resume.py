@@ -93,7 +93,7 @@ def test_a_loader_process_that_dies_ends_a_run_with_a_sentence(shared, tmp_path)
 
     run = Run(tmp_path, [*endless, "--config.data.num_workers=1"])
     run.wait_for(lambda: newest(tmp_path) > 0, "a checkpoint")
-    workers = [pid for pid, command in children(run.process.pid).items() if "spawn_main" in command]
+    workers = [pid for pid, command in children(run.pid).items() if "spawn_main" in command]
     assert workers
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_ends_a_run_with_a_sentence(shared, tmp_path):
     endless += ["--config.train.checkpoint_every=20", "--config.train.log_every=100000"]
     run = Run(tmp_path, endless)
     run.wait_for(lambda: newest(tmp_path) > 0, "a checkpoint")
-    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
     status, out, err = run.end()
     kept = newest(tmp_path)
     assert status == 1

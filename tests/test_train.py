@@ -1,4 +1,7 @@
-"""train.py end to end on eight devices: what a run leaves, how it goes on, and what goes wrong."""
+"""train.py end to end on eight devices: what a run leaves, how it goes on, and what goes wrong.
+
+The backbone is the mean pixel of each cell, but where it is the question.
+"""
 
 import json
 import re
@@ -12,10 +15,13 @@ from deperceiver_jax import eval as evaluation_program
 from deperceiver_jax import train as program
 from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.coco_metric import SUMMARY
+from deperceiver_jax.models import detector
+from deperceiver_jax.models.features.resnet import ResNet
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.runs.checkpoint_files import all_steps
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import keep_others_out, read_config
+from tests.drawn_arrays import Patches
 from tests.train_process import Run
 
 pytestmark = pytest.mark.slow
@@ -23,7 +29,14 @@ pytestmark = pytest.mark.slow
 CONFIG = "--config=tests/tiny_training.py"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def without_backbone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detector, "ResNet", Patches)
+        yield
+
+
+@pytest.fixture(scope="module")
 def shared(rectangles, tmp_path_factory):
     """Overrides that every run here has: prepared data, one batch for all eight devices, and one compilation cache."""
     open_source(rectangles, "validation")  # prepares it
@@ -53,7 +66,7 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(shared, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "first"
     with pytest.MonkeyPatch.context() as patch:
@@ -262,7 +275,10 @@ PRETRAINED = ["--config.model.backbone.norm=frozen_batch_norm"]
     ],
     ids=lambda value: value[0].split("=")[0].split(".")[-1] if isinstance(value, list) else "",
 )
-def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(shared, tmp_path, capsys, arguments, sentence):
+def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(
+    shared, tmp_path, capsys, monkeypatch, arguments, sentence
+):
+    monkeypatch.setattr(detector, "ResNet", ResNet)
     assert train(CONFIG, f"--workdir={tmp_path / 'run'}", *shared, *arguments) == 1
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1

@@ -3,23 +3,18 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tests.quick_compile import quick_flags
-
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 300  # seconds that anything may take
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.train import main
+from tests.processes import PATIENCE, Forked, free_address
 
 
 class Run:
@@ -32,36 +27,22 @@ class Run:
         *,
         count: int = 1,
         devices: int = 1,
-        variables: Mapping[str, str] = MappingProxyType({}),
+        variables: Mapping[str, str] | None = None,
     ):
-        self.workdir = workdir
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(devices), **variables}
-        command = [sys.executable, "train.py", "--config=tests/tiny_training.py", f"--workdir={workdir}", *shared]
+        arguments = ["train.py", "--config=tests/patches_training.py", f"--workdir={workdir}", *shared]
         joins = [[]]
         if count > 1:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                address = f"localhost:{free.getsockname()[1]}"
-            same = [f"--coordinator_address={address}", f"--process_count={count}"]
+            same = [f"--coordinator_address={free_address()}", f"--process_count={count}"]
             joins = [[*same, f"--process_id={index}"] for index in range(count)]
         self.processes = [
-            subprocess.Popen(
-                [*command, *join],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for join in joins
+            Forked(run, main, [*arguments, *join], devices=devices, variables=variables) for join in joins
         ]
-        self.process = self.processes[0]
+        self.pid = self.processes[0].pid
 
     def wait_for(self, condition, what: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            ended = any(process.poll() is not None for process in self.processes)
-            if ended or time.monotonic() > deadline:
+            if any(process.ended for process in self.processes) or time.monotonic() > deadline:
                 raise AssertionError(f"no {what}: {self.ends(signal.SIGKILL)}")
             time.sleep(0.001)
 
@@ -71,10 +52,10 @@ class Run:
 
     def ends(self, signum: int | None = None) -> list[tuple[int, str, str]]:
         """(status, stdout, stderr) of every process, after `signum` to all of them or of their own accord."""
-        for process in self.processes if signum is not None else []:
-            process.send_signal(signum)
-        texts = [process.communicate(timeout=PATIENCE) for process in self.processes]
-        return [(process.returncode, *text) for process, text in zip(self.processes, texts, strict=True)]
+        if signum is not None:
+            for process in self.processes:
+                process.send(signum)
+        return [process.end() for process in self.processes]
 
 
 def names_of(workdir: Path) -> list[str]:

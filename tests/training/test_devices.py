@@ -9,9 +9,9 @@ from tests.devices import FAMILIES, MESHES, PAIR, difference, one_step, steps_of
 pytestmark = pytest.mark.slow
 
 ROWS = {  # every family, every number of devices, both matchers
-    "deperceiver": (PAIR, "scipy"),
+    "deperceiver": ("8", "scipy"),
     "deperceiver_plus": ("2", "device"),
-    "detr": ("8", "scipy"),
+    "detr": (PAIR, "scipy"),
     "deformable_detr": ("4", "device"),
     "smca": ("4 x 2", "scipy"),
 }

@@ -3,37 +3,32 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from deperceiver_jax.program import processes
+from deperceiver_jax.program.command_line import run
+from deperceiver_jax.program.shutdown import Shutdown
 from deperceiver_jax.runs.checkpoint_files import all_steps
-from deperceiver_jax.training.checkpoint import Checkpoints
-from tests.quick_compile import quick_flags
+from deperceiver_jax.sharding import shard_batch
+from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
+from tests.processes import Forked, free_address
 from tests.train_process import arrays_of
+from tests.training.conftest import Tiny, tiny_batch
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-from types import SimpleNamespace
-import jax
-from deperceiver_jax.program import processes
-from deperceiver_jax.program.command_line import run
-from deperceiver_jax.sharding import shard_batch
-from deperceiver_jax.training.checkpoint import Checkpoints, newest_whole
-from deperceiver_jax.program.shutdown import Shutdown
-from tests.training.conftest import Tiny, tiny_batch
 
-process, address, workdir, last, signum = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:])
+def program(process: int, address: str, workdir: Path, last: int, signum: int) -> int:
+    """What each of the two does."""
+    return run(lambda argv: _train(process, address, workdir, last, signum))
 
-def main(argv):
+
+def _train(process: int, address: str, workdir: Path, last: int, signum: int) -> None:
     by_hand = dict(coordinator_address=address, process_count=2, process_id=process)
     processes.join(SimpleNamespace(distributed=None, **by_hand), {})
     tiny, rows = Tiny(4, ema_decay=0.5, queries=3, backend="scipy"), {}
@@ -45,7 +40,7 @@ def main(argv):
             if shutdown.before(step):
                 break
             rows_here = slice(4 * process, 4 * process + 4)
-            batch = jax.tree.map(lambda x: x[rows_here], tiny_batch(step - 1))
+            batch = jax.tree.map(lambda x, rows=rows_here: x[rows], tiny_batch(step - 1))
             state, metrics = tiny.step(state, shard_batch(batch, tiny.mesh))
             rows[step] = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if step == 2:
@@ -56,29 +51,13 @@ def main(argv):
         checkpoints.save(state, {"process": process})
     (workdir / f"rows.{process}").write_text(json.dumps(rows))
 
-sys.exit(run(main))
-"""
-
 
 def ends_of_two(workdir: Path, last: int, signum: int = 0) -> list[tuple[int, str]]:
     """(status, stderr) of both; after step 4 the second one sends `signum` to itself."""
     workdir.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"XLA_FLAGS": quick_flags(2), "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(process), address, str(workdir), str(last), str(signum)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in pair]
-    return [(process.returncode, text) for process, text in zip(pair, errors, strict=True)]
+    address = free_address()
+    pair = [Forked(program, process, address, workdir, last, signum, devices=2) for process in range(2)]
+    return [(status, errors) for status, _, errors in (process.end() for process in pair)]
 
 
 def test_two_processes_train_save_and_leave_as_one(tiny, tmp_path):
