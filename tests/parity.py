@@ -99,7 +99,9 @@ class Side:
         params, frozen = (
             {path: arrays[path].astype(real) for path in part} for part in (abstract.params, abstract.frozen)
         )
-        state = TrainState(np.zeros((), np.int32), params, frozen, self.plan.optimizer.init(params), {})
+        moments = jax.eval_shape(self.plan.optimizer.init, params)
+        opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), moments)  # as Adam's are at first
+        state = TrainState(np.zeros((), np.int32), params, frozen, opt_state, {})
         # Where the step will leave it, so that the second step finds what the first was compiled for.
         return jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), state, abstract)
 
