@@ -122,7 +122,7 @@ class Keys:
 
 
 def told(value, names: dict) -> object:
-    """A jaxpr, a part of one or a parameter of an operation, as what can be compared: a third of the time of its text."""
+    """A jaxpr, a part of one or a parameter of an operation, to compare: in a third of the time of its text."""
     if isinstance(value, core.ClosedJaxpr):
         return told(value.jaxpr, names), [np.asarray(constant).tolist() for constant in value.consts]
     if isinstance(value, core.Jaxpr):

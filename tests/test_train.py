@@ -275,9 +275,7 @@ PRETRAINED = ["--config.model.backbone.norm=frozen_batch_norm"]
     ],
     ids=lambda value: value[0].split("=")[0].split(".")[-1] if isinstance(value, list) else "",
 )
-def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(
-    shared, tmp_path, capsys, monkeypatch, arguments, sentence
-):
+def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(shared, tmp_path, capsys, monkeypatch, arguments, sentence):
     monkeypatch.setattr(detector, "ResNet", ResNet)
     assert train(CONFIG, f"--workdir={tmp_path / 'run'}", *shared, *arguments) == 1
     error = capsys.readouterr().err
