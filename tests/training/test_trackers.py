@@ -1,4 +1,7 @@
-"""Real trackers without a network: W&B's offline mode, MLflow's and Trackio's files have what metrics.jsonl has."""
+"""Real trackers without a network: W&B's offline mode, MLflow's and Trackio's files have what metrics.jsonl has.
+
+Their packages take seconds to import, and are by the tests that ask them alone.
+"""
 
 import importlib.util
 import json
@@ -7,12 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
-from mlflow.tracking import MlflowClient
 from PIL import Image
-from wandb.proto import wandb_internal_pb2
 
 from configs import demo
 from deperceiver_jax.errors import UserError
@@ -58,6 +58,8 @@ def numbers_of(workdir):
 
 def wandb_records(file: Path):
     """The records of an offline run: blocks of 32 kB with chunks (checksum, length, kind), of which some make one."""
+    from wandb.proto import wandb_internal_pb2
+
     content, record, position = file.read_bytes(), b"", 7
     while position + 7 <= len(content):
         if 32768 - position % 32768 < 7:
@@ -105,9 +107,11 @@ def test_wandb(tmp_path):
 
 
 def test_mlflow(tmp_path):
+    import mlflow
+
     config = log_of(tmp_path / "run", "mlflow")
     log_of(tmp_path / "run", "mlflow", steps=range(5, 7))
-    client = MlflowClient((tmp_path / "run" / "mlruns").as_uri())
+    client = mlflow.MlflowClient((tmp_path / "run" / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("deperceiver_jax").experiment_id])
     history = [metric for name in run.data.metrics for metric in client.get_metric_history(run.info.run_id, name)]
     numbers = {(metric.key, metric.step): metric.value for metric in history}
