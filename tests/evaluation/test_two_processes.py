@@ -1,58 +1,44 @@
 """Evaluation over two hosts, each loading half of every batch, against the same evaluation in one process."""
 
 import json
-import os
-import pickle
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
-import pytest
-
-from deperceiver_jax.data import open_source
-
-pytestmark = pytest.mark.slow
-
-PROGRAM = """
-import json, pickle, sys
 import jax
 import jax.numpy as jnp
+import pytest
 
-process, count, address, data, rows = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-if count > 1:
-    jax.distributed.initialize(address, count, process)
 from configs.base import base
 from deperceiver_jax.data import open_source
 from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step
 from deperceiver_jax.sharding import make_mesh
 from deperceiver_jax.structures import Predictions
+from tests.processes import Forked, free_address
+
+pytestmark = pytest.mark.slow
+
+
+def program(process: int, count: int, address: str, data: dict, rows: Path) -> int:
+    """What each process does, of two devices."""
+    if count > 1:
+        jax.distributed.initialize(address, count, process)
+    config = base()
+    config.model = {"num_classes": 2}
+    config.data.update(data)
+    config.eval.batch_size = 4
+    source, mesh = open_source(config.data, "validation"), make_mesh()
+    assert mesh.size == 2 * count
+    step = make_detect_step(mean_color, config, mesh)
+    Path(f"{rows}.{process}").write_text(json.dumps(evaluate(step, {"scale": jnp.ones(())}, source, config, mesh)))
+    return 0
+
 
 def mean_color(arrays):
     def detector(image, pixel_valid):
         color = image.mean((1, 2))[:, None] / pixel_valid.mean((1, 2))[:, None, None] * arrays["scale"]
         boxes = jax.nn.sigmoid(jnp.concatenate([color, color[..., :1]], -1))
         return Predictions(color[None], boxes[None])
+
     return detector
-
-config = base()
-config.model = {"num_classes": 2}
-config.data.update(pickle.load(open(data, "rb")))
-config.eval.batch_size = 4
-source, mesh = open_source(config.data, "validation"), make_mesh()
-assert mesh.size == 2 * count
-step = make_detect_step(mean_color, config, mesh)
-metrics, results = evaluate(step, {"scale": jnp.ones(())}, source, config, mesh)
-json.dump([metrics, results], open(f"{rows}.{process}", "w"))
-"""
-
-
-def start(process, count, address, data, output, root):
-    """One process with two devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(root)}
-    arguments = [str(argument) for argument in (process, count, address, data, output)]
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
 
 
 def _rows(metrics: dict) -> list[dict]:
@@ -61,18 +47,14 @@ def _rows(metrics: dict) -> list[dict]:
     return [{name: value for name, value in metrics.items() if name not in tables}, *sum(map(metrics.get, tables), [])]
 
 
-def test_two_processes_give_the_answer_of_one(rectangles, tmp_path, request):
+def test_two_processes_give_the_answer_of_one(rectangles, tmp_path):
     open_source(rectangles, "validation")  # prepared before two processes need it
-    (tmp_path / "data").write_bytes(pickle.dumps(rectangles.to_dict()))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    root = request.config.rootpath
-    runs = [start(0, 1, address, tmp_path / "data", tmp_path / "alone", root)]
-    runs += [start(i, 2, address, tmp_path / "data", tmp_path / "pair", root) for i in range(2)]
+    data, address = rectangles.to_dict(), free_address()
+    runs = [Forked(program, 0, 1, address, data, tmp_path / "alone", devices=2)]
+    runs += [Forked(program, index, 2, address, data, tmp_path / "pair", devices=2) for index in range(2)]
     for run in runs:
-        _, errors = run.communicate(timeout=300)
-        assert run.returncode == 0, errors
+        status, _, errors = run.end()
+        assert status == 0, errors
     alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("alone.0", "pair.0", "pair.1"))
     assert first == second
     for here, there in zip(_rows(first[0]), _rows(alone[0]), strict=True):
