@@ -24,13 +24,14 @@ from tests.drawn_arrays import Patches
 pytestmark = pytest.mark.slow
 
 
-def get_config():
-    """The config file of these runs: a small DePerceiver+ for images of 64 to 96 pixels."""
-    config = demo.get_config("deperceiver_plus")
+def get_config(family="deperceiver_plus"):
+    """The config file of these runs: a small detector for images of 64 to 96 pixels."""
+    config = demo.get_config(family)
     config.data.name, config.data.train_split = "coco_directory", "validation"
     config.data.update(batch_size=16, eval_scale=64, eval_max_size=96)
     config.model.update(num_queries=6, embed_dim=32, strides=(8,), dropout=0.1)
-    config.model.denoising.copies = 0
+    if family == "deperceiver_plus":
+        config.model.denoising.copies = 0
     config.model.decoder.update(num_layers=2, num_heads=2, mlp_dim=32)
     config.matcher.backend = "device"
     config.optimizer.update(learning_rate=3e-3, warmup_steps=0, ema_decay=0.999)
@@ -42,7 +43,6 @@ def get_config():
 def shared(rectangles, tmp_path_factory):
     open_source(rectangles, "validation")  # prepares it
     return [
-        f"--config={__file__}",
         f"--config.data.directory={rectangles.directory}",
         f"--config.data.prepared_directory={rectangles.prepared_directory}",
         f"--config.train.compilation_cache={tmp_path_factory.mktemp('compiled')}",
@@ -78,12 +78,12 @@ def overfit(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("deperceiver_jax.training.train.make_mesh", lambda model: make_mesh(model, jax.devices()[:1]))
 
-    def start(*fields, backbone=Patches):
+    def start(*fields, family="deperceiver_plus", backbone=Patches):
         with monkeypatch.context() as patch:
             if backbone:
                 patch.setattr("deperceiver_jax.models.detector.ResNet", backbone)
-            command = ["train.py", f"--workdir={tmp_path / 'run'}", *shared, *(f"--config.{field}" for field in fields)]
-            status = run(program.main, command)
+            command = ["train.py", f"--config={__file__}:{family}", f"--workdir={tmp_path / 'run'}", *shared]
+            status = run(program.main, [*command, *(f"--config.{field}" for field in fields)])
         return status, *capsys.readouterr()
 
     return start
@@ -119,7 +119,7 @@ RATE = "(config.optimizer.learning_rate), is far too"
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ([], "it has not trained for long enough: its loss still falls, from "),
+        (["optimizer.learning_rate=5e-4"], "it has not trained for long enough: its loss still falls, from "),
         (["loss.weight_class=0.0"], "config.loss.weight_class is 0, so no query learns which class it is."),
         (["loss.weight_bbox=0.0", "loss.weight_giou=0.0"], "config.loss.weight_bbox and weight_giou are 0, so "),
         (["optimizer.learning_rate=1e-7"], f"the learning rate, 1e-07 {RATE} low: a step changes the parameters by "),
@@ -132,13 +132,13 @@ RATE = "(config.optimizer.learning_rate), is far too"
     ids=["steps", "class", "boxes", "low", "high", "cells"],
 )
 def test_what_hinders_learning_is_named(overfit, fields, reason):
-    status, _, err = overfit(FEW, *fields)
+    status, _, err = overfit(FEW, *fields, family="detr")
     assert status == 1 and err.startswith("error: Not learned: AP50 is 0.") and err.count("\n") == 1
     assert reason in err, err
 
 
 def test_more_objects_than_queries_are_named(overfit, crowded):
-    status, _, err = overfit(FEW, crowded)
+    status, _, err = overfit(FEW, crowded, family="detr")
     assert status == 1 and "an image has 16 objects, but config.model.num_queries is 6, and 40 a step found no " in err
 
 
