@@ -31,7 +31,7 @@ def test_a_block_of_the_neck_sees_two_cells_further():
     features = np.random.default_rng(0).standard_normal((3, 9, 9, 3)).astype(np.float32)
     features[1:] = features[0]
     features[1, 3, 4] += 9.0
-    features[2, 7, 4] += 9.0
+    features[2, 6, 4] += 9.0
     valid = np.ones((3, 72, 72), bool)
     valid[:, 48:] = False
     (of_level,), _ = answer_of(levels, {8: features}, valid)
