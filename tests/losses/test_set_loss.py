@@ -126,10 +126,11 @@ def test_equals_the_official_criterion(name, backend):
 
 @pytest.mark.parametrize(("focal", "backend", "model"), [(False, "scipy", 1), (False, "scipy", 2), (True, "device", 2)])
 def test_eight_devices_equal_one(focal, backend, model):
+    """Which SciPy has matched."""
     predictions, batch = random_problem(np.random.default_rng(1))
-    config = make_config(7, focal=focal, backend=backend)
-    (total, terms), gradients = make_loss(config)(predictions, batch)
+    (total, terms), gradients = make_loss(make_config(7, focal=focal))(predictions, batch)
 
+    config = make_config(7, focal=focal, backend=backend)
     mesh = make_mesh(model)
     images_of_layers = NamedSharding(mesh, PartitionSpec(None, ALL_DEVICES))
     spread, on_devices = jax.device_put(predictions, images_of_layers), shard_batch(batch, mesh)
