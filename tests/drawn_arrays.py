@@ -83,13 +83,23 @@ def abstract_detector(config, backbone=None):
 def drawn_detector(config, backbone=Patches):
     """The detector of `config` with drawn arrays, the same for every config that has the same ones."""
     skeleton, params, others = take_apart(abstract_detector(config, backbone))
-    return skeleton.merge(jax.tree.map(jnp.asarray, draw_arrays({**params, **others})))
+    return skeleton.merge(jax.device_put(draw_arrays({**params, **others})))
 
 
-def level_tokens(map_valid, dim=1):
+def answer_of(detector, *arguments, **options):
+    """In NumPy; one program for all detectors that differ in their arrays alone."""
+    return jax.device_get(_call(detector, *arguments, **options))
+
+
+@nnx.jit
+def _call(detector, *arguments, **options):
+    return detector(*arguments, **options)
+
+
+@jax.jit
+def level_tokens(map_valid):
     """Of levels with these masks [B, h, w], in which an image is a whole number of cells; the tokens are zeros."""
-    map_valid = [jnp.asarray(valid) for valid in map_valid]
-    maps = [jnp.zeros((*valid.shape, dim)) for valid in map_valid]
+    maps = [np.zeros((*valid.shape, 1), np.float32) for valid in map_valid]
     return make_level_tokens(maps, map_valid, size_in_whole_cells(map_valid))
 
 
@@ -104,15 +114,10 @@ def extents_seen(config, image, valid):
     with pytest.MonkeyPatch.context() as patch:
         name = config.model.name
         patch.setattr(f"deperceiver_jax.models.{name}.{name}.make_level_tokens", spy)
-        drawn_detector(config)(image, valid)
-    return seen[0]
+        detector = drawn_detector(config)
+        return jax.jit(lambda image, valid: (detector(image, valid), seen[0])[1])(image, valid)
 
 
 def start_beside_backbone(config):
-    """{path: array} of what the detector of `config` trains, as it starts, without its backbone, whose start takes
-    longest to compile."""
-
-    def parameters():
-        return take_apart(new_detector(config))[1]
-
-    return jax.tree.map(np.asarray, jax.jit(parameters)())
+    """{path: array} of what the detector of `config` trains, as it starts, without its backbone."""
+    return jax.device_get(take_apart(new_detector(config))[1])

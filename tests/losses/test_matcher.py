@@ -34,7 +34,7 @@ def solver(backend, mesh):
 
     def solve(cost, box_valid):
         sharding = batch_sharding(mesh)
-        assignment = jitted(jnp.asarray(cost, jnp.float32), jax.device_put(np.asarray(box_valid), sharding))
+        assignment = jitted(np.float32(cost), jax.device_put(box_valid, sharding))
         return jax.tree.map(np.asarray, assignment)
 
     return solve
@@ -208,17 +208,17 @@ def test_no_gradient_and_no_error_under_grad(backend):
     @jax.jit
     @jax.grad
     def gradient(cost):
-        assignment = match(cost, jnp.asarray(box_valid), backend=backend, mesh=mesh)
+        assignment = match(cost, box_valid, backend=backend, mesh=mesh)
         return jnp.sum(jnp.where(assignment.matched, cost[:, :, 0], 0.0))
 
-    found = gradient(jnp.asarray(cost, jnp.float32))
+    found = np.asarray(gradient(np.float32(cost)))
     np.testing.assert_array_equal(found[:, :, 0], np.broadcast_to(box_valid[None], (L, B, N)))
     assert not found[:, :, 1:].any()
 
 
 def test_unknown_backend_is_a_sentence():
     with pytest.raises(UserError, match="config.matcher.backend is 'lap'; it can be scipy or device"):
-        match(jnp.zeros((1, 8, 2, 2)), jnp.ones((8, 2), bool), backend="lap", mesh=make_mesh())
+        match(np.zeros((1, 8, 2, 2), np.float32), np.ones((8, 2), bool), backend="lap", mesh=make_mesh())
 
 
 _MANY_LARGE_MATCHINGS = """
@@ -261,8 +261,8 @@ def test_large_costs_of_more_devices_than_threads_do_not_stop_for_ever():
 
 def make_problem(rng, num_logits=7):
     predictions = Predictions(
-        logits=jnp.asarray(rng.normal(size=(L, B, Q, num_logits)), jnp.float32),
-        boxes=jnp.asarray(rng.uniform(0.1, 0.9, size=(L, B, Q, 4)), jnp.float32),
+        logits=rng.normal(size=(L, B, Q, num_logits)).astype(np.float32),
+        boxes=rng.uniform(0.1, 0.9, size=(L, B, Q, 4)).astype(np.float32),
     )
     fill = np.zeros((B, 2), np.int32)
     batch = Batch(
@@ -274,11 +274,12 @@ def make_problem(rng, num_logits=7):
         labels=rng.integers(0, 6, size=(B, N), dtype=np.int32),
         box_valid=np.ones((B, N), bool),
     )
-    return predictions, jax.tree.map(jnp.asarray, batch)
+    return predictions, batch
 
 
 def jitted_cost(classification, config):
-    return jax.jit(partial(matching_cost, classification=classification, config=config))
+    cost = jax.jit(partial(matching_cost, classification=classification, config=config))
+    return lambda predictions, batch: np.asarray(cost(predictions, batch))
 
 
 @pytest.mark.parametrize("classification", [SoftmaxNoObject(no_object_weight=0.1), SigmoidFocal(alpha=0.25, gamma=2.0)])
@@ -287,15 +288,14 @@ def test_matching_cost_by_hand(classification):
     cost = jitted_cost(classification, base().matcher)(predictions, batch)
     assert cost.shape == (L, B, Q, N)
     layer, image, query, slot = 1, 5, 2, 7
-    a = np.asarray(predictions.boxes[layer, image, query], np.float64)
-    b = np.asarray(batch.boxes[image, slot], np.float64)
+    a, b = np.float64(predictions.boxes[layer, image, query]), np.float64(batch.boxes[image, slot])
     low = np.maximum(a[:2] - a[2:] / 2, b[:2] - b[2:] / 2)
     high = np.minimum(a[:2] + a[2:] / 2, b[:2] + b[2:] / 2)
     intersection = np.prod(np.maximum(high - low, 0))
     union = a[2] * a[3] + b[2] * b[3] - intersection
     hull = np.prod(np.maximum(a[:2] + a[2:] / 2, b[:2] + b[2:] / 2) - np.minimum(a[:2] - a[2:] / 2, b[:2] - b[2:] / 2))
     giou = intersection / union - (hull - union) / hull
-    x = np.asarray(predictions.logits[layer, image, query], np.float64)
+    x = np.float64(predictions.logits[layer, image, query])
     if classification.has_no_object:
         of_class = -np.exp(x - np.log(np.exp(x).sum()))
     else:
@@ -321,7 +321,7 @@ def test_parts_of_the_cost_are_independent():
 
 def test_a_part_of_weight_zero_cannot_spoil_the_cost():
     predictions, batch = make_problem(np.random.default_rng(10))
-    predictions = predictions._replace(logits=jnp.full_like(predictions.logits, jnp.nan))
+    predictions = predictions._replace(logits=np.full_like(predictions.logits, np.nan))
     config = base().matcher
     config.cost_class = 0.0
     cost = jitted_cost(SoftmaxNoObject(no_object_weight=0.1), config)(predictions, batch)
@@ -331,8 +331,8 @@ def test_a_part_of_weight_zero_cannot_spoil_the_cost():
 def test_cost_has_no_gradient_and_is_float32():
     predictions, batch = make_problem(np.random.default_rng(11))
     half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), predictions)
-    cost = jitted_cost(SigmoidFocal(alpha=0.25, gamma=2.0), base().matcher)
-    assert cost(half, batch).dtype == jnp.float32
-    gradients = jax.jit(jax.grad(lambda predictions: jnp.sum(cost(predictions, batch))))(predictions)
-    for gradient in jax.tree.leaves(gradients):
+    config = dict(classification=SigmoidFocal(alpha=0.25, gamma=2.0), config=base().matcher)
+    assert jax.eval_shape(partial(matching_cost, **config), half, batch).dtype == jnp.float32
+    gradients = jax.jit(jax.grad(lambda predictions: jnp.sum(matching_cost(predictions, batch, **config))))(predictions)
+    for gradient in jax.tree.leaves(jax.device_get(gradients)):
         assert not gradient.any()

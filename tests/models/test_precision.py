@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax import nnx
 
 from configs import demo
 from deperceiver_jax.models import DETECTORS
+from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.preflight.arithmetic import count
-from tests.drawn_arrays import Patches, new_detector
+from tests.drawn_arrays import Patches, abstract_detector
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -17,10 +18,9 @@ def test_exact_products_ask_for_float32(name):
     config = demo.get_config(name)
     config.precision = "bfloat16"
 
-    def detect(image, valid):
-        return new_detector(config, Patches, rngs=nnx.Rngs(0))(image, valid)
-
-    program = jax.make_jaxpr(detect)(jnp.zeros((1, 96, 128, 3)), jnp.ones((1, 96, 128), bool))
+    skeleton, params, others = take_apart(abstract_detector(config, Patches))
+    arguments = np.zeros((1, 96, 128, 3), np.float32), np.ones((1, 96, 128), bool)
+    program = jax.make_jaxpr(lambda arrays, *image: skeleton.merge(arrays)(*image))({**params, **others}, *arguments)
 
     def exact(equation):
         return all(operand.aval.dtype == jnp.float32 for operand in equation.invars[:2])

@@ -11,7 +11,7 @@ from deperceiver_jax.models.attention.dense import dense_attention
 from deperceiver_jax.models.attention.multi_head import MultiHeadAttention
 from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.models.layers.linear import dropout
-from tests.drawn_arrays import FLOAT32
+from tests.drawn_arrays import FLOAT32, answer_of
 from tests.meshes import mesh_on
 
 
@@ -26,6 +26,11 @@ def softmax_attention(query, key, value, valid, bias):
     return out
 
 
+@jax.jit
+def compiled(*arguments):
+    return dense_attention(*arguments)
+
+
 def arrays(seed=0):
     rng = np.random.default_rng(seed)
     query, key = rng.normal(size=(3, 2, 4, 8)), rng.normal(size=(3, 2, 5, 8))
@@ -36,14 +41,14 @@ def arrays(seed=0):
 
 def test_equals_a_plain_softmax_and_rows_without_keys_are_zero():
     (query, key, value), valid, bias = arrays()
-    out = dense_attention(*map(jnp.asarray, (query, key, value, valid, bias)))
+    out = np.asarray(compiled(query, key, value, valid, bias))
     np.testing.assert_allclose(out, softmax_attention(query, key, value, valid, bias), atol=1e-5)
     assert not np.any(out[2])
 
 
 def test_gradient_is_finite_without_any_valid_key():
     (query, key, value), valid, bias = arrays()
-    gradient = jax.grad(lambda q: dense_attention(q, key, value, jnp.asarray(valid), bias).sum())(jnp.asarray(query))
+    gradient = np.asarray(jax.jit(jax.grad(lambda q: dense_attention(q, key, value, valid, bias).sum()))(query))
     assert np.all(np.isfinite(gradient))
     assert not np.any(gradient[2])
 
@@ -52,8 +57,8 @@ def test_gradient_is_finite_without_any_valid_key():
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_are_those_of_the_formula(rate, platform, masked):
     """As JAX differentiates it; of ours that of the softmax is written out, and a CPU repeats dropout for it."""
-    (query, key, value), valid, bias = (jax.tree.map(jnp.asarray, x) for x in arrays())
-    cotangent = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2, 4, 6)), jnp.float32)
+    (query, key, value), valid, bias = arrays()
+    cotangent = np.random.default_rng(7).normal(size=(3, 2, 4, 6)).astype(np.float32)
     drops = dict(dropout_rate=rate, dropout_key=jax.random.key(3))
 
     def formula(query, key, value, bias):
@@ -84,21 +89,18 @@ def test_gradients_are_those_of_the_formula(rate, platform, masked):
 def test_padding_never_reaches_the_result():
     (query, key, value), valid, bias = arrays()
     wild = np.where(valid[:, None, :, None], value, 1e9).astype(np.float32)
-    np.testing.assert_array_equal(
-        dense_attention(*map(jnp.asarray, (query, key, value, valid, bias))),
-        dense_attention(*map(jnp.asarray, (query, key, wild, valid, bias))),
-    )
+    np.testing.assert_array_equal(compiled(query, key, value, valid, bias), compiled(query, key, wild, valid, bias))
 
 
 def test_heads_are_contiguous_channel_blocks():
     attention = MultiHeadAttention(4, 2, compute=FLOAT32, rngs=nnx.Rngs(0))
     for layer in (attention.query, attention.key, attention.value, attention.out):
-        layer.kernel[...] = jnp.eye(4)
-        layer.bias[...] = jnp.zeros(4)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)), jnp.float32)
-    out = attention(x, x, x)
+        layer.kernel.set_value(np.eye(4, dtype=np.float32))
+        layer.bias.set_value(np.zeros(4, np.float32))
+    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    out = answer_of(attention, x, x, x)
     for head in (slice(0, 2), slice(2, 4)):
-        one = dense_attention(x[:, None, :, head], x[:, None, :, head], x[:, None, :, head])[:, 0]
+        one = np.asarray(compiled(*[x[:, None, :, head]] * 3))[:, 0]
         np.testing.assert_allclose(out[..., head], one, atol=1e-6)
 
 
@@ -107,29 +109,38 @@ def test_segments_have_a_softmax_each(weighted):
     """The results for two runs of keys, added; with weights of each query if there are any."""
     attention = MultiHeadAttention(8, 2, compute=FLOAT32, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    x, y = (jnp.asarray(rng.normal(size=(2, n, 8)), jnp.float32) for n in (3, 7))
-    bias = jnp.asarray(rng.normal(size=(2, 2, 3, 7)), jnp.float32)
-    valid = jnp.ones((2, 7), bool).at[1, 2:4].set(False)
-    weight = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32) if weighted else None
-    projected = attention.query(x), attention.key(y), attention.value(y)
-    expected = 0
-    for i, part in enumerate((slice(0, 4), slice(4, 7))):
-        keys = [a[:, part] for a in projected[1:]]
-        result = attention.attend(projected[0], *keys, key_valid=valid[:, part], bias=bias[..., part])
-        expected += result if weight is None else result * weight[..., i, None]
-    segments = dict(segments=(4, 3), segment_weight=weight)
-    answer = attention(x, y, y, key_valid=valid, bias=bias, **segments)
-    np.testing.assert_allclose(answer, attention.out(expected), atol=1e-5)
-    assert np.abs(answer - attention(x, y, y, key_valid=valid, bias=bias)).max() > 1e-2
+    x, y = (rng.normal(size=(2, n, 8)).astype(np.float32) for n in (3, 7))
+    bias = rng.normal(size=(2, 2, 3, 7)).astype(np.float32)
+    valid = np.ones((2, 7), bool)
+    valid[1, 2:4] = False
+    weight = rng.normal(size=(2, 3, 2)).astype(np.float32) if weighted else None
+
+    @jax.jit
+    def answers():
+        """In segments, as the sum of what they give, and without any."""
+        projected = attention.query(x), attention.key(y), attention.value(y)
+        expected = 0
+        for i, part in enumerate((slice(0, 4), slice(4, 7))):
+            keys = [a[:, part] for a in projected[1:]]
+            result = attention.attend(projected[0], *keys, key_valid=valid[:, part], bias=bias[..., part])
+            expected += result if weight is None else result * weight[..., i, None]
+        segments = dict(segments=(4, 3), segment_weight=weight)
+        whole = attention(x, y, y, key_valid=valid, bias=bias)
+        return attention(x, y, y, key_valid=valid, bias=bias, **segments), attention.out(expected), whole
+
+    answer, expected, whole = jax.device_get(answers())
+    np.testing.assert_allclose(answer, expected, atol=1e-5)
+    assert np.abs(answer - whole).max() > 1e-2
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
     attention = MultiHeadAttention(8, 2, dropout=0.5, compute=FLOAT32, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
-    plain = attention(x, x, x)
-    np.testing.assert_array_equal(plain, attention(x, x, x))
-    dropped = jnp.stack([attention(x, x, x, dropout_key=jax.random.key(i)) for i in range(300)])
-    assert float(jnp.abs(dropped[0] - plain).max()) > 1e-3
+    x = np.random.default_rng(0).standard_normal((2, 6, 8), np.float32)
+    plain = answer_of(attention, x, x, x)
+    np.testing.assert_array_equal(plain, answer_of(attention, x, x, x))
+    keys = jax.random.split(jax.random.key(0), 300)
+    dropped = np.asarray(jax.jit(jax.vmap(lambda key: attention(x, x, x, dropout_key=key)))(keys))
+    assert np.abs(dropped[0] - plain).max() > 1e-3
     np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=0.15)
 
 

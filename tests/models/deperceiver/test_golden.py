@@ -1,9 +1,9 @@
 """DePerceiver at full size gives what the official code gives, in every decoder layer; see golden/README.md."""
 
+import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +12,7 @@ from configs.deperceiver import get_config
 from deperceiver_jax.weights.name_rules import torch_shapes
 from deperceiver_jax.weights.tables import FAMILIES
 from tests.drawn_arrays import abstract_detector
-from tests.seeded import seeded_state_dict
+from tests.seeded import seeded_array
 from tests.torch_state import load_torch_state
 
 pytestmark = pytest.mark.slow
@@ -40,18 +40,24 @@ def images():
     for b, (height, width) in enumerate(SIZES):
         image[b, :height, :width] = rng.standard_normal((height, width, 3), np.float32)
         valid[b, :height, :width] = True
-    return jnp.asarray(image), jnp.asarray(valid)
+    return image, valid
+
+
+@pytest.fixture(scope="module")
+def seeded():
+    """Draws arrays that the variants share once."""
+    return functools.cache(seeded_array)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_and_boxes_are_the_official_ones(name):
+def test_logits_and_boxes_are_the_official_ones(name, seeded):
     variant, num_keys, changes = VARIANTS[name]
     config = get_config(variant)
     config.model.encoder.num_latents = 1024  # the official code's default
     config.model.decoder.update(changes)
     rules = FAMILIES["deperceiver"](config.model)
     detector = abstract_detector(config)
-    state = seeded_state_dict(torch_shapes(detector, rules))
+    state = {name: seeded(name, shape) for name, shape in torch_shapes(detector, rules).items()}
     assert len(state) == num_keys
     load_torch_state(detector, state, rules)
 

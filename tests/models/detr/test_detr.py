@@ -1,5 +1,6 @@
 """DETR: sizes and starts of the published models, what each field does, what bad fields say. Values: golden tests."""
 
+import functools
 import math
 
 import jax
@@ -58,19 +59,15 @@ def random_numbers(abstract):
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def build(config, backbone=WholePatches):
-    """The detector as a jitted function, with `random_numbers`."""
+@functools.cache
+def build(backbone=WholePatches, precision="float32", **changes):
+    """The small detector, compiled, with `random_numbers`: (image, mask, key) -> its answer in NumPy."""
+    config = small(**changes)
+    config.precision = precision
     graphdef, abstract = nnx.split(abstract_detector(config, backbone))
     state = random_numbers(abstract)
     call = jax.jit(lambda state, image, valid, key: nnx.merge(graphdef, state)(image, valid, dropout_key=key))
-    return lambda image, valid, dropout_key=None: call(state, image, valid, dropout_key)
-
-
-@pytest.fixture(scope="module")
-def published():
-    """(detector, its answer): every field of `small` as published."""
-    detector = build(small())
-    return detector, detector(*example())
+    return lambda image, valid, dropout_key=None: jax.device_get(call(state, image, valid, dropout_key))
 
 
 def parameters(config):
@@ -87,7 +84,7 @@ def example(height=64, width=64, valid_width=48):
     image = np.random.default_rng(0).standard_normal((2, height, width, 3)).astype(np.float32)
     valid = np.ones((2, height, width), bool)
     valid[1, :, valid_width:] = False
-    return jnp.asarray(np.where(valid[..., None], image, 0)), jnp.asarray(valid)
+    return np.where(valid[..., None], image, 0), valid
 
 
 def test_variants():
@@ -167,21 +164,21 @@ def test_group_norm_backbone_and_padding():
     """The tiny models train from scratch with group norm, whose features know the padding: the same images in a larger
     frame get the same answer."""
     fields = {"backbone__depth": 18, "backbone__width": 8, "backbone__norm": "group_norm", "backbone__frozen_stages": 0}
-    detector = build(small(**fields), ResNet)
+    detector = build(ResNet, strides=(8,), **fields)
     image, valid = example()
     pad = ((0, 0), (0, 32), (0, 64))
     near = detector(image, valid)
-    far = detector(jnp.pad(image, (*pad, (0, 0))), jnp.pad(valid, pad))
+    far = detector(np.pad(image, (*pad, (0, 0))), np.pad(valid, pad))
     assert near.logits.shape == (2, 2, 7, 6) and near.boxes.shape == (2, 2, 7, 4)
     np.testing.assert_allclose(near.logits, far.logits, atol=2e-5)
     np.testing.assert_allclose(near.boxes, far.boxes, atol=2e-6)
     assert np.abs(near.logits[:, 0] - near.logits[:, 1]).max() > 0.1  # the images do matter
 
 
-def test_dropout_needs_a_key(published):
-    without, answer = published
-    np.testing.assert_array_equal(without(*example()).logits, answer.logits)
-    detector = build(small(dropout=0.5))
+def test_dropout_needs_a_key():
+    answer, again = (build()(*example()) for _ in range(2))
+    np.testing.assert_array_equal(again.logits, answer.logits)
+    detector = build(dropout=0.5)
     np.testing.assert_array_equal(detector(*example()).logits, answer.logits)
     one, same, other = (detector(*example(), jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.logits, same.logits)
@@ -204,18 +201,16 @@ def test_dropout_needs_a_key(published):
         {"position__encoding": "learned"},
     ],
 )
-def test_every_ablation_computes_something_of_its_own(published, changes):
-    answer = build(small(**changes))(*example())
+def test_every_ablation_computes_something_of_its_own(changes):
+    answer, published = build(**changes)(*example()), build()(*example())
     assert np.isfinite(answer.logits).all() and np.isfinite(answer.boxes).all()
-    assert np.abs(answer.logits - published[1].logits).max() > 1e-4
+    assert np.abs(answer.logits - published.logits).max() > 1e-4
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_bfloat16_computes_nearly_the_same(pre_norm):
-    config = small(pre_norm=pre_norm)
-    exact = build(config)(*example())
-    config.precision = "bfloat16"
-    answer = build(config)(*example())
+    changes = {"pre_norm": True} if pre_norm else {}
+    exact, answer = build(**changes)(*example()), build(precision="bfloat16", **changes)(*example())
     assert answer.logits.dtype == answer.boxes.dtype == jnp.float32
     assert 1e-4 < np.abs(answer.boxes - exact.boxes).max() < 0.1
 
@@ -247,7 +242,7 @@ def halves():
     tokens, position = (rng.standard_normal((2, 9, 16)).astype(np.float32) for _ in range(2))
     valid = np.arange(9)[None] < np.array([[9], [6]])
     query_position = rng.standard_normal((5, 16)).astype(np.float32)
-    return decode, tokens, position, valid, query_position
+    return lambda *arguments: jax.device_get(decode(*arguments)), tokens, position, valid, query_position
 
 
 def test_without_position_tokens_are_a_set(halves):

@@ -26,7 +26,7 @@ from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import convolution
 from deperceiver_jax.weights.name_rules import NameRules, to_torch, torch_shapes
 from deperceiver_jax.weights.tables.parts import resnet_rules
-from tests.drawn_arrays import FLOAT32
+from tests.drawn_arrays import FLOAT32, answer_of
 from tests.seeded import seeded_state_dict
 from tests.torch_state import load_torch_state
 
@@ -44,22 +44,12 @@ def abstract(*args, **kwargs):
     return nnx.eval_shape(lambda: resnet(*args, **kwargs))
 
 
-def initialized(*args, **kwargs):
-    """A new network, made in one compiled function: initialisers run one by one would take longer."""
-    return nnx.merge(*jax.jit(lambda: nnx.split(resnet(*args, **kwargs)))())
-
-
 def seeded(*args, **kwargs):
     """A network whose every array is drawn by its name: nothing is one or zero."""
     network = abstract(*args, **kwargs)
     rules = NameRules(tuple(resnet_rules()))
     load_torch_state(network, seeded_state_dict(torch_shapes(network, rules)), rules)
     return network
-
-
-def apply(network, *args):
-    graphdef, state = nnx.split(network)
-    return jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)
 
 
 def feature_shapes(network, height, width):
@@ -70,7 +60,7 @@ def feature_shapes(network, height, width):
 
 
 def random_image(*shape):
-    return jnp.asarray(np.random.default_rng(0).standard_normal((*shape, 3)), jnp.float32)
+    return np.random.default_rng(0).standard_normal((*shape, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +124,8 @@ def test_padding_is_symmetric(size, stride, dilation):
     conv = Conv(3, 5, size, stride=stride, dilation=dilation, frozen=False, compute=FLOAT32, rngs=nnx.Rngs(0))
     for shape in ((12, 9), (11, 10)):
         image = random_image(1, *shape)
-        expected = convolve_by_hand(image[0], conv.kernel[...], stride, dilation, size // 2 * dilation)
-        np.testing.assert_allclose(conv(image)[0], expected, atol=1e-5)
+        expected = convolve_by_hand(image[0], np.asarray(conv.kernel[...]), stride, dilation, size // 2 * dilation)
+        np.testing.assert_allclose(answer_of(conv, image)[0], expected, atol=1e-5)
 
 
 def test_a_stage_of_torchvisions_resnext():
@@ -153,7 +143,7 @@ def test_a_stage_of_torchvisions_resnext():
     rules = NameRules(tuple(rule._replace(path=rule.path.removeprefix("stages/1/")) for rule in resnet_rules()))
     load_torch_state(stage, seeded_state_dict(torch_shapes(stage, rules)), rules)
     graphdef, kernels, rest = nnx.split(stage, nnx.Param, ...)
-    x, y, cotangent = (jnp.asarray(golden[name]).transpose(0, 2, 3, 1) for name in ("x", "y", "cotangent"))
+    x, y, cotangent = (golden[name].transpose(0, 2, 3, 1) for name in ("x", "y", "cotangent"))
 
     @jax.jit
     def value_and_gradients(kernels, x):
@@ -182,59 +172,64 @@ def test_a_deformable_convolution_starts_as_half_a_convolution():
     """Then the bias of the first channels moves where the first tap reads, by (x, y), and how much it counts."""
     how = dict(stride=1, dilation=1, groups=2, frozen=False, compute=FLOAT32)
     plain, conv = Conv(4, 6, 3, **how, rngs=nnx.Rngs(0)), DeformableConv(4, 6, 3, **how, rngs=nnx.Rngs(0))
-    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 7, 4)), jnp.float32)
+    image = np.random.default_rng(0).standard_normal((1, 6, 7, 4)).astype(np.float32)
     np.testing.assert_array_equal(conv.kernel[...], plain.kernel[...])
-    np.testing.assert_allclose(conv(image), plain(image) / 2, atol=1e-5)
+    np.testing.assert_allclose(answer_of(conv, image), answer_of(plain, image) / 2, atol=1e-5)
 
-    corner = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1)
-    others, first = (convolution(image, plain.kernel[...] * part, 1, 1) for part in (1 - corner, corner))
-    conv.offsets.bias[...] = jnp.zeros(27).at[:3].set(jnp.array([2.0, 1.0, -100.0])).at[5::3].set(100.0)
-    np.testing.assert_allclose(conv(image), others, atol=1e-5)
-    conv.offsets.bias[2] = 100.0
-    moved = (conv(image) - others)[:, 1:-1, 1:-2]  # but for edges, which the tap crosses in one of the two
+    corner = np.zeros((3, 3, 1, 1), np.float32)
+    corner[0, 0] = 1
+    convolve = jax.jit(lambda kernel: convolution(image, kernel, 1, 1))
+    others, first = (np.asarray(convolve(np.asarray(plain.kernel[...]) * part)) for part in (1 - corner, corner))
+    bias = np.zeros(27, np.float32)
+    bias[:3], bias[5::3] = (2.0, 1.0, -100.0), 100.0
+    conv.offsets.bias.set_value(bias.copy())
+    np.testing.assert_allclose(answer_of(conv, image), others, atol=1e-5)
+    bias[2] = 100.0
+    conv.offsets.bias.set_value(bias)
+    moved = (answer_of(conv, image) - others)[:, 1:-1, 1:-2]  # but for edges, which the tap crosses in one of the two
     np.testing.assert_allclose(moved, first[:, 2:, 3:], atol=1e-5)
 
 
 def test_frozen_batch_norm():
     norm = FrozenBatchNorm(2, dtype=jnp.float32)
-    norm.scale.set_value(jnp.array([2.0, 1.0]))
-    norm.bias.set_value(jnp.array([1.0, 0.0]))
-    norm.mean.set_value(jnp.array([3.0, 0.0]))
-    norm.var.set_value(jnp.array([4.0, 0.0]))
-    y = norm(jnp.array([5.0, 1e-2])[None, None, None], None)
+    norm.scale.set_value(np.float32([2.0, 1.0]))
+    norm.bias.set_value(np.float32([1.0, 0.0]))
+    norm.mean.set_value(np.float32([3.0, 0.0]))
+    norm.var.set_value(np.float32([4.0, 0.0]))
+    y = answer_of(norm, np.float32([[[[5.0, 1e-2]]]]), None)
     np.testing.assert_allclose(y.ravel(), [1 + 2 * (5 - 3) / 2, 1e-2 / 1e-5**0.5], rtol=1e-5)
 
 
 def test_group_norm_of_the_real_pixels():
     norm = GroupNorm(64, dtype=jnp.float32)
     assert norm.num_groups == 32 and GroupNorm(16, dtype=jnp.float32).num_groups == 8
-    norm.bias.set_value(jnp.arange(64.0))
+    norm.bias.set_value(np.arange(64, dtype=np.float32))
     x = np.random.default_rng(1).normal(3, 2, (2, 4, 5, 64)).astype(np.float32)
     valid = np.ones((2, 4, 5), bool)
     valid[1, 3:] = valid[1, :, 2:] = False
-    y = np.asarray(norm(jnp.asarray(x), jnp.asarray(valid)))
+    y = answer_of(norm, x, valid)
     for image, real, result in zip(x, valid, y, strict=True):
         groups = image[real].reshape(-1, 32, 2)
         mean, var = groups.mean((0, 2), keepdims=True), groups.var((0, 2), keepdims=True)
         expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(-1, 64) + np.arange(64)
         np.testing.assert_allclose(result[real], expected, rtol=1e-4, atol=1e-4)
         assert np.all(result[~real] == 0)
-    np.testing.assert_allclose(norm(jnp.asarray(x[:1]), None), y[:1], atol=1e-5)
+    np.testing.assert_allclose(answer_of(norm, x[:1], None), y[:1], atol=1e-5)
 
 
 def test_group_norm_features_do_not_depend_on_padding():
     network = seeded(strides=(4, 16), norm="group_norm", frozen_stages=0, width=8)
     image = random_image(1, 50, 70)
-    alone = apply(network, image, jnp.ones((1, 50, 70), bool))
+    alone = answer_of(network, image, np.ones((1, 50, 70), bool))
     frame = np.zeros((1, 96, 128, 3), np.float32)
     valid = np.zeros((1, 96, 128), bool)
     frame[:, :50, :70], valid[:, :50, :70] = image, True
-    padded = apply(network, jnp.asarray(frame), jnp.asarray(valid))
+    padded = answer_of(network, frame, valid)
     for stride, features in alone.items():
         height, width = features.shape[1:3]
         np.testing.assert_allclose(padded[stride][:, :height, :width], features, atol=1e-5)
         assert np.all(padded[stride][:, height:] == 0) and np.all(padded[stride][:, :, width:] == 0)
-    unmasked = apply(network, jnp.asarray(frame))
+    unmasked = answer_of(network, frame, np.ones_like(valid))
     assert np.max(np.abs(unmasked[4][:, :13, :18] - alone[4])) > 1e-2
 
 
@@ -248,8 +243,8 @@ def test_blocks_of_a_new_group_norm_network_are_identities():
         compute=FLOAT32,
         rngs=nnx.Rngs(0),
     )
-    x = jnp.abs(jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 16)), jnp.float32))
-    np.testing.assert_array_equal(block(x, None), x)
+    x = np.abs(np.random.default_rng(0).standard_normal((1, 4, 4, 16))).astype(np.float32)
+    np.testing.assert_array_equal(answer_of(block, x, None), x)
 
 
 def gradient_program(network):
@@ -317,18 +312,20 @@ def test_what_is_frozen():
 
 def test_kaiming_start():
     conv = Conv(64, 32, 3, frozen=False, compute=FLOAT32, rngs=nnx.Rngs(0))
-    assert abs(float(jnp.std(conv.kernel[...])) / (2 / (32 * 9)) ** 0.5 - 1) < 0.03
-    first, second = initialized(34, strides=(4,)).stages[0].rest.layers.conv1.kernel[...]
-    assert float(jnp.max(jnp.abs(first - second))) > 0  # the layers of a stack start apart
+    assert abs(np.std(conv.kernel[...]) / (2 / (32 * 9)) ** 0.5 - 1) < 0.03
+    first, second = resnet(34, strides=(4,)).stages[0].rest.layers.conv1.kernel[...]
+    assert np.abs(first - second).max() > 0  # the layers of a stack start apart
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     image = random_image(1, 64, 64)
-    exact = apply(seeded(width=8, strides=(4, 8)), image)
-    rough = apply(seeded(width=8, strides=(4, 8), compute=Compute(jnp.bfloat16, "auto", rematerialize=False)), image)
+    exact = answer_of(seeded(width=8, strides=(4, 8)), image)
+    rough = answer_of(
+        seeded(width=8, strides=(4, 8), compute=Compute(jnp.bfloat16, "auto", rematerialize=False)), image
+    )
     for stride in (4, 8):
         assert rough[stride].dtype == jnp.bfloat16
-        error = jnp.linalg.norm(rough[stride].astype(jnp.float32) - exact[stride]) / jnp.linalg.norm(exact[stride])
+        error = np.linalg.norm(rough[stride].astype(np.float32) - exact[stride]) / np.linalg.norm(exact[stride])
         assert 1e-4 < error < 3e-2
 
 
@@ -336,11 +333,11 @@ def test_scanned_and_unrolled_blocks_agree():
     """What runs on a CPU and what the other platforms compile."""
     network = seeded(34, width=8, strides=(8,))
     image = random_image(1, 40, 40)
-    unrolled = apply(network, image)[8]
+    unrolled = answer_of(network, image)[8]
     for stage in network.stages:
         assert stage.rest.unroll_on_cpu
         stage.rest.unroll_on_cpu = False
-    np.testing.assert_allclose(apply(network, image)[8], unrolled, atol=1e-5)
+    np.testing.assert_allclose(answer_of(network, image)[8], unrolled, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from flax import nnx
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.convolution import PaddedConvolution, convolution
 from deperceiver_jax.sharding import batch_sharding, make_mesh, replicated
+from tests.drawn_arrays import answer_of
 
 
 def plain(x, kernel, stride, dilation):
@@ -47,8 +48,8 @@ def test_values_and_gradients_are_those_of_a_convolution(
         monkeypatch.setattr(f"deperceiver_jax.models.layers.convolution.{name}", large)
     monkeypatch.setattr("deperceiver_jax.models.layers.convolution.FEW", 1)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, *frame, groups * channels[0])), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((size, size, *channels)), jnp.float32)
+    x = rng.standard_normal((2, *frame, groups * channels[0])).astype(np.float32)
+    kernel = rng.standard_normal((size, size, *channels)).astype(np.float32)
 
     def value_and_gradients(function):
         y, backward = jax.vjp(lambda x, kernel: function(x, kernel, stride, dilation), x, kernel)
@@ -72,7 +73,7 @@ def test_images_of_several_devices_stay_where_they_are(size, stride):
 
 @pytest.mark.parametrize("width, channels, loops", [(128, 16, True), (96, 16, False), (200, 15, False)])
 def test_large_maps_are_taken_in_loops(width, channels, loops):
-    x, kernel = jax.ShapeDtypeStruct((1, 64, width, channels), jnp.float32), jnp.zeros((3, 3, channels, 8))
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 64, width, channels), (3, 3, channels, 8)))
     gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(convolution(x, kernel, 1, 1) ** 2)))
     assert ("while" in gradient.trace(kernel, x).lower(lowering_platforms=("cpu",)).as_text()) == loops
 
@@ -85,10 +86,10 @@ def test_a_padded_convolution_is_that_of_flax(stride, portable):
     how = dict(strides=stride, padding=1, dtype=jnp.bfloat16, bias_init=nnx.initializers.ones)
     theirs = nnx.Conv(3, 5, (3, 3), **how, rngs=nnx.Rngs(0))
     theirs.kernel.set_value(ours.kernel[...])
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 10, 3)), jnp.float32)
-    found, expected = ours(x), theirs(x)
+    x = np.random.default_rng(0).standard_normal((2, 7, 10, 3)).astype(np.float32)
+    found, expected = (answer_of(layer, x) for layer in (ours, theirs))
     assert found.dtype == expected.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2)
+    np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=1e-2)
     with pytest.raises(TypeError, match="takes no precision"):
         PaddedConvolution(3, 5, 3, precision="highest", compute=compute, rngs=nnx.Rngs(0))
 

@@ -65,7 +65,7 @@ def test_a_module_with_other_initializers_has_an_abstract_form():
     undrawn = initializers.Undrawn()
     other = nnx.Linear(2, 3, rngs=undrawn)
     assert np.std(other.kernel[...]) > 0 and not np.any(linear(2, 3, dtype=jnp.float32, rngs=undrawn).kernel[...])
-    nnx.Dropout(0.5, rngs=undrawn)(jnp.ones(3))
+    nnx.Dropout(0.5, rngs=undrawn)(np.ones(3, np.float32))
     graphdef, _ = nnx.split(other)
     assert graphdef == nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
@@ -94,15 +94,17 @@ class _Layer(nnx.Module):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_draws_nothing_with_a_program_of_its_own(name, monkeypatch):
-    """Whatever is drawn comes from an initializer of ours: JAX's would compile one program for each shape.
+    """Every array comes from an initializer of ours: JAX's would compile one program for each shape.
 
-    Arrays of a few hundred numbers may be computed (places of latents); they are not drawn. The abstract detector has
-    the same arrays.
+    The abstract detector has the same arrays.
     """
     module, variant = name.split(":")
     config = importlib.import_module(f"configs.{module}").get_config(variant)
-    config.model.num_classes = 3
+    config.model.num_classes, config.model.embed_dim = 3, 64
     config.model.backbone.update(depth=18, width=8)
+    for half in ("encoder", "decoder"):
+        if "num_layers" in config.model.get(half, {}):
+            config.model[half].num_layers = 2
 
     with monkeypatch.context() as patch:
         patch.setattr("deperceiver_jax.models.over_arrays", lambda function, detector: detector)  # NumPy's stay so
@@ -114,7 +116,6 @@ def test_a_detector_draws_nothing_with_a_program_of_its_own(name, monkeypatch):
             path: (x.shape, x.dtype) for path, x in without.items()
         }
         assert all(isinstance(x, jax.ShapeDtypeStruct) for x in without.values())
-    computed = {path: x.size for path, x in params.items() if not isinstance(x, np.ndarray)}
-    assert all(size <= 2048 for size in computed.values()), computed
+    assert all(isinstance(x, np.ndarray) for x in params.values())
     spread = [np.std(x) for path, x in params.items() if path.endswith("kernel") and math.prod(x.shape) > 1000]
     assert np.median(spread) > 0
