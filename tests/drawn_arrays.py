@@ -83,7 +83,7 @@ def abstract_detector(config, backbone=None):
 def drawn_detector(config, backbone=Patches):
     """The detector of `config` with drawn arrays, the same for every config that has the same ones."""
     skeleton, params, others = take_apart(abstract_detector(config, backbone))
-    return skeleton.merge(jax.tree.map(jnp.asarray, draw_arrays({**params, **others})))
+    return skeleton.merge(jax.device_put(draw_arrays({**params, **others})))
 
 
 def level_tokens(map_valid, dim=1):

@@ -10,7 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from deperceiver_jax import eval as program
 from deperceiver_jax import load_detector
@@ -56,9 +55,7 @@ def test_a_workdir_is_all_it_needs(workdir, capsys):
 
     detector, config, classes = load_detector(workdir)
     batch = next(iter(EvaluationBatches(source, config.data, batch_size=8)))
-    predictions = nnx.jit(lambda detector, *inputs: detector(*inputs))(
-        detector, *normalize_images(batch.image, batch.size)
-    )
+    predictions = jax.jit(lambda *images: detector(*normalize_images(*images)))(batch.image, batch.size)
     probabilities = jax.nn.softmax(predictions.logits[-1])[0, :, :-1].max(-1)
     found = [d for d in detections if d["image_id"] == source.image_ids[batch.example[0]]]
     assert len(found) == 5 and {d["category_id"] for d in found} <= set(classes.category_ids) == {20, 30}
