@@ -24,7 +24,7 @@ from deperceiver_jax.visualize.attention_maps import (
 )
 from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.one_image import see
-from tests.drawn_arrays import abstract_detector
+from tests.drawn_arrays import Patches, abstract_detector
 
 CLASSES = ClassMap.from_categories([(1, "round"), (2, "square")])
 FRAME = Frame(np.full((32, 48, 3), 90, np.uint8), (8, 16))  # cells: 4 x 6, then 2 x 3
@@ -162,7 +162,7 @@ def test_every_family_is_drawn(family, random_arrays, tmp_path):
     config = tiny(family)
     if family == "deperceiver":
         config.model.update_from_flattened_dict({**LATENTS_AS_QUERIES, "decoder.num_layers": 0})
-    skeleton, params, others = take_apart(abstract_detector(config))
+    skeleton, params, others = take_apart(abstract_detector(config, Patches))
     loaded = LoadedDetector(skeleton, random_arrays({**params, **others}), config, CLASSES)
     image = np.random.default_rng(0).integers(0, 256, (70, 50, 3), np.uint8)
     config.data.update(eval_scale=64, eval_max_size=96)
