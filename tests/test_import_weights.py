@@ -355,7 +355,7 @@ def three_classes(tmp_path):
 
 def test_fine_tuning(tmp_path, three_classes, capsys):
     """COCO's weights, a folder of three classes: only the class head is new, and predict.py says the right names."""
-    smaller = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 1}
+    smaller = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 1, "model.backbone.frozen_stages": 4}
     model = arguments_of("detr", "r50", DETR | smaller)
     before = make_state(detr.get_config("r50"), DETR | smaller, **{"model.num_queries": 7})
     write_state_dict(tmp_path / "detr.pth", before, wrapper="model")
