@@ -22,7 +22,7 @@ from deperceiver_jax.report import __main__ as report_program
 from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.runs.workdir import read_config
 from tests.evaluation.coco_oracle import assert_same, reference
-from tests.shared_steps import detect_steps_are_shared  # noqa: F401
+from tests.shared_work import abstract_detectors_are_shared, detect_steps_are_shared  # noqa: F401
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ from deperceiver_jax.runs.workdir import config_text
 from deperceiver_jax.weights.importing import abstract_arrays
 from deperceiver_jax.weights.torch_checkpoint import read_state_dict
 from deperceiver_jax.weights.torch_writer import write_state_dict
+from tests.shared_work import abstract_detectors_are_shared  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
