@@ -1,4 +1,4 @@
-"""Evaluation over two hosts, each loading half of every batch, against the same evaluation in one process."""
+"""Evaluation over two hosts, each loading half of every batch, against the same evaluation in this process."""
 
 import json
 import os
@@ -7,49 +7,57 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs.base import base
 from deperceiver_jax.data import open_source
+from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step
+from deperceiver_jax.sharding import make_mesh
+from deperceiver_jax.structures import Predictions
+from tests.quick_compile import quick_flags
 
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import json, pickle, sys
 import jax
-import jax.numpy as jnp
 
-process, count, address, data, rows = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-if count > 1:
-    jax.distributed.initialize(address, count, process)
-from configs.base import base
-from deperceiver_jax.data import open_source
-from deperceiver_jax.evaluation.evaluate import evaluate, make_detect_step
-from deperceiver_jax.sharding import make_mesh
-from deperceiver_jax.structures import Predictions
+process, address, data, output = int(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(address, 2, process)
+assert jax.device_count() == 4
+from tests.evaluation.test_two_processes import evaluated
+
+json.dump(evaluated(pickle.load(open(data, "rb")), jax.devices()), open(output, "w"))
+"""
+
 
 def mean_color(arrays):
     def detector(image, pixel_valid):
         color = image.mean((1, 2))[:, None] / pixel_valid.mean((1, 2))[:, None, None] * arrays["scale"]
         boxes = jax.nn.sigmoid(jnp.concatenate([color, color[..., :1]], -1))
         return Predictions(color[None], boxes[None])
+
     return detector
 
-config = base()
-config.model = {"num_classes": 2}
-config.data.update(pickle.load(open(data, "rb")))
-config.eval.batch_size = 4
-source, mesh = open_source(config.data, "validation"), make_mesh()
-assert mesh.size == 2 * count
-step = make_detect_step(mean_color, config, mesh)
-metrics, results = evaluate(step, {"scale": jnp.ones(())}, source, config, mesh)
-json.dump([metrics, results], open(f"{rows}.{process}", "w"))
-"""
+
+def evaluated(data, devices):
+    """[metrics, results] of these devices, which all hosts have together."""
+    config = base()
+    config.model = {"num_classes": 2}
+    config.data.update(data)
+    config.eval.batch_size = 4
+    source, mesh = open_source(config.data, "validation"), make_mesh(devices=devices)
+    step = make_detect_step(mean_color, config, mesh)
+    return evaluate(step, {"scale": np.ones((), np.float32)}, source, config, mesh)
 
 
-def start(process, count, address, data, output, root):
+def start(process, address, data, output, root):
     """One process with two devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(root)}
-    arguments = [str(argument) for argument in (process, count, address, data, output)]
+    environment = os.environ | {"XLA_FLAGS": quick_flags(2), "PYTHONPATH": str(root)}
+    arguments = [str(argument) for argument in (process, address, data, output)]
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -62,18 +70,17 @@ def _rows(metrics: dict) -> list[dict]:
 
 
 def test_two_processes_give_the_answer_of_one(rectangles, tmp_path, request):
-    open_source(rectangles, "validation")  # prepared before two processes need it
+    alone = evaluated(rectangles, jax.devices()[:2])  # the data are prepared before two processes need them
     (tmp_path / "data").write_bytes(pickle.dumps(rectangles.to_dict()))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    root = request.config.rootpath
-    runs = [start(0, 1, address, tmp_path / "data", tmp_path / "alone", root)]
-    runs += [start(i, 2, address, tmp_path / "data", tmp_path / "pair", root) for i in range(2)]
+    outputs = [tmp_path / "first.json", tmp_path / "second.json"]
+    runs = [start(i, address, tmp_path / "data", outputs[i], request.config.rootpath) for i in range(2)]
     for run in runs:
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
-    alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("alone.0", "pair.0", "pair.1"))
+    first, second = (json.loads(output.read_text()) for output in outputs)
     assert first == second
     for here, there in zip(_rows(first[0]), _rows(alone[0]), strict=True):
         assert here == pytest.approx(there, abs=1e-9)
