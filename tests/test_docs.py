@@ -95,6 +95,13 @@ def all_configs() -> tuple[ConfigDict, ...]:
     return tuple(module.get_config(variant) for module in modules for variant in module.VARIANTS)
 
 
+@functools.cache
+def all_fields() -> frozenset[str]:
+    """Fields and sections of all these configs."""
+    fields = {name for config in all_configs() for name in flat_fields(config)}
+    return frozenset(fields | {name.rpartition(".")[0] for name in fields})
+
+
 def accepted_by_some_family(overrides: list[str]) -> bool:
     """Whether one config has all of these fields, takes these values, and lets them have an effect."""
 
@@ -218,9 +225,7 @@ def test_fields_and_variants_exist(page):
         else:
             assert not overrides or accepted_by_some_family(overrides), span
         for field in re.findall(r"(?<![\w-])config\.([a-z][\w.]*\w)", span):
-            known = {name for config in all_configs() for name in flat_fields(config)}
-            known |= {name.rpartition(".")[0] for name in known}
-            assert field in known | {"json"}, f"config.{field}"
+            assert field in all_fields() | {"json"}, f"config.{field}"
     for file, variant in re.findall(r"(?<![\w.-])(?:configs/)?(\w+)\.py:(\w+)", page.read_text()):
         if file != TOY:
             assert variant in importlib.import_module(f"configs.{file}").VARIANTS, f"{file}.py:{variant}"
