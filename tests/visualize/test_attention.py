@@ -88,6 +88,17 @@ def test_padding_is_cut_off():
     np.testing.assert_array_equal(theirs, ours)
 
 
+def test_points_are_those_of_the_query():
+    location = np.random.default_rng(0).uniform(0, 1, (1, 2, 2, 2, 4, 2)).astype(np.float32)
+    arrays = location, np.ones(location.shape[:-1], np.float32), location.mean(axis=(2, 4))
+    both, second = PointRecord("decoder", *arrays), PointRecord("decoder", *(array[:, 1:] for array in arrays))
+    drawn, expected, other = (
+        point_view(*given, FRAME).large[0].draw((64, 96)) for given in ((both, 1), (second, 0), (both, 0))
+    )
+    np.testing.assert_array_equal(drawn, expected)
+    assert (drawn != other).any()
+
+
 def test_heads_and_their_gaussians():
     probability = np.stack([one_hot([h, 29]) for h in range(8)])  # of two queries
     bias = np.log(np.maximum(probability[None], 1e-9))
