@@ -22,7 +22,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_H
 
 import cv2  # noqa: E402
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -144,11 +143,11 @@ def tiny_run(rectangles, tmp_path_factory):
 
     plan = build_training(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=10, num_steps=10).plan
     checkpoints = Checkpoints(workdir, keep=2)
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), plan.abstract)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), plan.abstract)
     state = state._replace(params=draw_arrays(state.params), frozen=draw_arrays(state.frozen))
     for step in (3, 7):
         ema = {path: x * 1.5 if step == 7 else x for path, x in state.params.items()}
-        checkpoints.save(state._replace(step=jnp.full((), step, jnp.int32), ema=ema), {})
+        checkpoints.save(state._replace(step=np.full((), step, np.int32), ema=ema), {})
     checkpoints.close()
     scores = [{"step": 3, "split": "validation", "AP": 0.25}, {"step": 7, "split": "validation", "AP": 0.125}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))

@@ -63,8 +63,13 @@ class Patches(nnx.Module):
         return 3
 
     def __call__(self, image, pixel_valid):
+        return {stride: self.mean_pixels(image, stride) for stride in self.strides}
+
+    def mean_pixels(self, image, stride: int):
         batch, height, width, _ = image.shape
-        return {s: image.reshape(batch, height // s, s, width // s, s, 3).mean(axis=(2, 4)) for s in self.strides}
+        rows, columns = -(-height // stride), -(-width // stride)
+        image = jnp.pad(image, ((0, 0), (0, rows * stride - height), (0, columns * stride - width), (0, 0)))
+        return image.reshape(batch, rows, stride, columns, stride, 3).mean(axis=(2, 4))
 
 
 def new_detector(config, backbone=Patches, rngs=None):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from deperceiver_jax import eval as program
 from deperceiver_jax import load_detector
@@ -23,6 +21,7 @@ from deperceiver_jax.report import __main__ as report_program
 from deperceiver_jax.runs.stored_detector import find_detector, load_params, save_params
 from deperceiver_jax.runs.workdir import read_config
 from tests.evaluation.coco_oracle import assert_same, reference
+from tests.shared_work import abstract_detectors_are_shared, detect_steps_are_shared  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -56,9 +55,7 @@ def test_a_workdir_is_all_it_needs(workdir, capsys):
 
     detector, config, classes = load_detector(workdir)
     batch = next(iter(EvaluationBatches(source, config.data, batch_size=8)))
-    predictions = nnx.jit(lambda detector, *inputs: detector(*inputs))(
-        detector, *normalize_images(batch.image, batch.size)
-    )
+    predictions = jax.jit(lambda *images: detector(*normalize_images(*images)))(batch.image, batch.size)
     probabilities = jax.nn.softmax(predictions.logits[-1])[0, :, :-1].max(-1)
     found = [d for d in detections if d["image_id"] == source.image_ids[batch.example[0]]]
     assert len(found) == 5 and {d["category_id"] for d in found} <= set(classes.category_ids) == {20, 30}
@@ -216,10 +213,9 @@ def test_a_checkpoint_from_another_model_names_the_parameters(workdir, capsys):
 
 def test_as_a_program(workdir, request):
     """Once as a process of its own: the status and the table are what a shell sees."""
-    environment = os.environ | {"XLA_FLAGS": ""}
     command = [sys.executable, request.config.rootpath / "eval.py"]
-    done = subprocess.run([*command, f"--workdir={workdir}"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, f"--workdir={workdir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0." in done.stdout
-    done = subprocess.run([*command, "--workdir=/nowhere"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--workdir=/nowhere"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: /nowhere is not a directory.\n")

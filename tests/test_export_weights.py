@@ -1,5 +1,6 @@
 """export_weights as a person runs it: what import_weights reads back is the same to the bit, for every layout."""
 
+import functools
 import zipfile
 
 import numpy as np
@@ -15,6 +16,7 @@ from deperceiver_jax.runs.workdir import config_text
 from deperceiver_jax.weights.importing import abstract_arrays
 from deperceiver_jax.weights.torch_checkpoint import read_state_dict
 from deperceiver_jax.weights.torch_writer import write_state_dict
+from tests.shared_work import abstract_detectors_are_shared  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -64,18 +66,20 @@ def import_(family, variant, fields, *arguments) -> int:
     return run(import_weights.main, command)
 
 
-@pytest.fixture
-def trained(tmp_path, random_arrays):
-    """Writes a directory of random weights for a variant at small size -> its arrays by path."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, random_arrays):
+    """(directory, arrays by path) of random weights for a variant at small size; nobody writes into it."""
 
-    def make(family, variant, **changes):
+    @functools.cache
+    def make(family, variant, *changes):
         files = {"detr": detr, "deformable_detr": deformable_detr, "deperceiver": deperceiver, "smca": smca}
         config = files[family].get_config(variant)
-        config.update_from_flattened_dict({**SMALL[family], **changes})
+        config.update_from_flattened_dict({**SMALL[family], **dict(changes)})
         arrays = random_arrays(abstract_arrays(config))
         classes = ClassMap.from_categories(COCO_CATEGORIES.items())
-        save_params(tmp_path / "trained", arrays, config_text(config), classes.to_json())
-        return arrays
+        directory = tmp_path_factory.mktemp(family) / "trained"
+        save_params(directory, arrays, config_text(config), classes.to_json())
+        return directory, arrays
 
     return make
 
@@ -95,9 +99,9 @@ def trained(tmp_path, random_arrays):
 )
 def test_what_comes_back_is_the_same_to_the_bit(tmp_path, trained, capsys, family, variant, layout, count, ending):
     """As many arrays as the published files have."""
-    arrays = trained(family, variant)
+    weights, arrays = trained(family, variant)
     file = tmp_path / "deep" / f"exported{ending}"
-    assert export(f"--weights={tmp_path}/trained", f"--output={file}", f"--layout={layout}") == 0
+    assert export(f"--weights={weights}", f"--output={file}", f"--layout={layout}") == 0
     printed = capsys.readouterr().out
     assert f"Wrote {file}: {count} arrays of" in printed and "otherwise" not in printed
     assert len(read_state_dict(file)) == count
@@ -112,8 +116,8 @@ def test_what_comes_back_is_the_same_to_the_bit(tmp_path, trained, capsys, famil
 
 def test_detr_as_the_official_code_has_it(tmp_path, trained):
     """Queries, keys and values are one array again, layers have their own."""
-    arrays = trained("detr", "r50")
-    assert export(f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth") == 0
+    weights, arrays = trained("detr", "r50")
+    assert export(f"--weights={weights}", f"--output={tmp_path}/x.pth") == 0
     state = read_state_dict(tmp_path / "x.pth")
     attention = "decoder/layers/layers/cross_attention"
     parts = [arrays[f"{attention}/{part}/kernel"][3].T for part in ("query", "key", "value")]
@@ -156,31 +160,31 @@ def test_a_run_with_its_moving_average_and_classes(tiny_run, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, trained, capsys, changes, arguments, sentence):
-    trained("detr", "r50", **changes)
+    weights, _ = trained("detr", "r50", *changes.items())
     (tmp_path / "here.pth").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    assert export(f"--weights={tmp_path}/trained", *(argument.format(tmp_path) for argument in arguments)) == 1
+    assert export(f"--weights={weights}", *(argument.format(tmp_path) for argument in arguments)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_the_published_code_computes_otherwise_is_said(tmp_path, trained, capsys):
-    trained("deformable_detr", "r50_single_scale", **{"model.places": "pixels"})
-    assert export(f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth") == 0
+    weights, _ = trained("deformable_detr", "r50_single_scale", ("model.places", "pixels"))
+    assert export(f"--weights={weights}", f"--output={tmp_path}/x.pth") == 0
     assert "config.model.places is 'pixels' here and 'cells' there." in capsys.readouterr().out
 
 
 def test_latents_as_queries_have_no_published_names(tmp_path, trained, capsys):
     latents = {"model.decoder.num_layers": 0, "model.encoder.num_latents": 7, "model.num_queries": 7}
-    trained("deperceiver", "r50_32", **latents)
-    assert export(f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth") == 1
+    weights, _ = trained("deperceiver", "r50_32", *latents.items())
+    assert export(f"--weights={weights}", f"--output={tmp_path}/x.pth") == 1
     assert "config.model.decoder.num_layers is 0" in capsys.readouterr().err
 
 
 def test_deperceiver_is_not_in_transformers(tmp_path, trained, capsys):
-    trained("deperceiver", "r50_32")
-    arguments = [f"--weights={tmp_path}/trained", f"--output={tmp_path}/x.pth", "--layout=hugging_face"]
+    weights, _ = trained("deperceiver", "r50_32")
+    arguments = [f"--weights={weights}", f"--output={tmp_path}/x.pth", "--layout=hugging_face"]
     assert export(*arguments) == 1
     assert "--layout: hugging_face has no names for deperceiver." in capsys.readouterr().err
 

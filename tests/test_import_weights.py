@@ -26,13 +26,13 @@ from deperceiver_jax.program.command_line import has_config_file, parse_config, 
 from deperceiver_jax.runs.stored_detector import find_detector, load_params
 from deperceiver_jax.runs.workdir import flat_fields
 from deperceiver_jax.weights.importing import abstract_arrays
-from deperceiver_jax.weights.name_rules import NameRules, copies_of, torch_shapes, with_copies
+from deperceiver_jax.weights.name_rules import NameRules, copies_of, to_torch, torch_shapes, with_copies
 from deperceiver_jax.weights.tables import LAYOUTS
 from deperceiver_jax.weights.tables.parts import resnet_rules
 from deperceiver_jax.weights.torch_writer import write_state_dict
 from tests.drawn_arrays import abstract_detector
 from tests.seeded import seeded_state_dict
-from tests.torch_state import to_torch_state
+from tests.shared_work import abstract_detectors_are_shared  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +69,11 @@ def import_weights(*arguments) -> int:
 
 
 def state_of(directory, layout: str = "official") -> dict[str, np.ndarray]:
-    detector, config, _ = load_detector(directory)
-    return to_torch_state(detector, LAYOUTS[layout][config.model.name](config.model))
+    """The stored arrays under the names of `layout`."""
+    stored = find_detector(directory)
+    model = stored.read_config().model
+    rules = LAYOUTS[layout][model.name](model)
+    return with_copies(to_torch(load_params(stored.items), rules), rules)
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +358,7 @@ def three_classes(tmp_path):
 
 def test_fine_tuning(tmp_path, three_classes, capsys):
     """COCO's weights, a folder of three classes: only the class head is new, and predict.py says the right names."""
-    smaller = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 1}
+    smaller = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 1, "model.backbone.frozen_stages": 4}
     model = arguments_of("detr", "r50", DETR | smaller)
     before = make_state(detr.get_config("r50"), DETR | smaller, **{"model.num_queries": 7})
     write_state_dict(tmp_path / "detr.pth", before, wrapper="model")

@@ -22,6 +22,7 @@ from deperceiver_jax.prediction.predict import choose_slots
 from deperceiver_jax.prediction.results import Looked
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize.draw_boxes import READABLE_SIDE
+from tests.shared_work import abstract_detectors_are_shared, detect_steps_are_shared  # noqa: F401
 
 SIZES = {"a.jpg": (60, 90), "b.PNG": (700, 500), "deep/c.jpeg": (33, 20), "d.bmp": (64, 64)}
 

@@ -26,6 +26,7 @@ from deperceiver_jax.training.timetable import due, last_step
 from deperceiver_jax.training.trackers import check_trackers
 from tests.drawn_arrays import Patches, abstract_detector
 from tests.training.conftest import TinyDetector
+from tests.unwritten_configs import configs_are_not_written  # noqa: F401
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ def load_detector(directory: str | Path, checkpoint: str = "latest") -> tuple[nn
     """
     stored = find_detector(directory, checkpoint)
     loaded = load_stored(stored, stored.read_config())
-    detector = loaded.skeleton.merge({path: jnp.asarray(array) for path, array in loaded.arrays.items()})
+    detector = loaded.skeleton.merge(jax.device_put(loaded.arrays))  # jnp.asarray would compile a program a shape
     return detector, loaded.config, loaded.classes
 
 

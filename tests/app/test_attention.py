@@ -14,7 +14,7 @@ from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.prediction.detector import PictureDetector
 from deperceiver_jax.runs.load_detector import LoadedDetector
 from deperceiver_jax.visualize.attention import Look
-from tests.drawn_arrays import abstract_detector, draw_arrays
+from tests.drawn_arrays import Patches, abstract_detector, draw_arrays
 from tests.visualize.test_attention import CLASSES, tiny
 
 
@@ -23,7 +23,7 @@ def loaded():
     config = tiny("deformable_detr")
     config.data.update(eval_scale=64, eval_max_size=96)
     config.eval.batch_size = 8
-    skeleton, params, others = take_apart(abstract_detector(config))
+    skeleton, params, others = take_apart(abstract_detector(config, Patches))
     return LoadedDetector(skeleton, draw_arrays({**params, **others}), config, CLASSES)
 
 

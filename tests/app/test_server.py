@@ -11,7 +11,7 @@ import time
 import zlib
 from urllib.parse import urlencode
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,7 +60,8 @@ def test_a_box_leads_to_its_query(app, tiny_run):
     model, config, _ = load_detector(tiny_run)
     prepared = prepare(read_pixels(picture), config.data, app.service._detector.padded_sizes)
     assert tuple(prepared.size) != prepared.frame.shape[:2]  # there is padding
-    predictions = model(*normalize_images(jnp.asarray(prepared.frame[None]), jnp.asarray(prepared.size[None])))
+    answer = jax.jit(lambda *images: model(*normalize_images(*images)))
+    predictions = answer(prepared.frame[None], prepared.size[None])
     scores = np.asarray(build_classification(config.loss).scores(predictions.logits[-1]))[0]
     centres = np.asarray(predictions.boxes[-1, 0, :, :2])
     _, content = ask(app.port, picture)

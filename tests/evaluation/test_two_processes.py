@@ -1,10 +1,11 @@
-"""Evaluation over two hosts, each loading half of every batch, against the same evaluation in one process."""
+"""Evaluation over two hosts, each loading half of every batch, against the same evaluation in this process."""
 
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.base import base
@@ -17,19 +18,23 @@ from tests.processes import Forked, free_address
 pytestmark = pytest.mark.slow
 
 
-def program(process: int, count: int, address: str, data: dict, rows: Path) -> int:
-    """What each process does, of two devices."""
-    if count > 1:
-        jax.distributed.initialize(address, count, process)
+def program(process: int, address: str, data: dict, output: Path) -> int:
+    """What each host does, with two devices."""
+    jax.distributed.initialize(address, 2, process)
+    assert jax.device_count() == 4
+    output.write_text(json.dumps(evaluated(data, jax.devices())))
+    return 0
+
+
+def evaluated(data, devices):
+    """(metrics, results) of these devices, which all hosts have together."""
     config = base()
     config.model = {"num_classes": 2}
     config.data.update(data)
     config.eval.batch_size = 4
-    source, mesh = open_source(config.data, "validation"), make_mesh()
-    assert mesh.size == 2 * count
+    source, mesh = open_source(config.data, "validation"), make_mesh(devices=devices)
     step = make_detect_step(mean_color, config, mesh)
-    Path(f"{rows}.{process}").write_text(json.dumps(evaluate(step, {"scale": jnp.ones(())}, source, config, mesh)))
-    return 0
+    return evaluate(step, {"scale": np.ones((), np.float32)}, source, config, mesh)
 
 
 def mean_color(arrays):
@@ -48,14 +53,12 @@ def _rows(metrics: dict) -> list[dict]:
 
 
 def test_two_processes_give_the_answer_of_one(rectangles, tmp_path):
-    open_source(rectangles, "validation")  # prepared before two processes need it
-    data, address = rectangles.to_dict(), free_address()
-    runs = [Forked(program, 0, 1, address, data, tmp_path / "alone", devices=2)]
-    runs += [Forked(program, index, 2, address, data, tmp_path / "pair", devices=2) for index in range(2)]
-    for run in runs:
-        status, _, errors = run.end()
+    alone = evaluated(rectangles, jax.devices()[:2])  # the data are prepared before two processes need them
+    address, outputs = free_address(), [tmp_path / "first.json", tmp_path / "second.json"]
+    hosts = [Forked(program, i, address, rectangles.to_dict(), outputs[i], devices=2) for i in range(2)]
+    for status, _, errors in [host.end() for host in hosts]:
         assert status == 0, errors
-    alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("alone.0", "pair.0", "pair.1"))
+    first, second = (json.loads(output.read_text()) for output in outputs)
     assert first == second
     for here, there in zip(_rows(first[0]), _rows(alone[0]), strict=True):
         assert here == pytest.approx(there, abs=1e-9)

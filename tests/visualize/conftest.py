@@ -1,4 +1,4 @@
-"""A tiny DETR that answers from two layers, stored as import-weights stores one."""
+"""A tiny DETR that answers from two layers, stored as import-weights stores one, behind mean pixels."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from deperceiver_jax.data.classes import ClassMap
 from deperceiver_jax.models.skeleton import take_apart
 from deperceiver_jax.runs.stored_detector import save_params
 from deperceiver_jax.runs.workdir import config_text
-from tests.drawn_arrays import abstract_detector
+from tests.drawn_arrays import Patches, abstract_detector
 
 
 def tiny_config():
@@ -28,13 +28,13 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def store_detr(random_arrays, tmp_path_factory):
-    """store_detr(config, classes): a directory with these and drawn arrays."""
+    """store_detr(config, classes): a directory with these and drawn arrays, for a test `behind_patches`."""
 
     def store(config, classes: ClassMap):
         directory = tmp_path_factory.mktemp("tiny_detr")
         config.model.num_classes = classes.num_slots
         config.train.compilation_cache = str(tmp_path_factory.getbasetemp() / "compiled_figures")
-        _, params, others = take_apart(abstract_detector(config))
+        _, params, others = take_apart(abstract_detector(config, Patches))
         arrays = random_arrays({**params, **others})
         arrays["heads/box_head/mlp/layers/2/bias"] = np.float32([-0.5, -0.5, -0.4, -0.4])  # near the rectangles
         arrays["heads/box_head/mlp/layers/2/kernel"] *= 0.2
@@ -44,9 +44,20 @@ def store_detr(random_arrays, tmp_path_factory):
     return store
 
 
+@pytest.fixture
+def behind_patches(monkeypatch):
+    """Every detector that is built has mean pixels in the place of its ResNet."""
+    monkeypatch.setattr("deperceiver_jax.models.detector.ResNet", Patches)
+
+
 @pytest.fixture(scope="session")
-def tiny_detr(rectangles, store_detr):
+def stored_detr(rectangles, store_detr):
     config = tiny_config()
     config.data.update(rectangles)
     config.data.eval_buckets = 1
     return store_detr(config, open_source(config.data, "validation").classes)
+
+
+@pytest.fixture
+def tiny_detr(stored_detr, behind_patches):
+    return stored_detr

@@ -24,7 +24,7 @@ from deperceiver_jax.visualize.attention_maps import (
 )
 from deperceiver_jax.visualize.attention_sheet import save_sheet
 from deperceiver_jax.visualize.one_image import see
-from tests.drawn_arrays import abstract_detector
+from tests.drawn_arrays import Patches, abstract_detector
 
 CLASSES = ClassMap.from_categories([(1, "round"), (2, "square")])
 FRAME = Frame(np.full((32, 48, 3), 90, np.uint8), (8, 16))  # cells: 4 x 6, then 2 x 3
@@ -86,6 +86,17 @@ def test_padding_is_cut_off():
     laid = PointRecord("decoder", location * share[:, None], weight, reference * share)
     ours, theirs = (point_view(*given).large[0].draw((64, 96)) for given in ((plain, 0, FRAME), (laid, 0, padded)))
     np.testing.assert_array_equal(theirs, ours)
+
+
+def test_points_are_those_of_the_query():
+    location = np.random.default_rng(0).uniform(0, 1, (1, 2, 2, 2, 4, 2)).astype(np.float32)
+    arrays = location, np.ones(location.shape[:-1], np.float32), location.mean(axis=(2, 4))
+    both, second = PointRecord("decoder", *arrays), PointRecord("decoder", *(array[:, 1:] for array in arrays))
+    drawn, expected, other = (
+        point_view(*given, FRAME).large[0].draw((64, 96)) for given in ((both, 1), (second, 0), (both, 0))
+    )
+    np.testing.assert_array_equal(drawn, expected)
+    assert (drawn != other).any()
 
 
 def test_heads_and_their_gaussians():
@@ -162,7 +173,7 @@ def test_every_family_is_drawn(family, random_arrays, tmp_path):
     config = tiny(family)
     if family == "deperceiver":
         config.model.update_from_flattened_dict({**LATENTS_AS_QUERIES, "decoder.num_layers": 0})
-    skeleton, params, others = take_apart(abstract_detector(config))
+    skeleton, params, others = take_apart(abstract_detector(config, Patches))
     loaded = LoadedDetector(skeleton, random_arrays({**params, **others}), config, CLASSES)
     image = np.random.default_rng(0).integers(0, 256, (70, 50, 3), np.uint8)
     config.data.update(eval_scale=64, eval_max_size=96)

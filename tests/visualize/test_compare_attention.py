@@ -3,9 +3,11 @@
 import numpy as np
 from PIL import Image
 
+from deperceiver_jax.data import open_source
 from deperceiver_jax.program.command_line import run
 from deperceiver_jax.visualize import __main__ as visualize
 from deperceiver_jax.visualize.compare_attention import Object, best_query, own_objects
+from tests.visualize.test_attention import tiny
 
 
 def test_the_query_that_answers():
@@ -30,20 +32,23 @@ def draw(*arguments):
     return run(visualize.main, ["visualize", "compare_attention", *map(str, arguments)])
 
 
-def test_the_command(tiny_run, tiny_detr, tmp_path, capsys):
+def test_the_command(tiny_detr, store_detr, rectangles, tmp_path, capsys):
     """Two families, whose rows have panels of different kinds."""
+    config = tiny("deperceiver")
+    config.data.update(rectangles)
+    other = store_detr(config, open_source(config.data, "validation").classes)
     output = tmp_path / "compared.png"
-    assert draw(tiny_run, tiny_detr, "--example=3", f"--output={output}") == 0, capsys.readouterr().err
+    assert draw(other, tiny_detr, "--example=3", f"--output={output}") == 0, capsys.readouterr().err
     with Image.open(output) as sheet:
         assert sheet.height > 700
     output = f"--output={tmp_path}/a.png"
     for arguments, sentence in (
-        ([tiny_run, "--example=3", output], "name two workdirs or more"),
-        ([tiny_run, tiny_detr, "--example=3"], "--output is needed"),
-        ([tiny_run, tiny_detr, output], "Either --image or --example is needed"),
-        ([tiny_run, tiny_run, "--example=3", output], "A workdir is given twice."),
-        ([tiny_run, tiny_detr, "--example=3", output, "--config.seed=1"], "take no config"),
-        ([tiny_run, tmp_path / "none", "--example=3", output], f"{tmp_path}/none is not a directory."),
+        ([other, "--example=3", output], "name two workdirs or more"),
+        ([other, tiny_detr, "--example=3"], "--output is needed"),
+        ([other, tiny_detr, output], "Either --image or --example is needed"),
+        ([other, other, "--example=3", output], "A workdir is given twice."),
+        ([other, tiny_detr, "--example=3", output, "--config.seed=1"], "take no config"),
+        ([other, tmp_path / "none", "--example=3", output], f"{tmp_path}/none is not a directory."),
     ):
         assert draw(*arguments) == 1
         assert sentence in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_counts_are_whole_numbers():
             parse_counts(wrong)
 
 
-def test_the_command(store_detr, tiny_run, tmp_path, monkeypatch, capsys):
+def test_the_command(store_detr, tiny_run, behind_patches, tmp_path, monkeypatch, capsys):
     config = tiny_config()
     config.data.update(name="shapes", eval_scale=64, eval_max_size=96, num_workers=0)
     weights = store_detr(config, CLASSES)
@@ -85,8 +85,8 @@ def test_the_command(store_detr, tiny_run, tmp_path, monkeypatch, capsys):
     assert "up to 12 objects of class star" in capsys.readouterr().out
     with Image.open(output) as picture:
         assert picture.width > 1000
+    assert draw(f"--weights={weights}", "--label=giraffe") == 1
+    assert "--label is 'giraffe'; it can be disk, square, triangle" in capsys.readouterr().err
     monkeypatch.undo()
     assert draw(f"--workdir={tiny_run}") == 1
     assert "counting draws pictures of the built-in data set, shapes" in capsys.readouterr().err
-    assert draw(f"--weights={weights}", "--label=giraffe") == 1
-    assert "--label is 'giraffe'; it can be disk, square, triangle" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """AP by decoder layer: the last row is eval.py's, suppression is as loops have it, doubles cost the first layer."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,7 +75,7 @@ def test_the_last_row_is_what_eval_measures(tiny_detr, tmp_path, monkeypatch, ca
     mesh = make_mesh()
     step = make_detect_step(loaded.skeleton.merge, loaded.config, mesh)
     source = open_source(loaded.config.data, "validation")
-    metrics, _ = evaluate(step, jax.tree.map(jnp.asarray, loaded.arrays), source, loaded.config, mesh)
+    metrics, _ = evaluate(step, jax.device_put(loaded.arrays), source, loaded.config, mesh)
     (first, _), (last, _) = measured
     assert {name: last[name] for name in SUMMARY} == {name: metrics[name] for name in SUMMARY}
     assert 0 < metrics["AP"] != first["AP"]
@@ -85,16 +84,16 @@ def test_the_last_row_is_what_eval_measures(tiny_detr, tmp_path, monkeypatch, ca
         assert picture.width > 600
 
 
-def test_mistakes_are_one_sentence(tiny_run, tiny_detr, tmp_path, capsys):
+def test_mistakes_are_one_sentence(tiny_run, tmp_path, capsys):
     def sentence(*arguments):
         assert draw(*arguments) == 1
         return capsys.readouterr().err
 
     output = f"--output={tmp_path}/a.png"
     assert "answers from 1 layer, and this picture needs 2 or more" in sentence(f"--workdir={tiny_run}", output)
-    assert "--nms_iou is 2.0" in sentence(f"--weights={tiny_detr}", output, "--nms_iou=2")
-    assert "--images is 0" in sentence(f"--weights={tiny_detr}", output, "--images=0")
-    assert "--output is needed" in sentence(f"--weights={tiny_detr}")
+    assert "--nms_iou is 2.0" in sentence(f"--workdir={tiny_run}", output, "--nms_iou=2")
+    assert "--images is 0" in sentence(f"--workdir={tiny_run}", output, "--images=0")
+    assert "--output is needed" in sentence(f"--workdir={tiny_run}")
     assert not list(tmp_path.iterdir())
 
 

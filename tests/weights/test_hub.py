@@ -30,6 +30,7 @@ from deperceiver_jax.weights.tables.parts import resnet_rules
 from tests.drawn_arrays import abstract_detector
 from tests.hub_on_loopback import Hub, commit
 from tests.seeded import seeded_state_dict
+from tests.shared_work import abstract_detectors_are_shared  # noqa: F401
 from tests.torch_state import to_torch_state
 
 COCO_LABELS = {str(slot): COCO_CATEGORIES.get(slot, "N/A") for slot in range(91)}

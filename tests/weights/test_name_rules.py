@@ -9,6 +9,8 @@ from flax import nnx
 from configs import deperceiver
 from deperceiver_jax.errors import UserError
 from deperceiver_jax.models.features.resnet import ResNet
+from deperceiver_jax.models.layers.arrays import over_arrays, shape_of
+from deperceiver_jax.models.layers.initializers import Undrawn
 from deperceiver_jax.weights.backbone import load_backbone
 from deperceiver_jax.weights.name_rules import NameRules, Rule, torch_shapes
 from deperceiver_jax.weights.tables import FAMILIES
@@ -160,11 +162,11 @@ def test_pretrained_backbones(tmp_path, depth, groups, prefix):
             inner_ratio=groups,
             deformable_stages=deformable_stages,
             compute=FLOAT32,
-            rngs=nnx.Rngs(0),
+            rngs=Undrawn(),
         )
 
     sizes = ((32,), 0), ((8, 16), int(groups > 1))
-    whole, part = (nnx.eval_shape(lambda size=size: resnet(*size)) for size in sizes)
+    whole, part = (over_arrays(shape_of, resnet(*size)) for size in sizes)
     rules = NameRules(tuple(resnet_rules()))
     shapes = {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(nnx.state(part))}
     state = seeded_state_dict(torch_shapes(whole, rules))
