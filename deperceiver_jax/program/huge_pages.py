@@ -1,11 +1,10 @@
-"""Memory in huge pages that is kept, for programs that compute on a CPU under Linux.
+"""Memory in huge pages, for programs that compute on a CPU under Linux.
 
 A training step on a CPU takes its temporaries from the C library and gives them back, hundreds of MiB a step, and the
 system hands out every 4 KiB of them with a fault of its own, filled with zeros: a tenth to a fifth of the demo's time,
 a tenth of DETR's at 800 x 1066. In pages of 2 MiB hardly any of that is left. Where Linux gives such pages to programs
 that ask for them (transparent_hugepage is `madvise`, as distributions have it), glibc asks from version 2.35 on if its
-tunable says so when a program starts. Two more tunables have it keep what was freed for the next step, where it'd give
-large blocks back at once: a virtual machine may have to ask its host for every page anew.
+tunable says so when a program starts.
 """
 
 import glob
@@ -16,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TUNABLES, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-NEVER = 2**40  # bytes: a block, or free memory at the end, that goes back to the system
-KEEPING = {"glibc.malloc.mmap_threshold": NEVER, "glibc.malloc.trim_threshold": NEVER}
 FIRST_GLIBC = (2, 35)
 TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/kfd")  # of NVIDIA, Google and AMD
@@ -40,8 +37,7 @@ def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str] | None:
     tunables = environment.get(TUNABLES, "")
     if TUNABLE in tunables or not (_on_a_cpu(environment) and _may_be_asked_for()):
         return None
-    ours = [f"{name}={value}" for name, value in {TUNABLE: 1, **KEEPING}.items() if name not in tunables]
-    return {**environment, TUNABLES: ":".join(filter(None, [tunables, *ours]))}
+    return {**environment, TUNABLES: ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))}
 
 
 def _on_a_cpu(environment: Mapping[str, str]) -> bool:
