@@ -1,6 +1,5 @@
 """A row of layers that computes its activations again gives the same numbers, and keeps less."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
