@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from tests.golden import cases
 from tests.parity import compare
 
 pytestmark = pytest.mark.slow
@@ -16,15 +17,15 @@ def programs_are_let_go():
 
 
 @pytest.mark.parametrize(
-    "name, parts",
+    "name, steps",
     [
-        ("detr_small_pre_norm_learned", {"optimized": False}),
-        ("deperceiver_small", {"optimized": False, "steps": 3}),  # up to the first drop of the learning rate
-        ("deformable_small_two_stage", {"optimized": False, "steps": 3}),
+        ("detr_small_pre_norm_learned", cases.STEPS),
+        ("deperceiver_small", 3),  # up to the first drop of the learning rate
+        ("deformable_small_two_stage", 3),
         # Its training, which takes a minute to compile, is left to `make parity`.
-        ("smca_small_conv", {"steps": 0}),
+        ("smca_small_conv", 0),
     ],
 )
-def test_training_is_the_official_one(name, parts):
-    failures = [figure for figure in compare(name, **parts) if not figure.passes]
+def test_training_is_the_official_one(name, steps):
+    failures = [figure for figure in compare(name, steps=steps, optimized=False) if not figure.passes]
     assert not failures, "\n".join(str(figure) for figure in failures)
