@@ -102,6 +102,8 @@ def main(argv: list[str]) -> None:
                 if not path.exists():
                     write_batches(path, makers[size](config.data))
                 rows.append(row | call(command, end))
+                if job != "this package":
+                    rows[-1] = comparable(rows[-1], rows)
                 print(progress(rows[-1]), file=sys.stderr, flush=True)
                 if values.output:
                     Path(values.output).write_text(table(rows, left_out, values.batch, machine, peer))
@@ -132,6 +134,16 @@ def call(command: Sequence[str], end: float) -> dict:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed": lines[-1].removeprefix("error: ").rstrip(".")}
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def comparable(peer: dict, rows: Sequence[dict]) -> dict:
+    """The peer's row; that it failed, where it trains other parameters than ours of the same model."""
+    alike = [row for row in rows if all(row[key] == peer[key] for key in ALIKE) and "failed" not in row]
+    ours = next((row for row in alike if row["job"] == "this package"), None)
+    if "failed" in peer or ours is None or peer["trained_parameters"] == ours["trained_parameters"]:
+        return peer
+    counts = f"{peer['trained_parameters']:,} parameters, this package {ours['trained_parameters']:,}"
+    return {key: peer[key] for key in (*ALIKE, "job")} | {"failed": f"it trains {counts}"}
 
 
 def find_peer(theirs: Sequence[str], platform: str, end: float) -> dict:
@@ -168,6 +180,7 @@ def peer_model(config: ConfigDict) -> dict | None:
     fields = {
         "name": model.name,
         "depth": model.backbone.depth,
+        "frozen_stages": model.backbone.frozen_stages,
         "classes": CLASS_SLOTS,
         "num_queries": model.num_queries,
         "d_model": model.embed_dim,
@@ -196,6 +209,7 @@ def progress(row: dict) -> str:
     return f"{name}: {row['failed']}" if "failed" in row else f"{name}: {1e3 * row['seconds']:.1f} ms"
 
 
+ALIKE = ("config", "size", "precision")  # of the rows that are compared
 HEADER = (
     "| model | images | type | program | images/s | step ms (fastest round) | matching | memory GiB | MFU "
     "| compile s | times the best peer |\n|---|---|---|---|---|---|---|---|---|---|---|"
@@ -206,7 +220,7 @@ def table(rows: Sequence[dict], left_out: Sequence[dict], batch_size: int, machi
     """Markdown: a row for each program, and what machine and versions they ran on."""
     lines = [HEADER]
     for row in rows:
-        alike = [other for other in rows if all(other[key] == row[key] for key in ("config", "size", "precision"))]
+        alike = [other for other in rows if all(other[key] == row[key] for key in ALIKE)]
         lines.append(f"| {' | '.join(cells(row, alike, batch_size, machine['peak_flops'][row['precision']]))} |")
     peaks = ", ".join(f"{speed / 1e12:.3g} TFLOP/s in {name}" for name, speed in machine["peak_flops"].items())
     lines.append(f"\nBatches of {batch_size}. Large matrix products run at {peaks}.")

@@ -36,7 +36,7 @@ from deperceiver_jax.structures import Assignment, Batch  # noqa: E402
 from deperceiver_jax.training.build import Training, build_training  # noqa: E402
 from deperceiver_jax.training.compile_ahead import order_for  # noqa: E402
 from deperceiver_jax.training.memory import GIB, peak_memory, return_freed_memory  # noqa: E402
-from deperceiver_jax.training.train_state import TrainState  # noqa: E402
+from deperceiver_jax.training.train_state import TrainState, count_parameters  # noqa: E402
 from deperceiver_jax.training.train_step import non_finite_term  # noqa: E402
 
 LENGTH = dict(steps_per_epoch=1000, num_steps=1000)  # of a schedule, whatever it is
@@ -108,6 +108,7 @@ def measure(config: ConfigDict, batches: list[Batch], steps: int, rounds: int, *
         "seconds": statistics.median(times),
         "fastest": min(times),
         "loss": loss,
+        "trained_parameters": count_parameters(training.plan.abstract)[0],
         "compile_seconds": compile_seconds,
         "useful_share": useful_share(batches),
         "model_flops": statistics.mean(flops),

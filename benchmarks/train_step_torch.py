@@ -4,7 +4,7 @@
     python benchmarks/train_step_torch.py --batches=FILE --model='{"name": "detr", ...}' --mode=compiled
 
 Needs torch, transformers, scipy and Pillow; nothing of this package, no weights, no network. Prints one line of JSON.
-Backbone normalisation and frozen stages, losses and matching are those of transformers.
+Backbone normalisation, losses and matching are those of transformers.
 """
 
 import argparse
@@ -96,6 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "seconds": statistics.median(times),
         "fastest": min(times),
         "loss": losses[0],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "compile_seconds": compile_seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes(),
     }
@@ -109,7 +110,7 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def build_model(name: str, depth: int, classes: int, **fields) -> torch.nn.Module:
+def build_model(name: str, depth: int, classes: int, frozen_stages: int, **fields) -> torch.nn.Module:
     """The detector with random parameters; `fields` are those of its transformers config."""
     outputs = ["stage4"] if name == "detr" or fields["num_feature_levels"] == 1 else ["stage2", "stage3", "stage4"]
     wide = 4 if depth >= 50 else 1
@@ -132,7 +133,12 @@ def build_model(name: str, depth: int, classes: int, **fields) -> torch.nn.Modul
         **fields,
     )
     config._attn_implementation = {"": "sdpa", "backbone_config": "eager"}  # convolutions attend to nothing
-    return make_model(config)
+    model = make_model(config)
+    # transformers 5.24 looks for "stage.1" among names that have "stages.1", and so trains nothing of its own ResNet.
+    for parameter_name, parameter in model.model.backbone.named_parameters():
+        stage = re.search(r"\.stages\.(\d)\.", parameter_name)
+        parameter.requires_grad_((int(stage[1]) + 2 if stage else 1) > frozen_stages)  # the stem is the first
+    return model
 
 
 def make_step(model: torch.nn.Module, precision: str, device: torch.device, *, channels_last: bool):

@@ -74,6 +74,7 @@ def test_the_table_compares_with_the_best_peer_of_equal_precision():
 def test_peers_are_the_same_models():
     same = train_step.peer_model(detr.get_config("r50"))
     assert (same["num_queries"], same["encoder_ffn_dim"], same["decoder_layers"], same["depth"]) == (100, 2048, 6, 50)
+    assert same["frozen_stages"] == 2
     assert same["attention_dropout"] == same["activation_dropout"] == same["dropout"] == 0.1
     assert same == train_step.peer_model(
         parse_config(["benchmark", "--config=detr:r50"])
@@ -83,6 +84,19 @@ def test_peers_are_the_same_models():
     assert train_step.peer_model(deformable_detr.get_config("r50_single_scale"))["num_feature_levels"] == 1
     for config in (detr.get_config("r50_dc5"), deperceiver.get_config("r50_16"), demo.get_config("detr")):
         assert train_step.peer_model(config) is None
+
+
+def test_a_peer_that_trains_other_parameters_is_no_peer():
+    ours = _row(job="this package", trained_parameters=2000)
+    peer = _row(job="eager", trained_parameters=2000)
+    assert train_step.comparable(peer, [ours, peer]) == peer
+    frozen = peer | {"trained_parameters": 1000}
+    compared = train_step.comparable(frozen, [ours, frozen])
+    assert compared["failed"] == "it trains 1,000 parameters, this package 2,000"
+    assert (compared["job"], "seconds" in compared) == ("eager", False)
+    assert train_step.comparable(frozen, [ours | {"size": "32x32"}, frozen]) == frozen  # nothing to compare with
+    late = _row(job="eager", failed="out of time")
+    assert train_step.comparable(late, [ours, late]) == late
 
 
 @pytest.mark.parametrize(
