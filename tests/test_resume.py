@@ -103,11 +103,16 @@ def test_a_loader_process_that_dies_ends_a_run_with_a_sentence(shared, tmp_path)
 
 
 def test_a_disk_that_is_full_ends_a_run_with_a_sentence(shared, tmp_path):
-    """From some moment on it takes no file beyond 16 kB, and so no checkpoint."""
+    """A run that continues may write no file beyond 16 kB, and so no checkpoint.
+
+    From its start: where a save is under way, its failure is loud (`Checkpoints._require_space`).
+    """
     endless = [*shared, "--config.train.num_steps=100000", "--config.train.eval_every=-1"]
     endless += ["--config.train.checkpoint_every=20", "--config.train.log_every=100000"]
     run = Run(tmp_path, endless)
     run.wait_for(lambda: newest(tmp_path) > 0, "a checkpoint")
+    assert run.end(signal.SIGTERM)[0] == 0
+    run = Run(tmp_path, endless)
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
     status, out, err = run.end()
     kept = newest(tmp_path)
