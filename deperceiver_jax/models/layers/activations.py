@@ -4,8 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool
 
+from deperceiver_jax.models.layers.by_platform import target_platform
 from deperceiver_jax.models.layers.linear import draw_kept, dropout
 
 
@@ -46,8 +48,17 @@ _relu.defvjp(_forward, _backward)
 def masked_relu(x: Array) -> Array:
     """max(x, 0), whose backward pass keeps a mask: for what a loop over layers carries, which would be kept twice.
 
-    The mask is the result's. JAX's own is of x, which a CPU's compiler then keeps or computes again.
+    The mask is the result's. JAX's own is of x, which a CPU's compiler then keeps or computes again. It would also
+    compute the result again for each operation that takes it, and keep until then what the layers in front of it, back
+    to the first, were made of. So there the result is that of a function which XLA must call.
     """
+    if target_platform() != "cpu":
+        return _positive(x)
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(_positive)(x)
+
+
+def _positive(x):
     return jnp.maximum(x, 0)
 
 
