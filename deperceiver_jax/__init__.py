@@ -5,7 +5,7 @@ The names below are loaded when they are first used, so that loader processes im
 
 import importlib
 
-__version__ = "0.2.11"
+__version__ = "0.2.12"
 
 _ROOMS = {
     "load": "deperceiver_jax.prediction.detector",

@@ -7,10 +7,12 @@ import pytest
 from flax import nnx
 
 from deperceiver_jax.models.layers.activations import masked_relu, relu
+from deperceiver_jax.models.layers.by_platform import traced_for
 from deperceiver_jax.models.layers.compute import Compute
 from deperceiver_jax.models.layers.layer_stack import LayerStack
 from deperceiver_jax.models.layers.linear import dropout
 from deperceiver_jax.models.layers.transformer_layer import TransformerLayer
+from tests.meshes import mesh_on
 
 EDGES = (0.0, -0.0, np.nan, np.inf, -np.inf, 2e-38, -2e-38)
 
@@ -37,6 +39,20 @@ def test_numbers_are_those_of_jax(rate, dtype):
         assert array.dtype == other.dtype == dtype
         # XLA multiplies by a rounded reciprocal here, and divides there.
         np.testing.assert_allclose(array.astype(np.float32), other.astype(np.float32), rtol=2e-7 if rate else 0)
+
+
+def test_a_cpu_computes_the_result_of_every_block_once():
+    """The compiler would for each that takes it: here, the next block, the sum and the gradients."""
+
+    @traced_for(mesh_on("cpu"))
+    def loss(x, kernels):
+        for kernel in kernels:
+            x = masked_relu(x + x @ kernel)
+        return jnp.sum(jnp.sin(x))
+
+    x = np.ones((64, 32), np.float32)
+    program = jax.jit(jax.grad(loss, argnums=1)).lower(x, [np.ones((32, 32), np.float32)] * 3).compile().as_text()
+    assert program.count(" maximum(") == 3
 
 
 class Layer(TransformerLayer):
